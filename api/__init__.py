@@ -1,0 +1,1 @@
+"""Online: the HTTP service. One request pins one generation and reads only local memory."""

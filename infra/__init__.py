@@ -1,0 +1,1 @@
+"""What every process shares: settings, telemetry, and the local Kafka."""

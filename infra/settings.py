@@ -1,0 +1,113 @@
+"""Every setting of every process, read once from the environment into one frozen object.
+
+Variables are named `FORERANK_<FIELD>`; three carry the names their users know: `KAFKA_BOOTSTRAP`, `API_PROCESSES`, `API_PORT`.
+The paths below `state` have one owner each, named beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+_PLAIN_NAMES = {"kafka_bootstrap": "KAFKA_BOOTSTRAP", "api_processes": "API_PROCESSES", "api_port": "API_PORT"}
+
+
+class SettingsError(ValueError):
+    """A setting has a value that cannot be used; the message names the variable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    kafka_bootstrap: str = "127.0.0.1:19092"  # host:port, several separated by commas
+    topic_prefix: str = ""  # put before every topic and consumer group name
+    partitions: int = 8  # of items, item-updates, behaviours, users and rows.<generation>; fixed once created
+    replication: int = 1
+    state: Path = Path(".local/state")  # everything this host stores
+    host: str = socket.gethostname()  # names this host on `hosts` and in static member ids
+    hash_key: str = "forerank"  # keys the 128-bit hash of ids; the same on all hosts of a deployment
+    api_host: str = "127.0.0.1"
+    api_port: int = 8080
+    api_processes: int = 1
+    history_length: int = 10_000  # newest behaviours kept per user (L)
+    tombstone_days: float = 7.0  # D: how long ingest remembers a deletion
+    rows_retention_ms: int = 86_400_000  # of rows.<generation>
+    take_within_ms: float = 10.0  # how long a nearline job waits to fill a batch
+    take_max: int = 512  # messages per batch
+    session_timeout_ms: int = 6_000  # after a kill a group waits this long before it is given away
+    prefetch_ttl_s: float = 30.0  # how long a prefetched user block may be used
+    prefetch_bytes: int = 256 << 20  # memory for prefetched user blocks, per process
+    candidates_max: int = 20_000  # per request
+    retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
+    log_level: str = "info"
+    log_json: bool = False
+
+    def topic(self, name: str) -> str:
+        return self.topic_prefix + name
+
+    def generation_dir(self, generation: str) -> Path:
+        """`bundle/` (supervisor), `n2o/` (replicate), `retrieval/` (retrieval builder) lie below."""
+        return self.state / "generations" / generation
+
+    @property
+    def ingest_dir(self) -> Path:
+        return self.state / "ingest"
+
+    @property
+    def histories_dir(self) -> Path:
+        return self.state / "histories"
+
+    @property
+    def serving_file(self) -> Path:
+        """Which generation this host serves; written by the supervisor alone, atomically."""
+        return self.state / "serving.json"
+
+    @property
+    def heartbeat_dir(self) -> Path:
+        return self.state / "heartbeats"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Prometheus' multi-process files of all processes of the host; emptied when the supervisor starts."""
+        return self.state / "metrics"
+
+
+def variable(field: str) -> str:
+    """The environment variable that sets `field`."""
+    return _PLAIN_NAMES.get(field, "FORERANK_" + field.upper())
+
+
+def _parse(name: str, text: str, default: object) -> object:
+    try:
+        if isinstance(default, bool):
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if isinstance(default, Path):
+            return Path(text)
+        return type(default)(text)  # type: ignore[call-arg]
+    except (ValueError, KeyError) as error:
+        raise SettingsError(f"{name}={text!r} is not a {type(default).__name__}") from error
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from the environment. Raises SettingsError, naming the variable, on a value that does not parse."""
+    values: dict[str, object] = {}
+    for field in dataclasses.fields(Settings):
+        name = variable(field.name)
+        if environ.get(name):
+            values[field.name] = _parse(name, environ[name], field.default)
+    settings = Settings(**values)  # type: ignore[arg-type]
+    for name, low in (("partitions", 1), ("replication", 1), ("api_processes", 1), ("history_length", 1), ("take_max", 1)):
+        if getattr(settings, name) < low:
+            raise SettingsError(f"{variable(name)}={getattr(settings, name)} must be at least {low}")
+    return settings
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """The variables that make `load` give these settings again; for child processes."""
+    out = {}
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        out[variable(field.name)] = str(int(value)) if isinstance(value, bool) else str(value)
+    return out
