@@ -1,0 +1,33 @@
+"""`make bench NAME=<name> [QUICK=1]`: runs one benchmark, or lists them when no name is given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHES = {
+    "main_path": "freshness, pipeline throughput, recommend latency by stage, parity, set-up time (about 6 minutes; quick: 2)",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("name", nargs="?", default="")
+    parser.add_argument("--quick", action="store_true", help="the same figures on less work, in two minutes")
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    if not arguments.name:
+        print("make bench NAME=<name> [QUICK=1], where <name> is one of")
+        for name, what in BENCHES.items():
+            print(f"  {name:<16} {what}")
+        return 0
+    if arguments.name not in BENCHES:
+        print(f"there is no benchmark {arguments.name!r}; `make bench` lists them", file=sys.stderr)
+        return 2
+    importlib.import_module(f"tests.bench.{arguments.name}").run(seed=arguments.seed, quick=arguments.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
