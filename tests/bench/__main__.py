@@ -7,7 +7,7 @@ import importlib
 import sys
 
 BENCHES = {
-    "main_path": "freshness, pipeline throughput, recommend latency by stage, parity, set-up time (about 6 minutes; quick: 2)",
+    "main_path": "freshness, pipeline throughput, recommend latency by stage, parity, set-up time (6 min; quick 2)",
 }
 
 

@@ -1,6 +1,7 @@
 """What a benchmark leaves behind: `reports/<name>.json`, one PNG, and a table on the terminal.
 
-A figure is `{"value", "unit", "low", "high", "n"}`: the median over n repetitions with its range. Tables are lists of flat objects.
+A figure is `{"value", "unit", "low", "high", "n"}`: the median over n repetitions with its range, unless the caller gives the
+value (a percentile over all samples with the range over windows). Tables are lists of flat objects.
 """
 
 from __future__ import annotations
@@ -44,21 +45,13 @@ class Report:
         self._load_before = os.getloadavg()
         self._started = time.time()
 
-    def figure(self, name: str, values: Sequence[float] | float, unit: str) -> None:
-        """Records the median and the range of repeated measurements of one thing."""
+    def figure(self, name: str, values: Sequence[float] | float, unit: str, value: float | None = None) -> None:
+        """Records `value`, by default the median, and the range of repeated measurements of one thing."""
         samples = [float(values)] if isinstance(values, (int, float)) else [float(value) for value in values]
-        value = statistics.median(samples)
-        self.figures[name] = {
-            "value": value,
-            "unit": unit,
-            "low": min(samples),
-            "high": max(samples),
-            "n": len(samples),
-        }
-        print(
-            f"  {name:<36} {value:>12.6g} {unit:<8} [{min(samples):.6g} .. {max(samples):.6g}] n={len(samples)}",
-            flush=True,
-        )
+        low, high = min(samples), max(samples)
+        value = statistics.median(samples) if value is None else float(value)
+        self.figures[name] = {"value": value, "unit": unit, "low": low, "high": high, "n": len(samples)}
+        print(f"  {name:<36} {value:>12.6g} {unit:<8} [{low:.6g} .. {high:.6g}] n={len(samples)}", flush=True)
 
     def table(self, name: str, rows: list[dict[str, object]]) -> None:
         self.tables[name] = rows
