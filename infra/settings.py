@@ -1,7 +1,7 @@
 """Every setting of every process, read once from the environment into one frozen object.
 
-Variables are named `FORERANK_<FIELD>`; three carry the names their users know: `KAFKA_BOOTSTRAP`, `API_PROCESSES`, `API_PORT`.
-The paths below `state` have one owner each, named beside them.
+Variables are named `FORERANK_<FIELD>`; three carry the names their users know: `KAFKA_BOOTSTRAP`, `API_PROCESSES`,
+`API_PORT`. The paths below `state` have one owner each, named beside them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ class SettingsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    kafka_bootstrap: str = "127.0.0.1:19092"  # host:port, several separated by commas
+    kafka_bootstrap: str = (
+        "127.0.0.1:19092"  # host:port, several separated by commas; unset: the local node on kafka_port
+    )
+    kafka_port: int = 19092  # of the local node, like the next three
+    kafka_controller_port: int = 19093
+    kafka_heap_mb: int = 256
+    kafka_dir: Path = Path(".local/kafka")  # its downloaded jars, data and log
     topic_prefix: str = ""  # put before every topic and consumer group name
     partitions: int = 8  # of items, item-updates, behaviours, users and rows.<generation>; fixed once created
     replication: int = 1
@@ -97,17 +103,30 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         name = variable(field.name)
         if environ.get(name):
             values[field.name] = _parse(name, environ[name], field.default)
+    if "kafka_bootstrap" not in values and "kafka_port" in values:
+        values["kafka_bootstrap"] = f"127.0.0.1:{values['kafka_port']}"
     settings = Settings(**values)  # type: ignore[arg-type]
-    for name, low in (("partitions", 1), ("replication", 1), ("api_processes", 1), ("history_length", 1), ("take_max", 1)):
+    for name, low in (
+        ("partitions", 1),
+        ("replication", 1),
+        ("api_processes", 1),
+        ("history_length", 1),
+        ("take_max", 1),
+    ):
         if getattr(settings, name) < low:
             raise SettingsError(f"{variable(name)}={getattr(settings, name)} must be at least {low}")
     return settings
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """The variables that make `load` give these settings again; for child processes."""
+    """The variables that make `load` give these settings again; for child processes.
+
+    The local node's address is left out: KAFKA_BOOTSTRAP in the environment means a broker that the user brought.
+    """
     out = {}
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
+        if field.name == "kafka_bootstrap" and value == f"127.0.0.1:{settings.kafka_port}":
+            continue
         out[variable(field.name)] = str(int(value)) if isinstance(value, bool) else str(value)
     return out

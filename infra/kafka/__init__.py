@@ -1,0 +1,1 @@
+"""A local Apache Kafka node without prerequisites, and the topics of DESIGN.md section 4."""
