@@ -1,0 +1,332 @@
+"""Event types: what may stand on `item-updates`, `items`, `behaviours`, `users`, `models` and `hosts`.
+
+First step of every path: whatever arrives from a topic, a file or HTTP becomes one of these types, or an EventError with a
+kind (the `error_type` of a dead letter), a message, and the field at fault. No other exception leaves a decode function,
+whatever the bytes. Fields that are not ours are refused: a misspelt `event_tiem` would otherwise be lost in silence. Of a
+key given twice in one object the last one counts, as everywhere in JSON. Knows no Kafka client: key, value, headers and
+partition are plain values.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import struct
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+ID_BYTES = 128  # of a user, item or event id, in UTF-8
+MAX_EVENT_BYTES = 512 << 10  # a row of such an item still fits into one Kafka message of 1 MB
+_MAX_CROSSES = 256
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MS = datetime.timedelta(milliseconds=1)
+
+Header = tuple[str, bytes]
+ErrorKind = Literal["malformed", "key_mismatch", "wrong_partition", "too_large", "not_encodable"]
+
+Time = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_BYTES)]
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Generation = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Features = dict[str, str | float | list[str]]
+Attributes = dict[str, str | bool | Whole | float | list[str] | None]
+
+
+class EventError(ValueError):
+    """An event that cannot be accepted. `kind`: the reason for dead letters; `field`: the place ("" = all of it)."""
+
+    def __init__(self, kind: ErrorKind, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+        self.message = message
+        self.field = field
+
+
+class ItemUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """An item as published. With `deleted` only id, version and time count; the rest is dropped."""
+
+    item_id: Text
+    version: Version
+    event_time: Time | None = None  # absent: `ce_time`, else the record's time
+    crosses: Annotated[list[Text], msgspec.Meta(max_length=_MAX_CROSSES)] = []
+    features: Features = {}
+    embedding: list[float] | None = None
+    attributes: Attributes = {}
+    deleted: bool = False
+
+
+class Item(msgspec.Struct, omit_defaults=True):
+    """An item as ingest wrote it to `items`; times are ms since the epoch."""
+
+    item_id: str
+    version: int
+    event_time: int
+    publish_time: int
+    deleted: bool = False
+    crosses: list[str] = []
+    features: Features = {}
+    embedding: list[float] | None = None
+    attributes: Attributes = {}
+
+
+class BehaviourBody(msgspec.Struct, forbid_unknown_fields=True):
+    event_id: Text
+    user_id: Text
+    item_id: Text
+    action: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,32}\Z")]
+    event_time: Time | None = None
+
+
+class Behaviour(msgspec.Struct):
+    """One behaviour; times in ms since the epoch."""
+
+    event_id: str
+    user_id: str
+    item_id: str
+    action: str
+    event_time: int
+    publish_time: int
+
+
+class UserBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A profile (`features`) or an erasure (`erased_at`), never both."""
+
+    user_id: Text
+    features: Features | None = None
+    event_time: Time | None = None
+    erased_at: Time | None = None
+
+
+class User(msgspec.Struct):
+    """A profile (`features`), or, with `erased_at`, the order to forget the user; times in ms since the epoch."""
+
+    user_id: str
+    features: Features | None
+    event_time: int
+    erased_at: int | None
+    publish_time: int
+
+
+class ModelEvent(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    action: Literal["stage", "activate", "rollback", "retire"]
+    generation: Generation
+    uri: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
+    sha256: Sha256 | None = None
+    activate_when_complete: bool = False
+
+
+class HostReport(msgspec.Struct, omit_defaults=True):
+    """What a host says on `hosts` about one generation (key: host/generation). Lists have one entry per partition."""
+
+    host: str
+    generation: str
+    state: str
+    time: int
+    reason: str = ""
+    covered: list[int] = []
+    counts: list[int] = []
+    digests: list[str] = []  # hexadecimal: a JSON number would lose bits
+
+
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (ItemUpdate, Item, BehaviourBody, UserBody, ModelEvent, HostReport)
+}
+_ENCODER = msgspec.json.Encoder()
+encode = _ENCODER.encode
+_PATH = re.compile(r" - at `\$\.?(.*)`$")
+
+
+def _decode(kind: type, value: bytes | None) -> Any:
+    if value is None:
+        raise EventError("malformed", "the record has no value")
+    if len(value) > MAX_EVENT_BYTES:
+        raise EventError("too_large", f"{len(value)} bytes; at most {MAX_EVENT_BYTES} are accepted")
+    try:
+        return _DECODERS[kind].decode(value)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        found = _PATH.search(text)
+        field = found.group(1) if found else text.partition("field `")[2].rstrip("`")
+        raise EventError("malformed", text, field) from None
+    except (ValueError, RecursionError, OverflowError) as error:  # msgspec.DecodeError, UnicodeDecodeError
+        raise EventError("malformed", str(error)) from None
+
+
+def check_id(text: str, field: str) -> bytes:
+    """The id's UTF-8. Raises EventError where it is empty, longer than 128 bytes, or holds control characters."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise EventError("malformed", f"`{field}` is not valid UTF-8", field) from None
+    if not 1 <= len(raw) <= ID_BYTES:
+        raise EventError("malformed", f"`{field}` has {len(raw)} bytes; 1 to {ID_BYTES} are allowed", field)
+    if _CONTROL.search(text):
+        raise EventError("malformed", f"`{field}` holds a control character", field)
+    return raw
+
+
+def to_ms(time: datetime.datetime) -> int:
+    """Milliseconds since the epoch, rounded down."""
+    return (time - _EPOCH) // _MS
+
+
+def to_rfc3339(ms: int) -> str:
+    return (_EPOCH + ms * _MS).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _resolve(
+    time: datetime.datetime | None, headers: Mapping[str, bytes] | Iterable[Header] | None, default: int
+) -> int:
+    return to_ms(time) if time is not None else cloud_time(headers, default)
+
+
+def item_update(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None, publish_time: int) -> Item:
+    """What `items` will hold for this body. `publish_time`: the record's time, ms."""
+    body: ItemUpdate = _decode(ItemUpdate, value)
+    check_id(body.item_id, "item_id")
+    event_time = _resolve(body.event_time, headers, publish_time)
+    if body.deleted:
+        return Item(body.item_id, body.version, event_time, publish_time, True)
+    return Item(
+        body.item_id,
+        body.version,
+        event_time,
+        publish_time,
+        False,
+        body.crosses,
+        body.features,
+        body.embedding,
+        body.attributes,
+    )
+
+
+def item(value: bytes | None) -> Item:
+    """A record of `items` (not a tombstone)."""
+    found: Item = _decode(Item, value)
+    return found
+
+
+def behaviour(
+    value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None, publish_time: int
+) -> Behaviour:
+    body: BehaviourBody = _decode(BehaviourBody, value)
+    for name in ("event_id", "user_id", "item_id"):
+        check_id(getattr(body, name), name)
+    event_time = _resolve(body.event_time, headers, publish_time)
+    return Behaviour(body.event_id, body.user_id, body.item_id, body.action, event_time, publish_time)
+
+
+def user(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None, publish_time: int) -> User:
+    body: UserBody = _decode(UserBody, value)
+    check_id(body.user_id, "user_id")
+    if (body.features is None) == (body.erased_at is None):
+        raise EventError("malformed", "exactly one of `features` and `erased_at` is needed", "features")
+    event_time = _resolve(body.event_time, headers, publish_time)
+    erased_at = None if body.erased_at is None else to_ms(body.erased_at)
+    return User(body.user_id, body.features, event_time, erased_at, publish_time)
+
+
+def erasure(user_id: str, erased_at: int) -> bytes:
+    """The body that a null on `users` is rewritten to."""
+    return encode({"user_id": user_id, "erased_at": to_rfc3339(erased_at)})
+
+
+def model(value: bytes | None) -> ModelEvent:
+    event: ModelEvent = _decode(ModelEvent, value)
+    if event.action == "stage" and (event.uri is None or event.sha256 is None):
+        missing = "uri" if event.uri is None else "sha256"
+        raise EventError("malformed", f"a stage event needs `{missing}`", missing)
+    return event
+
+
+def host_report(value: bytes | None) -> HostReport:
+    report: HostReport = _decode(HostReport, value)
+    return report
+
+
+def check_key(key: bytes | None, id_bytes: bytes, partition: int, partitions: int) -> None:
+    """Raises EventError unless the record's key is the id and its partition is the key's."""
+    if key != id_bytes:
+        shown = "no key" if key is None else f"key {key[:ID_BYTES]!r}"
+        raise EventError("key_mismatch", f"{shown}; the id in the body is {id_bytes!r}")
+    expected = partition_of(id_bytes, partitions)
+    if partition != expected:
+        raise EventError(
+            "wrong_partition",
+            f"on partition {partition}, belongs on {expected} of {partitions}: "
+            "librdkafka clients need partitioner=murmur2_random",
+        )
+
+
+def murmur2(data: bytes) -> int:
+    """MurmurHash2 with Kafka's seed, as the Java client and kafka-python compute it."""
+    m, mask, length = 0x5BD1E995, 0xFFFFFFFF, len(data)
+    h = 0x9747B28C ^ length
+    for k in struct.unpack_from(f"<{length >> 2}I", data):
+        k = k * m & mask
+        h = (h * m & mask) ^ ((k ^ k >> 24) * m & mask)
+    if length & 3:
+        h = (h ^ int.from_bytes(data[length & ~3 :], "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
+def header(headers: Mapping[str, bytes] | Iterable[Header] | None, name: str) -> bytes | None:
+    """The value of one header. Clients hand headers over as a list of pairs or as a mapping."""
+    if not headers:
+        return None
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    return next((value for found, value in pairs if found == name), None)
+
+
+def header_list(headers: Mapping[str, bytes] | Iterable[Header] | None) -> list[Header]:
+    if not headers:
+        return []
+    return list(headers.items()) if isinstance(headers, Mapping) else list(headers)
+
+
+def cloud_time(headers: Mapping[str, bytes] | Iterable[Header] | None, default: int) -> int:
+    """`ce_time` in ms, or `default` where there is none."""
+    raw = header(headers, "ce_time")
+    if raw is None:
+        return default
+    try:
+        return to_ms(msgspec.convert(raw.decode(), Time))
+    except (msgspec.ValidationError, UnicodeDecodeError):
+        raise EventError("malformed", "the header `ce_time` is not an RFC 3339 time", "ce_time") from None
+
+
+def cloud_headers(kind: str, event_id: str, source: str, time_ms: int) -> list[Header]:
+    """CloudEvents 1.0 in Kafka's binary mode; `kind` is the last part of `ce_type`."""
+    return [
+        ("content-type", b"application/json"),
+        ("ce_specversion", b"1.0"),
+        ("ce_id", event_id.encode()),
+        ("ce_source", source.encode()),
+        ("ce_type", b"forerank." + kind.encode()),
+        ("ce_time", to_rfc3339(time_ms).encode()),
+    ]
+
+
+def new_event_id() -> str:
+    return uuid.uuid4().hex
+
+
+def dead_letter_headers(topic: str, partition: int, offset: int, error: EventError) -> list[Header]:
+    return [
+        ("source_topic", topic.encode()),
+        ("source_partition", str(partition).encode()),
+        ("source_offset", str(offset).encode()),
+        ("error_type", error.kind.encode()),
+        ("message", error.message[:1000].encode("utf-8", "replace")),
+    ]

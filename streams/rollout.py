@@ -1,0 +1,205 @@
+"""The roll-out of generations on one host: a pure state machine, and the file in which the API reads its result.
+
+Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
+
+    staged -> filling -> complete -> active -> former        (any -> failed)
+
+and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no Kafka and
+no Faust.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from streams.events import ModelEvent
+
+State = Literal["staged", "filling", "complete", "active", "former", "failed"]
+FORMAT = 1
+
+
+class RolloutError(Exception):
+    """A roll-out step that must not happen; the message says why in one sentence."""
+
+
+class GenerationState(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation on this host. Lists have one entry per partition of `items`."""
+
+    generation: str
+    state: State
+    offset: int  # of the stage event on `models`
+    uri: str
+    sha256: str
+    reason: str = ""  # why it failed, or what it waits for
+    staged_ends: list[int] = []  # end offsets of `items` taken at staging
+    covered: list[int] = []
+    progress: float = 0.0  # 0..1 of the offsets between nothing and `staged_ends`
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What this host serves. `decided`: first `models` offset whose event was not yet acted upon."""
+
+    active: str | None = None
+    previous: str | None = None
+    generations: dict[str, GenerationState] = {}
+    decided: int = 0
+    refused: dict[str, str] = {}  # offset of a refused `models` event -> reason
+    format: int = FORMAT
+
+
+class Staged(msgspec.Struct, frozen=True):
+    offset: int
+    event: ModelEvent
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """What `models` asks for in the end. `wishes`: (offset, generation) to activate, oldest first; the last one that is
+    possible wins."""
+
+    staged: dict[str, Staged]
+    wishes: list[tuple[int, str]]
+    refused: dict[int, str]
+    retired: list[str]
+
+
+def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[int] = ()) -> Desired:
+    """The final state that `models` asks for. `refused`: offsets of activations this host refused when they arrived."""
+    staged: dict[str, Staged] = {}
+    wishes: list[tuple[int, str]] = []
+    errors: dict[int, str] = {}
+    retired: list[str] = []
+    for offset, event in events:
+        name = event.generation
+        if event.action == "stage":
+            if name not in staged:
+                staged[name] = Staged(offset, event)
+                if event.activate_when_complete:
+                    wishes.append((offset, name))
+            elif (staged[name].event.uri, staged[name].event.sha256) != (event.uri, event.sha256):
+                errors[offset] = (
+                    f"generation {name} was staged before with another bundle; generation names are never used twice"
+                )
+        elif name not in staged:
+            errors[offset] = f"generation {name} was never staged"
+        elif event.action == "activate":
+            if name in retired:
+                errors[offset] = f"generation {name} was retired"
+            elif offset not in refused:
+                wishes.append((offset, name))
+        elif event.action == "retire":
+            retired.append(name)
+            wishes = [wish for wish in wishes if wish[1] != name]
+        else:
+            errors[offset] = f"{event.action} is not supported; activate the generation to go back to instead"
+    return Desired(staged, wishes, errors, retired)
+
+
+def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
+    """Adds the generation as `staged`. Raises RolloutError where the name was used for another bundle."""
+    known = serving.generations.get(event.generation)
+    if known is not None:
+        if known.sha256 != event.sha256:
+            raise RolloutError(
+                f"generation {event.generation} was staged before; generation names are never used twice"
+            )
+        return serving
+    new = GenerationState(
+        generation=event.generation, state="staged", offset=offset, uri=event.uri or "", sha256=event.sha256 or ""
+    )
+    return _with(serving, new)
+
+
+def fill(serving: Serving, generation: str, staged_ends: list[int]) -> Serving:
+    """staged -> filling, up to these end offsets of `items`."""
+    known = _expect(serving, generation, ("staged",), "filled")
+    return _with(serving, msgspec.structs.replace(known, state="filling", staged_ends=staged_ends, reason=""))
+
+
+def advance(serving: Serving, generation: str, covered: list[int], filled: list[bool]) -> Serving:
+    """Takes over `covered` and `filled` as the arena reports them; filling -> complete when all partitions are there."""
+    known = serving.generations[generation]
+    ends = known.staged_ends
+    done = [min(reached + 1, end) for reached, end in zip(covered, ends, strict=True)]
+    share = sum(done) / sum(ends) if sum(ends) else float(all(filled))
+    complete = all(filled) and done == ends
+    state: State = "complete" if complete and known.state == "filling" else known.state
+    missing = sum(not proven for proven in filled)
+    waits = (
+        "" if complete else f"{missing} of {len(ends)} partitions are without a proven fill" if missing else "filling"
+    )
+    reason = waits if known.state == "filling" else known.reason
+    return _with(serving, msgspec.structs.replace(known, state=state, covered=covered, progress=share, reason=reason))
+
+
+def activate(serving: Serving, generation: str) -> Serving:
+    """Makes it the served generation; the one before becomes `former`. Raises RolloutError where it is not complete."""
+    if serving.active == generation:
+        return serving
+    known = _expect(serving, generation, ("complete", "former"), "activated")
+    if not known.staged_ends or known.progress < 1.0:
+        raise RolloutError(f"generation {generation} is not complete")
+    out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
+    if serving.active is not None:
+        out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
+    return msgspec.structs.replace(out, active=generation, previous=serving.active)
+
+
+def fail(serving: Serving, generation: str, reason: str) -> Serving:
+    """Any state but active -> failed. The active generation keeps serving; only its reason is recorded."""
+    known = serving.generations[generation]
+    state: State = "active" if known.state == "active" else "failed"
+    return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
+
+
+def running(serving: Serving) -> list[str]:
+    """Generations that need jobs: the active one, one former, and those staged later than the active one."""
+    since = serving.generations[serving.active].offset if serving.active else -1
+    return [
+        name
+        for name, known in serving.generations.items()
+        if name in (serving.active, serving.previous)
+        or (known.state in ("staged", "filling", "complete") and known.offset > since)
+    ]
+
+
+def read(path: Path) -> Serving:
+    """The file's content; an empty Serving where there is no file. Raises RolloutError on one of another format."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Serving)
+    except FileNotFoundError:
+        return Serving()
+    except msgspec.DecodeError as error:
+        raise RolloutError(f"{path} is not a serving file: {error}") from None
+    if found.format != FORMAT:
+        raise RolloutError(f"{path} has format {found.format}; this version reads {FORMAT}")
+    return found
+
+
+def write(path: Path, serving: Serving) -> None:
+    """Replaces the file in one step, on disk before the step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(serving), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _with(serving: Serving, generation: GenerationState) -> Serving:
+    return msgspec.structs.replace(serving, generations={**serving.generations, generation.generation: generation})
+
+
+def _expect(serving: Serving, generation: str, states: tuple[State, ...], done: str) -> GenerationState:
+    known = serving.generations.get(generation)
+    if known is None:
+        raise RolloutError(f"generation {generation} is not staged on this host")
+    if known.state not in states:
+        why = f" ({known.reason})" if known.reason else ""
+        raise RolloutError(f"generation {generation} is {known.state}{why} and cannot be {done}")
+    return known
