@@ -7,11 +7,11 @@ class StoreError(RuntimeError):
     """A store cannot be opened or used; the message is one sentence for the operator."""
 
 
-class StoreLocked(StoreError):
+class StoreLockedError(StoreError):
     """Another process is the writer of this store."""
 
 
-class StoreMissing(StoreError):
+class StoreMissingError(StoreError):
     """There is no store here (yet), or it is being rebuilt; trying again later is right."""
 
 

@@ -1,10 +1,10 @@
 """Event types: what may stand on `item-updates`, `items`, `behaviours`, `users`, `models` and `hosts`.
 
-First step of every path: whatever arrives from a topic, a file or HTTP becomes one of these types, or an EventError with a
-kind (the `error_type` of a dead letter), a message, and the field at fault. No other exception leaves a decode function,
-whatever the bytes. Fields that are not ours are refused: a misspelt `event_tiem` would otherwise be lost in silence. Of a
-key given twice in one object the last one counts, as everywhere in JSON. Knows no Kafka client: key, value, headers and
-partition are plain values.
+First step of every path: whatever arrives from a topic, a file or HTTP becomes one of these types, or an EventError
+with a kind (the `error_type` of a dead letter), a message, and the field at fault. No other exception leaves a
+decode function, whatever the bytes. Fields that are not ours are refused: a misspelt `event_tiem` would otherwise
+be lost in silence. Of a key given twice in one object the last one counts, as everywhere in JSON. Knows no Kafka
+client: key, value, headers and partition are plain values.
 """
 
 from __future__ import annotations

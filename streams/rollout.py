@@ -4,8 +4,8 @@ Between the `models` topic and the API: the supervisor reduces `models` here, mo
 
     staged -> filling -> complete -> active -> former        (any -> failed)
 
-and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no Kafka and
-no Faust.
+and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
+Kafka and no Faust.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ State = Literal["staged", "filling", "complete", "active", "former", "failed"]
 FORMAT = 1
 
 
-class RolloutError(Exception):
+class Refused(Exception):  # noqa: N818 - the outcome has a name of its own
     """A roll-out step that must not happen; the message says why in one sentence."""
 
 
@@ -100,13 +100,11 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
-    """Adds the generation as `staged`. Raises RolloutError where the name was used for another bundle."""
+    """Adds the generation as `staged`. Raises Refused where the name was used for another bundle."""
     known = serving.generations.get(event.generation)
     if known is not None:
         if known.sha256 != event.sha256:
-            raise RolloutError(
-                f"generation {event.generation} was staged before; generation names are never used twice"
-            )
+            raise Refused(f"generation {event.generation} was staged before; generation names are never used twice")
         return serving
     new = GenerationState(
         generation=event.generation, state="staged", offset=offset, uri=event.uri or "", sha256=event.sha256 or ""
@@ -121,7 +119,9 @@ def fill(serving: Serving, generation: str, staged_ends: list[int]) -> Serving:
 
 
 def advance(serving: Serving, generation: str, covered: list[int], filled: list[bool]) -> Serving:
-    """Takes over `covered` and `filled` as the arena reports them; filling -> complete when all partitions are there."""
+    """Takes over `covered` and `filled` as the arena reports them; filling -> complete when all partitions are
+    there.
+    """
     known = serving.generations[generation]
     ends = known.staged_ends
     done = [min(reached + 1, end) for reached, end in zip(covered, ends, strict=True)]
@@ -137,12 +137,12 @@ def advance(serving: Serving, generation: str, covered: list[int], filled: list[
 
 
 def activate(serving: Serving, generation: str) -> Serving:
-    """Makes it the served generation; the one before becomes `former`. Raises RolloutError where it is not complete."""
+    """Makes it the served generation; the one before becomes `former`. Raises Refused where it is not complete."""
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
     if not known.staged_ends or known.progress < 1.0:
-        raise RolloutError(f"generation {generation} is not complete")
+        raise Refused(f"generation {generation} is not complete")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -168,15 +168,15 @@ def running(serving: Serving) -> list[str]:
 
 
 def read(path: Path) -> Serving:
-    """The file's content; an empty Serving where there is no file. Raises RolloutError on one of another format."""
+    """The file's content; an empty Serving where there is no file. Raises Refused on one of another format."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Serving)
     except FileNotFoundError:
         return Serving()
     except msgspec.DecodeError as error:
-        raise RolloutError(f"{path} is not a serving file: {error}") from None
+        raise Refused(f"{path} is not a serving file: {error}") from None
     if found.format != FORMAT:
-        raise RolloutError(f"{path} has format {found.format}; this version reads {FORMAT}")
+        raise Refused(f"{path} has format {found.format}; this version reads {FORMAT}")
     return found
 
 
@@ -198,8 +198,8 @@ def _with(serving: Serving, generation: GenerationState) -> Serving:
 def _expect(serving: Serving, generation: str, states: tuple[State, ...], done: str) -> GenerationState:
     known = serving.generations.get(generation)
     if known is None:
-        raise RolloutError(f"generation {generation} is not staged on this host")
+        raise Refused(f"generation {generation} is not staged on this host")
     if known.state not in states:
         why = f" ({known.reason})" if known.reason else ""
-        raise RolloutError(f"generation {generation} is {known.state}{why} and cannot be {done}")
+        raise Refused(f"generation {generation} is {known.state}{why} and cannot be {done}")
     return known

@@ -1,7 +1,7 @@
 """What a benchmark leaves behind: `reports/<name>.json`, one PNG, and a table on the terminal.
 
-A figure is `{"value", "unit", "low", "high", "n"}`: the median over n repetitions with its range, unless the caller gives
-the value (a percentile over all samples with the range over windows). Tables are lists of flat objects.
+A figure is `{"value", "unit", "low", "high", "n"}`: the median over n repetitions with its range, unless the caller
+gives the value (a percentile over all samples with the range over windows). Tables are lists of flat objects.
 """
 
 from __future__ import annotations
