@@ -1,0 +1,353 @@
+"""Items and profiles as they arrive -> columns for the network. First step of `ItemFold.encode` and `UserFold.block`.
+
+A `FeatureSpec` stands in the bundle's manifest and says everything: which features exist, how strings become table rows
+(CRC-32 modulo a number of buckets: the same in every process and version), how numbers are standardised, which crosses
+own slots. Features that the spec does not name are ignored; features that an item lacks take a learned default.
+Guarantee: `ItemEncoder.columns` never raises for what an item holds; an item that cannot be encoded gets a message and
+harmless columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from encoders.model import NO_CROSS, Features, Sizes
+
+_SLOTS = 65_536  # crosses are stored as u2
+_MEMO_LIMIT = 1 << 20  # remembered strings per feature; beyond it the memory starts again
+_NUMERIC_LIMIT = 8.0  # standardised numbers are clipped to this
+
+
+class SpecError(ValueError):
+    """A feature spec that cannot be used; the message says what is wrong."""
+
+
+class FeatureError(ValueError):
+    """An item or a profile that cannot be encoded; the message names the field."""
+
+
+class Item(Protocol):
+    """What an item event carries; any object with these attributes can be encoded."""
+
+    @property
+    def features(self) -> Mapping[str, Any]: ...
+    @property
+    def embedding(self) -> Sequence[float] | npt.NDArray[np.float32] | None: ...
+    @property
+    def crosses(self) -> Sequence[str]: ...
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """A string or a list of strings, hashed into `buckets` rows and mean-pooled."""
+
+    name: str
+    buckets: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Numeric:
+    """A number, standardised by the mean and the standard deviation of training."""
+
+    name: str
+    mean: float
+    std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Features of items and users, vocabulary of crosses and actions, numeric attributes of the row."""
+
+    item_categories: tuple[Categorical, ...] = ()
+    item_numerics: tuple[Numeric, ...] = ()
+    user_categories: tuple[Categorical, ...] = ()
+    user_numerics: tuple[Numeric, ...] = ()
+    crosses: tuple[str, ...] = ()  # the k-th owns slot k + 1; others hash into the slots behind
+    actions: tuple[str, ...] = ()  # the k-th has code k + 1; 0 = unknown
+    attributes: tuple[str, ...] = ()  # numeric attributes kept in the row
+
+    def __post_init__(self) -> None:
+        for names in (
+            [*(c.name for c in self.item_categories), *(n.name for n in self.item_numerics)],
+            [*(c.name for c in self.user_categories), *(n.name for n in self.user_numerics)],
+            self.crosses,
+            self.actions,
+            self.attributes,
+        ):
+            if len(set(names)) != len(names):
+                raise SpecError(f"names stand twice in the feature spec: {sorted(names)[:8]}")
+        if len(self.crosses) >= _SLOTS - 1:
+            raise SpecError(f"{len(self.crosses)} crosses do not leave a slot for unknown ones")
+        if len(self.actions) > 255:
+            raise SpecError(f"{len(self.actions)} actions do not fit one byte")
+        if any(c.buckets < 1 for c in (*self.item_categories, *self.user_categories)):
+            raise SpecError("a categorical feature needs at least one bucket")
+        if any(not n.std > 0 or not math.isfinite(n.mean) for n in (*self.item_numerics, *self.user_numerics)):
+            raise SpecError("a numeric feature needs a finite mean and a positive standard deviation")
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            item=(_table_rows(self.item_categories), len(self.item_categories), len(self.item_numerics)),
+            user=(_table_rows(self.user_categories), len(self.user_categories), len(self.user_numerics)),
+            actions=len(self.actions),
+        )
+
+    def action_codes(self, names: Sequence[str]) -> npt.NDArray[np.uint8]:
+        """Codes of action names; index the result with another store's codes to translate a whole history."""
+        known = {name: code for code, name in enumerate(self.actions, start=1)}
+        return np.array([known.get(name, 0) for name in names], dtype=np.uint8)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> FeatureSpec:
+        """Raises SpecError where `fields` is not what `to_json` gave."""
+        try:
+            return cls(
+                item_categories=tuple(Categorical(**feature) for feature in fields["item_categories"]),
+                item_numerics=tuple(Numeric(**feature) for feature in fields["item_numerics"]),
+                user_categories=tuple(Categorical(**feature) for feature in fields["user_categories"]),
+                user_numerics=tuple(Numeric(**feature) for feature in fields["user_numerics"]),
+                crosses=tuple(fields["crosses"]),
+                actions=tuple(fields["actions"]),
+                attributes=tuple(fields["attributes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise SpecError(f"the feature spec does not read: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemColumns:
+    """A batch of items as columns; a row with an error holds defaults and a zero embedding."""
+
+    features: Features
+    embedding: npt.NDArray[np.float32]  # [n, e]
+    crosses: npt.NDArray[np.uint16]  # [n, C]
+    attributes: npt.NDArray[np.float32]  # [n, A], NaN = absent
+    errors: list[str | None]
+
+
+class ItemEncoder:
+    """Items -> ItemColumns. Holds the memory of hashed strings; one per thread."""
+
+    def __init__(self, spec: FeatureSpec, embedding_dim: int, crosses: int) -> None:
+        self._bags = _Bags(spec.item_categories, spec.item_numerics)
+        self._slots = _Slots(spec.crosses)
+        self._attributes = spec.attributes
+        self._crosses = crosses
+        self._embedding = struct.Struct(f"={embedding_dim}d")
+        self._embedding_dim = embedding_dim
+
+    def columns(self, items: Sequence[Item]) -> ItemColumns:
+        n = len(items)
+        errors: list[str | None] = [None] * n
+        embedding = np.zeros((n, self._embedding_dim), dtype=np.float64)
+        crosses = np.zeros((n, self._crosses), dtype=np.uint16)
+        attributes = np.full((n, len(self._attributes)), np.nan, dtype=np.float64)
+        batch = self._bags.batch()
+        for row, item in enumerate(items):
+            mark = batch.mark()
+            try:
+                batch.add(item.features)
+                self._put_embedding(embedding, row, item.embedding)
+                if item.crosses:
+                    self._put_crosses(crosses, row, item.crosses)
+                if self._attributes and item.attributes:
+                    self._put_attributes(attributes, row, item.attributes)
+            except (FeatureError, TypeError, AttributeError, OverflowError) as error:
+                errors[row] = str(error)
+                embedding[row], crosses[row], attributes[row] = 0, NO_CROSS, np.nan
+                batch.reset(mark)
+                batch.add({})
+        narrow = _narrow(embedding, np.isfinite, errors, "embedding holds a value that is not finite in 32 bits")
+        return ItemColumns(
+            features=batch.features(narrow),
+            embedding=narrow,
+            crosses=crosses,
+            attributes=_narrow(attributes, lambda a: ~np.isinf(a), errors, "an attribute does not fit 32 bits"),
+            errors=errors,
+        )
+
+    def _put_embedding(self, out: npt.NDArray[np.float64], row: int, values: Any) -> None:
+        if values is None:
+            raise FeatureError("embedding is missing")
+        if len(values) != self._embedding_dim:
+            raise FeatureError(f"embedding has {len(values)} values, the bundle needs {self._embedding_dim}")
+        if isinstance(values, np.ndarray):
+            out[row] = values
+            return
+        try:
+            self._embedding.pack_into(out.data, row * self._embedding.size, *values)
+        except struct.error:
+            raise FeatureError("embedding holds a value that is not a number") from None
+
+    def _put_crosses(self, out: npt.NDArray[np.uint16], row: int, names: Sequence[str]) -> None:
+        if isinstance(names, str):
+            raise FeatureError("crosses are not a list of strings")
+        slots = dict.fromkeys(map(self._slots.__getitem__, names))  # equal slots once, in the item's order
+        for place, slot in zip(range(self._crosses), slots, strict=False):
+            out[row, place] = slot
+
+    def _put_attributes(self, out: npt.NDArray[np.float64], row: int, values: Mapping[str, Any]) -> None:
+        for place, name in enumerate(self._attributes):
+            value = values.get(name)
+            if isinstance(value, (int, float)):
+                out[row, place] = value  # OverflowError: an integer beyond 64-bit floats
+
+
+class ProfileEncoder:
+    """Profiles -> Features of the profile tower; None becomes the defaults. One per thread."""
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        self._bags = _Bags(spec.user_categories, spec.user_numerics)
+
+    def features(self, profiles: Sequence[Mapping[str, Any] | None]) -> Features:
+        """Raises FeatureError on a value of the wrong type."""
+        batch = self._bags.batch()
+        for profile in profiles:
+            batch.add(profile or {})
+        return batch.features(np.ones((len(profiles), 1), dtype=np.float32))
+
+
+class _Bags:
+    """Shared part of items and profiles: categorical and numeric features in the order of the spec."""
+
+    def __init__(self, categories: Sequence[Categorical], numerics: Sequence[Numeric]) -> None:
+        base = 0
+        self.memos: list[tuple[str, _Buckets]] = []
+        for feature in categories:
+            self.memos.append((feature.name, _Buckets(feature.name, base, feature.buckets)))
+            base += feature.buckets + 1
+        self.numerics = [feature.name for feature in numerics]
+        self.mean = np.array([feature.mean for feature in numerics], dtype=np.float64)
+        self.std = np.array([feature.std for feature in numerics], dtype=np.float64)
+
+    def batch(self) -> _Batch:
+        return _Batch(self)
+
+
+class _Batch:
+    """Columns under construction; `mark` and `reset` undo a row that failed half way."""
+
+    def __init__(self, bags: _Bags) -> None:
+        self._of = bags
+        self._ids: list[int] = []
+        self._offsets: list[int] = []
+        self._numerics: list[float] = []
+
+    def mark(self) -> tuple[int, int, int]:
+        return len(self._ids), len(self._offsets), len(self._numerics)
+
+    def reset(self, mark: tuple[int, int, int]) -> None:
+        del self._ids[mark[0] :], self._offsets[mark[1] :], self._numerics[mark[2] :]
+
+    def add(self, features: Mapping[str, Any]) -> None:
+        ids = self._ids
+        get = features.get
+        for name, buckets in self._of.memos:
+            self._offsets.append(len(ids))
+            value = get(name)
+            if value.__class__ is str:
+                ids.append(buckets[value])
+            elif not value and (value is None or isinstance(value, (list, tuple))):
+                ids.append(buckets.missing)
+            elif isinstance(value, (list, tuple)):
+                ids.extend(map(buckets.__getitem__, value))
+            else:
+                raise FeatureError(f"feature {name!r} is neither a string nor a list of strings")
+        for name in self._of.numerics:
+            value = get(name)
+            if value is None:
+                self._numerics.append(math.nan)
+            elif value.__class__ is float or value.__class__ is int:
+                number = float(value)
+                if not math.isfinite(number):
+                    raise FeatureError(f"feature {name!r} is not finite")
+                self._numerics.append(number)
+            else:
+                raise FeatureError(f"feature {name!r} is not a number")
+
+    def features(self, dense: npt.NDArray[np.float32]) -> Features:
+        numerics = np.array(self._numerics, dtype=np.float64).reshape(len(dense), len(self._of.numerics))
+        with np.errstate(over="ignore"):
+            scaled = np.clip((numerics - self._of.mean) / self._of.std, -_NUMERIC_LIMIT, _NUMERIC_LIMIT)
+        return Features(
+            ids=torch.from_numpy(np.array(self._ids, dtype=np.int64)),
+            offsets=torch.from_numpy(np.array(self._offsets, dtype=np.int64)),
+            numerics=torch.from_numpy(scaled.astype(np.float32)),
+            dense=torch.from_numpy(dense),
+        )
+
+
+class _Buckets(dict[str, int]):
+    """String -> row of the category table, remembered; row `base` stands for a missing value."""
+
+    def __init__(self, name: str, base: int, buckets: int) -> None:
+        super().__init__()
+        self.missing = base
+        self._name, self._base, self._buckets = name, base, buckets
+
+    def __missing__(self, value: str) -> int:
+        if value.__class__ is not str:
+            raise FeatureError(f"feature {self._name!r} holds a value that is not a string")
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        row = self[value] = self._base + 1 + _hash(value) % self._buckets
+        return row
+
+
+class _Slots(dict[str, int]):
+    """Cross -> slot: the vocabulary's own, or one of the slots behind it by hash."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        super().__init__()
+        self._vocabulary = {name: slot for slot, name in enumerate(vocabulary, start=1)}
+        self._first = len(vocabulary) + 1
+
+    def __missing__(self, name: str) -> int:
+        if name.__class__ is not str:
+            raise FeatureError("crosses hold a value that is not a string")
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        slot = self[name] = self._vocabulary.get(name) or self._first + _hash(name) % (_SLOTS - self._first)
+        return slot
+
+
+def cross_slots(spec: FeatureSpec, names: Sequence[str]) -> npt.NDArray[np.uint16]:
+    """Slots of cross names, for explaining a row."""
+    slots = _Slots(spec.crosses)
+    return np.array([slots[name] for name in names], dtype=np.uint16)
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
+
+
+def _table_rows(categories: Sequence[Categorical]) -> int:
+    return max(1, sum(feature.buckets + 1 for feature in categories))
+
+
+def _narrow(
+    values: npt.NDArray[np.float64], usable: Any, errors: list[str | None], message: str
+) -> npt.NDArray[np.float32]:
+    """To 32 bits; rows that are not `usable` there become zero and get `message`."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    bad = ~usable(narrow).all(axis=1)
+    for row in np.flatnonzero(bad):
+        errors[row] = errors[row] or message
+        narrow[row] = 0
+    return narrow

@@ -1,0 +1,300 @@
+"""The exact fold: item rows on the nearline side, user blocks on the request's side, the head; and the oracle of both.
+
+`ItemFold` runs in encode workers, `UserFold` in the API's user inference; RTP joins their arrays:
+
+    z = joint_i + P + C w_i + D s_i + T log1p(hist_ui) + mean_c G[c]          s_i in {-1,+1}^b      score = MLP(relu(z))
+
+Guarantee: that score equals `reference_scores`, the training form's forward pass on the same inputs, within 1e-5 (fp32
+arrays). `join_scores` is the join in plain NumPy, the oracle of faster ones. Arrays are float32 unless their line says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from encoders import lsh
+from encoders.bundle import Bundle
+from encoders.features import FeatureError, Item, ItemEncoder, ProfileEncoder
+from encoders.model import NO_CROSS, RECENCY_EDGES, Candidates, Features, Users, sim_counts
+
+F4 = npt.NDArray[np.float32]
+U1 = npt.NDArray[np.uint8]
+U2 = npt.NDArray[np.uint16]
+I8 = npt.NDArray[np.int64]
+
+_LIMITS = {"fp16": float(np.finfo(np.float16).max), "fp32": float(np.finfo(np.float32).max)}
+_REFERENCE_CHUNK = 1_024  # candidates per forward pass of the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedItems:
+    """Columns of n rows, before they are narrowed to the row's precision. Rows with an error must not be stored."""
+
+    joint: F4  # [n, h]
+    bridge: F4  # [n, bridges]
+    signature: U1  # [n, b / 8]
+    vector: F4  # [n, d]
+    crosses: U2  # [n, C], slots, 0 = none
+    attributes: F4  # [n, A], NaN = absent
+    errors: list[str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Behaviours:
+    """A user's behaviours whose items have a row, oldest first; the first three columns are those of the rows."""
+
+    vectors: F4  # [L, d]
+    signatures: U1  # [L, b / 8]
+    crosses: U2  # [L, C]
+    actions: U1  # [L], codes of the bundle (FeatureSpec.action_codes)
+    times: I8  # [L], milliseconds since the epoch, ascending
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def until(self, as_of: int) -> Behaviours:
+        """Those not after `as_of`."""
+        cut = int(np.searchsorted(self.times, as_of, side="right"))
+        return Behaviours(
+            self.vectors[:cut], self.signatures[:cut], self.crosses[:cut], self.actions[:cut], self.times[:cut]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UserBlock:
+    """The folded user side of the first layer, valid for one generation and one point in time."""
+
+    P: F4  # [h]
+    C: F4  # [h, bridges]
+    D: F4  # [h, b]
+    G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
+    cross_slots: U2  # [c], ascending; slot k belongs to row k + 1 of G
+    window: U1  # [Lw, b / 8], signatures of the newest behaviours
+    generation: str
+    as_of: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What every request of a generation shares: SimTier's table and edges, and the MLP behind the first ReLU."""
+
+    T: F4  # [h, tiers]
+    edges: npt.NDArray[np.int32]  # [tiers - 1], ascending
+    weights: tuple[F4, ...]  # each [outputs, inputs]; the last has one output; ReLU stands before each
+    biases: tuple[F4, ...]  # each [outputs]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Head:
+        model = bundle.model
+        return cls(
+            T=_array(model.W1t @ model.tier_table.T),
+            edges=np.array(model.config.tier_edges, dtype=np.int32),
+            weights=tuple(_array(layer.get_parameter("weight")) for layer in model.head),
+            biases=tuple(_array(layer.get_parameter("bias")) for layer in model.head),
+        )
+
+
+class ItemFold:
+    """Items -> rows. Not for use by two threads at once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._model, config = bundle.model, bundle.manifest.config
+        self._encoder = ItemEncoder(bundle.manifest.features, config.embedding_dim, config.crosses)
+        self._projection = _array(bundle.model.projection)
+        self._centre = _array(bundle.model.centre)
+        self._precision = bundle.manifest.precision
+
+    def encode(self, items: Sequence[Item]) -> EncodedItems:
+        """Rows of a batch; never raises for what an item holds: `errors[k]` says why item k has no row."""
+        columns = self._encoder.columns(items)
+        model = self._model
+        with torch.inference_mode():
+            x = model.item_vectors(columns.features)  # [n, d]
+            bridge = _array(model.bridge_weights(x))
+            joint = _array(torch.addmm(model.b1, x, model.W1x.T))
+            vector = _array(x)
+        limit = _LIMITS[self._precision]
+        fits = (
+            (np.abs(joint) <= limit).all(axis=1)
+            & (np.abs(vector) <= limit).all(axis=1)
+            & np.isfinite(bridge).all(axis=1)
+        )
+        errors = columns.errors
+        for row in np.flatnonzero(~fits):
+            errors[row] = errors[row] or f"the encoded row does not fit {self._precision}"
+        return EncodedItems(
+            joint=joint,
+            bridge=bridge,
+            signature=lsh.signatures(columns.embedding, self._centre, self._projection),
+            vector=vector,
+            crosses=columns.crosses,
+            attributes=columns.attributes,
+            errors=errors,
+        )
+
+
+class UserFold:
+    """Profile and behaviours -> user block. May be shared by threads; heavy steps release the GIL."""
+
+    def __init__(self, bundle: Bundle, generation: str | None = None) -> None:
+        """`generation` is what the blocks are stamped with, by default the bundle's version."""
+        model = bundle.model
+        self._model, self._config = model, bundle.manifest.config
+        self._profiles = ProfileEncoder(bundle.manifest.features)
+        self._generation = generation or bundle.manifest.version
+        self._token_table = _array(model.token_table())
+        self._recency_edges = np.array(RECENCY_EDGES, dtype=np.int64)
+        self._absent = model.W1s @ model.no_cross  # [h]
+
+    def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
+        """The block of a user at `as_of` (ms); later behaviours do not enter. Raises FeatureError for a bad profile."""
+        past = behaviours.until(as_of)
+        with torch.inference_mode():
+            tokens = self._tokens(past, as_of)  # [L, d]
+            P, C = self._user_side(profile, tokens)
+            D, constant = self._din(tokens, past.signatures)
+            P = P + constant
+            if not len(past):
+                P = P + self._model.W1t @ self._model.no_window
+            slots, G = self._sim(tokens, past, as_of)
+        window = past.signatures[max(0, len(past) - self._config.window) :]
+        return UserBlock(
+            P=_array(P),
+            C=_array(C),
+            D=_array(D),
+            G=_array(G),
+            cross_slots=slots,
+            window=np.ascontiguousarray(window),
+            generation=self._generation,
+            as_of=as_of,
+        )
+
+    def _tokens(self, past: Behaviours, as_of: int) -> torch.Tensor:
+        recency = np.searchsorted(self._recency_edges, as_of - past.times, side="right")
+        known = np.where(past.actions < len(self._model.action_table), past.actions, 0).astype(np.int64)
+        tokens = self._token_table[known * len(self._model.recency_table) + recency]
+        tokens += past.vectors
+        return torch.from_numpy(tokens)
+
+    def _user_side(self, profile: Mapping[str, Any] | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """P without the constants [h], and C [h, bridges]."""
+        model = self._model
+        features = self._profiles.features([profile])
+        p = model.profiles(features, torch.tensor([profile is not None]))  # [1, d]
+        recent = tokens[None, max(0, len(tokens) - self._config.recent) :]  # [1, R, d]
+        valid = torch.ones(1, recent.shape[1], dtype=torch.bool)
+        user = model.user_tower(p, recent, valid)  # [1, d]
+        V = model.bridge_values(p, recent, valid)  # [1, n, d]
+        return model.W1u @ user[0], model.W1b @ V[0].T
+
+    def _din(self, tokens: torch.Tensor, signatures: U1) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [h, b] and DIN's constant part [h]. sim = scale * ((b + s_i . s_j) / 2b - shift) parts into these two."""
+        config, W1d, L = self._config, self._model.W1d, len(tokens)
+        if L == 0:
+            return torch.zeros(config.width, config.bits), W1d @ self._model.no_din
+        crossed = tokens.T @ torch.from_numpy(lsh.signs(signatures))  # [d, b]
+        D = W1d @ crossed * (config.din_scale / (2 * config.bits * L))
+        constant = W1d @ tokens.mean(dim=0) * (config.din_scale * (0.5 - config.din_shift))
+        return D, constant
+
+    def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
+        """Slots of the user's crosses [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
+        flat = past.crosses.ravel()
+        used = np.flatnonzero(flat != NO_CROSS)
+        if not len(used):
+            return np.empty(0, dtype=np.uint16), self._absent[None, :]
+        used = used[np.argsort(flat[used], kind="stable")]  # by slot, and oldest first within it
+        start = np.flatnonzero(np.diff(flat[used], prepend=np.uint16(NO_CROSS)))
+        count = np.diff(start, append=len(used))
+        member = used // past.crosses.shape[1]  # behaviour of each
+        age = as_of - past.times[member[start + count - 1]]
+        mean = functional.embedding_bag(
+            torch.from_numpy(member), tokens, torch.from_numpy(start), mode="mean"
+        )  # [c, d]
+        counts = sim_counts(torch.from_numpy(count.astype(np.float32)), torch.from_numpy(age))
+        G = torch.cat([counts, mean], dim=1) @ self._model.W1s.T  # [c, h]
+        return flat[used[start]], torch.cat([self._absent[None, :], G])
+
+
+def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
+    """Scores [n] of rows for a user: the join and the head in NumPy."""
+    table = np.zeros(1 << 16, dtype=np.int64)  # slot -> row of G
+    table[block.cross_slots] = np.arange(1, len(block.cross_slots) + 1)
+    used = (rows.crosses != NO_CROSS)[:, :, None]  # [n, C, 1]
+    cross = (block.G[table[rows.crosses]] * used).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
+    cross = np.where(used.any(axis=1), cross, block.G[0])
+    counts = lsh.tier_counts(lsh.matches(rows.signature, block.window), head.edges)
+    z = (
+        rows.joint
+        + block.P
+        + rows.bridge @ block.C.T
+        + lsh.signs(rows.signature) @ block.D.T
+        + np.log1p(counts.astype(np.float32)) @ head.T.T
+        + cross
+    )
+    for weight, bias in zip(head.weights, head.biases, strict=True):
+        z = np.maximum(z, 0) @ weight.T + bias
+    out: F4 = z[:, 0].astype(np.float32)
+    return out
+
+
+def reference_scores(
+    bundle: Bundle,
+    profile: Mapping[str, Any] | None,
+    behaviours: Behaviours,
+    items: Sequence[Item],
+    as_of: int,
+) -> F4:
+    """Logits [n] of the training form on the same inputs: the oracle of every parity test.
+
+    Raises FeatureError, naming the item's place, where an item cannot be encoded.
+    """
+    spec, config = bundle.manifest.features, bundle.manifest.config
+    columns = ItemEncoder(spec, config.embedding_dim, config.crosses).columns(items)
+    for place, error in enumerate(columns.errors):
+        if error is not None:
+            raise FeatureError(f"item {place}: {error}")
+    packed = lsh.signatures(columns.embedding, _array(bundle.model.centre), _array(bundle.model.projection))
+    users = _one_user(bundle, profile, behaviours.until(as_of), as_of)
+    scores = []
+    with torch.inference_mode():
+        for at in range(0, len(items), _REFERENCE_CHUNK):
+            chunk = slice(at, at + _REFERENCE_CHUNK)
+            candidates = Candidates(
+                features=ItemEncoder(spec, config.embedding_dim, config.crosses).columns(items[chunk]).features,
+                signatures=torch.from_numpy(lsh.signs(packed[chunk])),
+                crosses=torch.from_numpy(columns.crosses[chunk].astype(np.int64)),
+                index=torch.arange(len(packed[chunk]))[None, :],
+            )
+            scores.append(_array(bundle.model(users, candidates)[0]))
+    return np.concatenate(scores) if scores else np.empty(0, dtype=np.float32)
+
+
+def _one_user(bundle: Bundle, profile: Mapping[str, Any] | None, past: Behaviours, as_of: int) -> Users:
+    known = len(bundle.model.action_table)
+    actions = np.where(past.actions < known, past.actions, 0).astype(np.int64)
+    features: Features = ProfileEncoder(bundle.manifest.features).features([profile])
+    return Users(
+        profile=features,
+        known=torch.tensor([profile is not None]),
+        vectors=torch.tensor(past.vectors)[None],
+        signatures=torch.from_numpy(lsh.signs(past.signatures))[None],
+        crosses=torch.from_numpy(past.crosses.astype(np.int64))[None],
+        actions=torch.from_numpy(actions)[None],
+        ages=torch.from_numpy(as_of - past.times)[None],
+        valid=torch.ones(1, len(past), dtype=torch.bool),
+    )
+
+
+def _array(tensor: torch.Tensor) -> F4:
+    """A contiguous float32 array of the tensor's values."""
+    out: F4 = np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32)
+    return out

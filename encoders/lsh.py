@@ -1,0 +1,64 @@
+"""LSH signatures of items: sign bits of a seeded random projection of the centred frozen embedding.
+
+Computed once per item and generation by `ItemFold`; compared bit by bit on the request path. The similarity of two
+items is the number of equal bits divided by `bits`. Bits are packed in little order: bit k of a signature is bit k % 8
+of byte k // 8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+def projection(embedding_dim: int, bits: int, seed: int) -> npt.NDArray[np.float32]:
+    """A Gaussian random projection [embedding_dim, bits]; `bits` is a multiple of 8."""
+    if bits % 8:
+        raise ValueError(f"{bits} bits do not fill whole bytes")
+    return np.random.default_rng(seed).standard_normal((embedding_dim, bits), dtype=np.float32)
+
+
+def signatures(
+    embedding: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], projection: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint8]:
+    """Signatures u1 [n, bits / 8] of embeddings [n, e]: bit set where the projection is >= 0."""
+    return np.packbits((embedding - centre) @ projection >= 0, axis=1, bitorder="little")
+
+
+def signs(signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Packed signatures [..., bits / 8] -> -1 and +1 [..., bits]."""
+    return _SIGNS[signatures].reshape(*signatures.shape[:-1], signatures.shape[-1] * 8)
+
+
+def matches(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Equal bits [n, m] of signatures a [n, bits / 8] and b [m, bits / 8]; the oracle of the popcount kernels."""
+    unequal = np.bitwise_count(a[:, None, :] ^ b[None, :, :]).sum(axis=2, dtype=np.int32)
+    equal: npt.NDArray[np.int32] = 8 * a.shape[1] - unequal
+    return equal
+
+
+def tier_counts(
+    matches: npt.NDArray[np.int32], edges: npt.NDArray[np.int32] | tuple[int, ...]
+) -> npt.NDArray[np.int32]:
+    """Histogram [n, len(edges) + 1] of each row of `matches` [n, m]; tier = number of edges <= equal bits."""
+    tier = np.searchsorted(np.asarray(edges), matches, side="right")
+    return np.stack([(tier == t).sum(axis=1, dtype=np.int32) for t in range(len(edges) + 1)], axis=1)
+
+
+def tier_edges(sample: npt.NDArray[np.int32], tiers: int, bits: int) -> tuple[int, ...]:
+    """`tiers` - 1 strictly ascending edges in 1..bits that part a sample of equal bits into tiers of like size."""
+    if tiers - 1 > bits:
+        raise ValueError(f"{tiers} tiers need more than {bits} bits")
+    quantiles = (
+        np.quantile(sample, np.arange(1, tiers) / tiers) if sample.size else np.linspace(0, bits, tiers + 1)[1:-1]
+    )
+    edges: list[int] = []
+    for place, quantile in enumerate(quantiles):
+        low = edges[-1] + 1 if edges else 1
+        high = bits - (tiers - 2 - place)  # leaves room for the edges that follow
+        edges.append(min(max(int(np.ceil(quantile)), low), high))
+    return tuple(edges)
+
+
+# The eight signs of every byte value, lowest bit first [256, 8].
+_SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32) * 2 - 1
