@@ -76,7 +76,7 @@ class Settings:
 
     @property
     def metrics_dir(self) -> Path:
-        """Prometheus' multi-process files of all processes of the host; emptied when the supervisor starts."""
+        """Metrics files of all processes of the host; the supervisor removes those of ended ones when it starts."""
         return self.state / "metrics"
 
 

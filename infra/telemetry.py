@@ -1,0 +1,106 @@
+"""Logs and metrics of every process. Logs go to stderr; metrics to files that all processes of the host share.
+
+Prometheus' client decides when it is imported whether it shares: call `start_metrics` before anything imports it, and
+make metrics only through `counter`, `gauge` and `histogram`, which import it late.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infra.processes import identity_of
+from infra.settings import Settings
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter, Gauge, Histogram
+
+_SHARED = "PROMETHEUS_MULTIPROC_DIR"
+_TALKATIVE = ("kafka", "aiokafka", "faust", "mode", "numba")  # quiet below warning unless debugging
+
+
+def configure_logging(settings: Settings, job: str) -> None:
+    """Root logger to stderr: one line per record, or a JSON object with `log_json`; `job` names the process."""
+    handler = logging.StreamHandler(sys.stderr)
+    if settings.log_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        fixed = {"job": job, "host": settings.host}
+        handler.setFormatter(
+            JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names, static_fields=fixed)
+        )
+    else:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {job} %(name)s: %(message)s"))
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(level if level == "DEBUG" else "WARNING")
+
+
+def start_metrics(settings: Settings) -> None:
+    """Share this process' metrics. Raises RuntimeError if prometheus_client was imported before."""
+    shared = str(settings.metrics_dir.absolute())
+    if "prometheus_client" in sys.modules and os.environ.get(_SHARED) != shared:
+        raise RuntimeError("start_metrics must be called before prometheus_client is imported")
+    settings.metrics_dir.mkdir(parents=True, exist_ok=True)
+    os.environ[_SHARED] = shared
+
+
+def clear_metrics(settings: Settings) -> None:
+    """Forget the metrics of processes that ended; for the supervisor when it starts."""
+    for path in settings.metrics_dir.glob("*.db"):
+        if identity_of(_pid_of(path)) is None:
+            path.unlink(missing_ok=True)
+
+
+@cache
+def counter(name: str, meaning: str, labels: Sequence[str] = ()) -> Counter:
+    """`labels` a tuple. The same name gives the same metric again, here and below."""
+    from prometheus_client import Counter
+
+    return Counter(name, meaning, labels)
+
+
+@cache
+def gauge(name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
+    """The newest value that any live process set."""
+    from prometheus_client import Gauge
+
+    return Gauge(name, meaning, labels, multiprocess_mode="livemostrecent")
+
+
+@cache
+def histogram(name: str, meaning: str, labels: Sequence[str] = (), buckets: Sequence[float] = ()) -> Histogram:
+    """`buckets` a tuple of upper bounds in the metric's unit; empty: prometheus_client's."""
+    from prometheus_client import Histogram
+
+    return Histogram(name, meaning, labels, buckets=buckets or Histogram.DEFAULT_BUCKETS)
+
+
+def render(settings: Settings) -> bytes:
+    """All processes' metrics in Prometheus' text form; gauges of processes that ended are left out.
+
+    A process that did not call `start_metrics` (a test) shows its own alone.
+    """
+    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
+
+    if not os.environ.get(_SHARED):
+        return generate_latest(REGISTRY)
+    folder = settings.metrics_dir.absolute()
+    for pid in {_pid_of(path) for path in folder.glob("gauge_live*.db")}:
+        if identity_of(pid) is None:
+            multiprocess.mark_process_dead(pid, str(folder))
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(folder))
+    return generate_latest(registry)
+
+
+def _pid_of(path: Path) -> int:
+    """Prometheus' client ends its files' names with the pid: `counter_123.db`."""
+    return int(path.stem.rpartition("_")[2])
