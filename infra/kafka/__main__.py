@@ -100,3 +100,7 @@ def _topics(settings: Settings) -> int:
         written = sum(end.offset for partition, end in ends.items() if partition.topic == name)
         print(f"{name:40} {count:3} partitions {written:>12,} records written")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
