@@ -1,0 +1,84 @@
+"""Logs that can be read by people and machines; metrics of several processes in one page."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+_JOB = """
+import logging, sys
+from infra import settings, telemetry
+mine = settings.load()
+telemetry.start_metrics(mine)
+telemetry.configure_logging(mine, "job")
+telemetry.counter("rows_total", "Rows.", ("kind",)).labels("new").inc(int(sys.argv[1]))
+telemetry.counter("rows_total", "Rows.", ("kind",)).labels("new").inc()
+telemetry.gauge("lag", "Lag.").set(int(sys.argv[1]))
+telemetry.histogram("seconds", "Time.", buckets=(0.1, 1.0)).observe(0.5)
+logging.getLogger("streams.ingest").info("kept %d", 3, extra={"partition": 7})
+logging.getLogger("kafka.conn").info("chatter")
+"""
+_PAGE = "\nprint(telemetry.render(mine).decode())"
+
+
+def run(code: str, state: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    environ = os.environ | {"FORERANK_STATE": str(state), "PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environ, capture_output=True, text=True, check=True, timeout=60
+    )
+
+
+def test_metrics_of_all_processes_add_up_and_gauges_of_ended_ones_go(tmp_path: Path) -> None:
+    run(_JOB, tmp_path, "10")
+    page = run(_JOB + _PAGE, tmp_path, "20").stdout
+    assert 'rows_total{kind="new"} 32.0' in page
+    assert 'seconds_bucket{le="1.0"} 2.0' in page
+    assert "seconds_count 2.0" in page
+    assert "\nlag 20.0" in page
+    ended = run(
+        "from infra import settings, telemetry\nmine = settings.load()\ntelemetry.start_metrics(mine)" + _PAGE, tmp_path
+    )
+    assert "\nlag " not in ended.stdout
+    assert 'rows_total{kind="new"} 32.0' in ended.stdout
+
+
+def test_clearing_forgets_ended_processes_alone(tmp_path: Path) -> None:
+    run(_JOB, tmp_path, "10")
+    page = run(_JOB + "\ntelemetry.clear_metrics(mine)" + _PAGE, tmp_path, "20").stdout
+    assert 'rows_total{kind="new"} 21.0' in page
+
+
+def test_sharing_must_begin_before_the_client_is_imported(tmp_path: Path) -> None:
+    code = "import prometheus_client\n" + _JOB
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(code, tmp_path, "1")
+    assert "must be called before prometheus_client is imported" in caught.value.stderr
+
+
+def test_a_line_for_people(tmp_path: Path) -> None:
+    lines = run(_JOB, tmp_path, "1").stderr.splitlines()
+    assert len(lines) == 1  # the client library's own information is left out
+    assert lines[0].endswith("INFO    job streams.ingest: kept 3")
+
+
+def test_an_object_for_machines(tmp_path: Path) -> None:
+    (line,) = run(_JOB, tmp_path, "1", FORERANK_LOG_JSON="1", FORERANK_HOST="a").stderr.splitlines()
+    record = json.loads(line)
+    del record["time"]
+    assert record == {
+        "level": "INFO",
+        "logger": "streams.ingest",
+        "message": "kept 3",
+        "partition": 7,
+        "job": "job",
+        "host": "a",
+    }
+
+
+def test_debug_shows_the_libraries_too(tmp_path: Path) -> None:
+    assert "chatter" in run(_JOB, tmp_path, "1", FORERANK_LOG_LEVEL="debug").stderr
