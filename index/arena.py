@@ -1,15 +1,39 @@
-"""Readers' side of the rows: memory-mapped records of one generation, written by one process, read by all API processes."""
+"""The arena: the rows of one generation in memory-mapped files, written by `replicate`, read by all API processes.
+
+Files in `<n2o>/arena`: `control` (a page or more, kept for ever), `hot.<k>` and `cold.<k>` (records by slot),
+`table.<k>` (id table). Which of them are in force stands in the control page. `index/table.py` has the rows'
+publication protocol; this file has what changes rarely:
+
+Growth, without stopping readers: 1. the new table is filled, the record files are made longer, 2. the other half of
+the control page's geometry is written, 3. `epoch` is increased (release), 4. what is no longer used is unlinked.
+Readers look at `epoch` before each gather and map anew; what they have mapped stays valid memory as long as they use
+it, and a row that was replaced or removed meanwhile is void there, so they notice.
+
+Guarantees: a row read is whole, belongs to the key asked for, and was live at some time during the call, whatever the
+writer does, however long either side pauses, and whether or not the writer is killed. After power loss (another boot id
+without a clean end) nothing here is trusted: readers refuse, the writer builds anew from RocksDB.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import mmap
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index.layout import RowLayout
+from index import table
+from index.errors import N2OError, StoreMissingError
+from index.layout import RowLayout, aligned_empty
+
+MAGIC = 0x414E455241524F46  # "FORARENA"
+FORMAT = 1
+PAGE = 4096
+LEAST_RECORDS = 1024  # capacity of an empty arena
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +46,67 @@ class Progress:
     digest: NDArray[np.uint64]  # sum of digest_of(key, version) over the live rows
     filled: NDArray[np.bool_]  # the newest fill proof agreed with count and digest
     mismatch: NDArray[np.bool_]  # the newest fill proof did not: the generation has failed
+
+    @classmethod
+    def empty(cls, partitions: int) -> Progress:
+        """No partition has covered anything."""
+        return cls(
+            covered=np.full(partitions, -1, np.int64),
+            rows_offset=np.full(partitions, -1, np.int64),
+            count=np.zeros(partitions, np.int64),
+            digest=np.zeros(partitions, np.uint64),
+            filled=np.zeros(partitions, np.bool_),
+            mismatch=np.zeros(partitions, np.bool_),
+        )
+
+    def copy(self) -> Progress:
+        return Progress(**{field.name: getattr(self, field.name).copy() for field in dataclasses.fields(self)})
+
+    def to_array(self) -> NDArray[Any]:
+        """As PROGRESS records, the form of both stores."""
+        out = np.zeros(len(self.covered), PROGRESS)
+        for field in dataclasses.fields(self):
+            out[field.name] = getattr(self, field.name)
+        return out
+
+    @classmethod
+    def from_array(cls, array: NDArray[Any]) -> Progress:
+        return cls(**{name: np.ascontiguousarray(array[name]) for name in PROGRESS.names or ()})
+
+
+PROGRESS: np.dtype[np.void] = np.dtype(
+    [
+        ("covered", "<i8"),
+        ("rows_offset", "<i8"),
+        ("count", "<i8"),
+        ("digest", "<u8"),
+        ("filled", "?"),
+        ("mismatch", "?"),
+    ]
+)
+GEOMETRY = np.dtype(
+    [("records_number", "<u8"), ("records", "<u8"), ("table_number", "<u8"), ("entries", "<u8")]
+)  # which files, how many records and entries they hold
+
+
+def _control_type(partitions: int) -> np.dtype[np.void]:
+    """Two halves for what is more than one word: the one in force is the parity of the word before it."""
+    return np.dtype(
+        [
+            ("magic", "<u8"),
+            ("format", "<u8"),
+            ("layout", "<u8"),
+            ("partitions", "<u8"),
+            ("store", "<u8"),  # the RocksDB these rows come from
+            ("clean", "<u8"),  # the last writer ended in order, with all memory on disk
+            ("epoch", "<u8"),
+            ("geometry", GEOMETRY, (2,)),
+            ("progress_number", "<u8"),
+            ("batch", "<u8", (2,)),  # number of the last batch applied, as RocksDB counts
+            ("progress", PROGRESS, (2, partitions)),
+            ("boot", "S40"),
+        ]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,28 +129,468 @@ class Gathered:
     slots: NDArray[np.uint32]
 
 
+def arena_folder(path: Path) -> Path:
+    """Where the arena of the N2O index at `path` lies."""
+    return path / "arena"
+
+
+class _Control:
+    """The mapped control page."""
+
+    def __init__(self, path: Path, partitions: int, writable: bool) -> None:
+        kind = _control_type(partitions)
+        self._path = path
+        memory = _map(path, -(-kind.itemsize // PAGE) * PAGE, writable)
+        self.page = memory[: kind.itemsize].view(kind)[0:1]
+        self._memory = memory
+        self._kind = kind
+
+    def flush(self) -> None:
+        _sync(self._path)
+
+    def _address(self, name: str) -> int:
+        fields = self._kind.fields
+        assert fields is not None
+        return int(self._memory.ctypes.data) + int(fields[name][1])
+
+    @property
+    def epoch_address(self) -> int:
+        return self._address("epoch")
+
+    def geometry(self) -> tuple[int, NDArray[Any]]:
+        """(epoch, geometry in force)."""
+        while True:
+            epoch = int(table.load_word(self.epoch_address))
+            geometry = self.page["geometry"][0, epoch & 1].copy()
+            if int(table.load_word(self.epoch_address)) == epoch:
+                return epoch, geometry
+
+    def publish_geometry(self, geometry: NDArray[Any]) -> int:
+        """Returns the new epoch."""
+        epoch = int(self.page["epoch"][0]) + 1
+        self.page["geometry"][0, epoch & 1] = geometry
+        table.store_word(self.epoch_address, epoch)
+        return epoch
+
+    def progress(self) -> tuple[int, Progress]:
+        """(number of the last batch, progress) as of one moment."""
+        address = self._address("progress_number")
+        while True:
+            number = int(table.load_word(address))
+            batch = int(self.page["batch"][0, number & 1])
+            records = self.page["progress"][0, number & 1].copy()
+            if int(table.load_word(address)) == number:
+                return batch, Progress.from_array(records)
+
+    def publish_progress(self, batch: int, progress: Progress) -> None:
+        number = int(self.page["progress_number"][0]) + 1
+        self.page["batch"][0, number & 1] = batch
+        self.page["progress"][0, number & 1] = progress.to_array()
+        table.store_word(self._address("progress_number"), number)
+
+    def belongs_to(self, layout: RowLayout, partitions: int) -> bool:
+        head = self.page[0]
+        return (int(head["magic"]), int(head["format"]), int(head["layout"]), int(head["partitions"])) == (
+            MAGIC,
+            FORMAT,
+            layout.fingerprint(),
+            partitions,
+        )
+
+    def survived(self) -> bool:
+        """Whether memory is what the last writer left: written since this boot, or put on disk in order."""
+        return bool(self.page["clean"][0]) or (self.page["boot"][0] == _boot_id() != b"")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """One mapping of all files of a geometry. The arrays keep the mapping alive; the addresses are theirs."""
+
+    epoch: int
+    geometry: NDArray[Any]
+    hot: NDArray[np.uint8]
+    cold: NDArray[np.uint8]
+    table: NDArray[np.uint8]
+
+    @property
+    def records(self) -> int:
+        return int(self.geometry["records"])
+
+    @property
+    def entries(self) -> int:
+        return int(self.geometry["entries"])
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of hot records, cold records and table."""
+        return int(self.hot.ctypes.data), int(self.cold.ctypes.data), int(self.table.ctypes.data)
+
+    @classmethod
+    def map(cls, folder: Path, layout: RowLayout, epoch: int, geometry: NDArray[Any], writable: bool) -> _Files:
+        records, entries = int(geometry["records"]), int(geometry["entries"])
+        return cls(
+            epoch,
+            geometry,
+            _map(folder / f"hot.{geometry['records_number']}", records * layout.hot.itemsize, writable),
+            _map(folder / f"cold.{geometry['records_number']}", records * layout.cold.itemsize, writable),
+            _map(folder / f"table.{geometry['table_number']}", entries * table.ENTRY, writable),
+        )
+
+
 class ArenaReader:
     """Many may be open, in any process and thread. Use `ArenaReader.open`."""
 
+    def __init__(self, folder: Path, layout: RowLayout, control: _Control) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._control = control
+        self._files = self._mapped()
+        self._version_at = np.uint64(_offset(layout.hot, "slot_version"))
+
     @classmethod
     def open(cls, path: Path, layout: RowLayout) -> ArenaReader:
-        """`path` is the folder given to N2OWriter. Raises StoreMissing when there is no arena (yet), N2OError on another layout."""
-        raise NotImplementedError
+        """`path` is the folder given to N2OWriter. Raises StoreMissingError when there is no arena yet, or none that
+        can be trusted until the writer has built it anew, and N2OError when it has another layout."""
+        folder = arena_folder(path)
+        try:
+            with (folder / "control").open("rb") as file:
+                head = np.frombuffer(file.read(_control_type(1).itemsize), _control_type(1))[0:1]
+        except (FileNotFoundError, ValueError) as error:
+            raise StoreMissingError(f"{folder} holds no arena yet") from error
+        if int(head["magic"][0]) != MAGIC:
+            raise StoreMissingError(f"{folder} holds no finished arena yet")
+        partitions = int(head["partitions"][0])
+        control = _Control(folder / "control", partitions, writable=False)
+        if not control.belongs_to(layout, partitions):
+            raise N2OError(f"{folder} holds rows of another layout or format")
+        if not control.survived():
+            raise StoreMissingError(f"{folder} was not closed before the machine stopped; its writer builds it anew")
+        return cls(folder, layout, control)
+
+    def _mapped(self) -> _Files:
+        while True:
+            epoch, geometry = self._control.geometry()
+            try:
+                return _Files.map(self._folder, self._layout, epoch, geometry, writable=False)
+            except FileNotFoundError:
+                if self._control.geometry()[0] == epoch:  # not the writer's growth
+                    raise
+
+    def _current(self) -> _Files:
+        """The files in force; one load where nothing has changed."""
+        files = self._files
+        if int(table.load_word(self._control.epoch_address)) != files.epoch:
+            files = self._files = self._mapped()
+        return files
 
     def gather(self, keys: NDArray[np.uint64]) -> Gathered:
         """Hot records of keys u8[n, 2]."""
-        raise NotImplementedError
+        hot = aligned_empty(len(keys), self._layout.hot)
+        words = self._copy(keys, hot, cold=False)
+        return Gathered(hot, words != 0, words.astype(np.uint32))
 
     def gather_cold(self, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Cold records of keys u8[n, 2], zero where not found, and found bool[n]."""
-        raise NotImplementedError
+        rows = aligned_empty(len(keys), self._layout.cold)
+        words = self._copy(keys, rows, cold=True)
+        return rows, words != 0
+
+    def _copy(self, keys: NDArray[np.uint64], out: NDArray[Any], cold: bool) -> NDArray[np.uint64]:
+        keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
+        words = np.empty(len(keys), np.uint64)
+        done = 0
+        while done < len(keys):
+            files = self._current()
+            hot_base, cold_base, table_base = files.addresses
+            done = table.gather(
+                np.uint64(table_base),
+                np.uint64(files.entries - 1),
+                np.uint64(hot_base),
+                np.uint64(self._layout.hot.itemsize),
+                self._version_at,
+                np.uint64(cold_base if cold else hot_base),
+                np.uint64(out.dtype.itemsize),
+                np.uint64(files.records),
+                keys,
+                done,
+                words,
+                np.uint64(out.ctypes.data),
+            )
+        return words
 
     def snapshot(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
-        """Keys u8[m, 2] and cold records [m] of all live rows."""
-        raise NotImplementedError
+        """Keys u8[m, 2] and cold records [m] of all live rows; each row as it was at some time during the call."""
+        while True:
+            files = self._current()
+            hot_base, cold_base, table_base = files.addresses
+            most = int(files.entries * table.LOAD) + 1
+            keys, rows = np.empty((most, 2), np.uint64), aligned_empty(most, self._layout.cold)
+            count = table.scan(
+                np.uint64(table_base),
+                files.entries,
+                np.uint64(hot_base),
+                np.uint64(self._layout.hot.itemsize),
+                self._version_at,
+                np.uint64(cold_base),
+                np.uint64(self._layout.cold.itemsize),
+                np.uint64(files.records),
+                keys,
+                np.uint64(rows.ctypes.data),
+            )
+            # An epoch that changed meanwhile means rows that the old table does not know.
+            if count >= 0 and self._current() is files:
+                return keys[:count], rows[:count]
 
     def progress(self) -> Progress:
-        raise NotImplementedError
+        return self._control.progress()[1]
 
     def size(self) -> ArenaSize:
-        raise NotImplementedError
+        files = self._current()
+        items = int(self.progress().count.sum())
+        return ArenaSize(items, files.records, files.hot.nbytes, files.cold.nbytes, files.table.nbytes)
+
+
+class ArenaWriter:
+    """The one writer; whoever constructs it holds the index's lock. Use `open` or `create`."""
+
+    def __init__(self, folder: Path, layout: RowLayout, control: _Control, files: _Files) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._control = control
+        self._files = files
+        self._free = np.zeros(files.records, np.uint32)
+        self._state = np.zeros(3, np.int64)
+        self._hot_size = np.uint64(layout.hot.itemsize)
+        self._cold_size = np.uint64(layout.cold.itemsize)
+        self._version_at = np.uint64(_offset(layout.hot, "slot_version"))
+        self._version_in_cold = np.uint64(_offset(layout.cold, "version"))
+        self._published = False
+        self.digest = np.uint64(0)  # of all rows, as `open` found them
+
+    @classmethod
+    def open(cls, path: Path, layout: RowLayout, partitions: int, store: int) -> ArenaWriter | None:
+        """Goes on with what the former writer left; None when that cannot be trusted and an arena must be created."""
+        folder = arena_folder(path)
+        try:
+            control = _Control(folder / "control", partitions, writable=True)
+            if not control.belongs_to(layout, partitions) or not control.survived():
+                return None
+            if int(control.page["store"][0]) != store:
+                return None
+            epoch, geometry = control.geometry()
+            files = _Files.map(folder, layout, epoch, geometry, writable=True)
+        except (FileNotFoundError, ValueError):  # never made, or a file is shorter than its geometry
+            return None
+        writer = cls(folder, layout, control, files)
+        hot, cold, entries = files.addresses
+        sound, digest = table.take_over(
+            np.uint64(entries),
+            files.entries,
+            np.uint64(hot),
+            writer._hot_size,
+            np.uint64(cold),
+            writer._cold_size,
+            writer._version_at,
+            writer._version_in_cold,
+            files.records,
+            writer._free,
+            writer._state,
+        )
+        if not sound:
+            return None
+        writer.digest = np.uint64(digest)
+        writer._published = True
+        control.page["boot"] = _boot_id()
+        control.page["clean"] = 0
+        control.flush()  # the power may fail from here on
+        writer._unlink_others()
+        return writer
+
+    @classmethod
+    def create(cls, path: Path, layout: RowLayout, partitions: int, items: int) -> ArenaWriter:
+        """An empty arena with room for `items` rows. Readers go on with the former one, if any, until `publish`."""
+        folder = arena_folder(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        size = -(-_control_type(partitions).itemsize // PAGE) * PAGE
+        if not (folder / "control").exists() or (folder / "control").stat().st_size != size:
+            (folder / "control").unlink(missing_ok=True)
+            _make(folder / "control", size)
+        control = _Control(folder / "control", partitions, writable=True)
+        number = 1 + max([int(file.suffix[1:]) for file in _record_files(folder)], default=0)
+        records, entries = _capacity(items), _entries(items)
+        geometry = np.array((number, records, number, entries), GEOMETRY)
+        _make(folder / f"hot.{number}", records * layout.hot.itemsize)
+        _make(folder / f"cold.{number}", records * layout.cold.itemsize)
+        _make(folder / f"table.{number}", entries * table.ENTRY)
+        writer = cls(folder, layout, control, _Files.map(folder, layout, 0, geometry, writable=True))
+        writer._free[:] = np.arange(records, dtype=np.uint32)[::-1]
+        writer._state[table.FREE] = records
+        return writer
+
+    def publish(self, store: int, batch: int, progress: Progress) -> None:
+        """Puts a created arena in force."""
+        page = self._control.page
+        self._control.publish_progress(batch, progress)
+        epoch = self._control.publish_geometry(self._files.geometry)
+        self._files = dataclasses.replace(self._files, epoch=epoch)
+        page["format"], page["layout"], page["partitions"] = FORMAT, self._layout.fingerprint(), len(progress.covered)
+        page["store"], page["clean"], page["boot"] = store, 0, _boot_id()
+        table.store_word(int(page.ctypes.data), MAGIC)  # last: readers look at it first
+        self._control.flush()
+        self._published = True
+        self._unlink_others()
+
+    @property
+    def items(self) -> int:
+        return int(self._state[table.LIVE])
+
+    @property
+    def batch(self) -> int:
+        """Number of the last batch that was applied completely."""
+        return self._control.progress()[0]
+
+    def versions(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        """(versions u8[n], exists bool[n]) of the live rows of keys u8[n, 2]."""
+        versions, exists = np.empty(len(keys), np.uint64), np.empty(len(keys), np.bool_)
+        _, cold, entries = self._files.addresses
+        mask = np.uint64(self._files.entries - 1)
+        table.versions_of(
+            np.uint64(entries), mask, np.uint64(cold), self._cold_size, self._version_in_cold, keys, versions, exists
+        )
+        return versions, exists
+
+    def apply(self, keys: NDArray[np.uint64], kinds: NDArray[np.uint8], hot: NDArray[Any], cold: NDArray[Any]) -> None:
+        """Puts (kind 1) or removes (kind 2) the rows of keys u8[n, 2]; kind 0 does nothing. `hot` and `cold` are
+        aligned arrays [n] of the layout's records; hot's `slot_version` is overwritten."""
+        self._make_room(int(np.count_nonzero(kinds == table.PUT)))
+        hot_base, cold_base, entries = self._files.addresses
+        table.apply_rows(
+            np.uint64(entries),
+            np.uint64(self._files.entries - 1),
+            np.uint64(hot_base),
+            self._hot_size,
+            np.uint64(cold_base),
+            self._cold_size,
+            self._version_at,
+            self._free,
+            self._state,
+            keys,
+            kinds,
+            np.uint64(hot.ctypes.data),
+            np.uint64(cold.ctypes.data),
+        )
+
+    def publish_progress(self, batch: int, progress: Progress) -> None:
+        """After `apply` of the same batch."""
+        self._control.publish_progress(batch, progress)
+
+    def close(self) -> None:
+        """Puts all memory on disk, so that the arena outlives a reboot."""
+        if self._published:
+            for file in _record_files(self._folder):
+                _sync(file)
+            self._control.page["clean"] = 1
+            self._control.flush()
+
+    def _make_room(self, puts: int) -> None:
+        files = self._files
+        live, used = int(self._state[table.LIVE]), int(self._state[table.USED])
+        records_short = int(self._state[table.FREE]) < puts
+        table_short = used + puts > files.entries * table.LOAD
+        if not records_short and not table_short:
+            return
+        geometry = files.geometry.copy()
+        if records_short:
+            geometry["records"] = _capacity(live + puts)
+            for name, size in (("hot", self._layout.hot.itemsize), ("cold", self._layout.cold.itemsize)):
+                _lengthen(self._folder / f"{name}.{geometry['records_number']}", int(geometry["records"]) * size)
+        if table_short:
+            geometry["table_number"] += 1
+            geometry["entries"] = _entries(live + puts)
+            _make(self._folder / f"table.{geometry['table_number']}", int(geometry["entries"]) * table.ENTRY)
+        grown = _Files.map(self._folder, self._layout, files.epoch, geometry, writable=True)
+        if table_short:
+            mask = np.uint64(grown.entries - 1)
+            live = table.copy_table(np.uint64(files.addresses[2]), files.entries, np.uint64(grown.addresses[2]), mask)
+            self._state[table.USED] = live
+        if records_short:
+            free = np.zeros(grown.records, np.uint32)
+            new = grown.records - files.records
+            free[:new] = np.arange(files.records, grown.records, dtype=np.uint32)[::-1]
+            free[new : new + self._state[table.FREE]] = self._free[: self._state[table.FREE]]
+            self._free = free
+            self._state[table.FREE] += new
+        if self._published:
+            grown = dataclasses.replace(grown, epoch=self._control.publish_geometry(geometry))
+        self._files = grown
+        if self._published:
+            self._unlink_others()
+
+    def _unlink_others(self) -> None:
+        """Removes what no geometry names: former tables, and what an interrupted growth left."""
+        geometry = self._files.geometry
+        records, table_number = int(geometry["records_number"]), int(geometry["table_number"])
+        keep = {f"hot.{records}", f"cold.{records}", f"table.{table_number}"}
+        for file in _record_files(self._folder):
+            if file.name not in keep:
+                file.unlink()
+
+
+def _capacity(items: int) -> int:
+    """Records for `items` rows and the updates between two growths."""
+    return max(LEAST_RECORDS, items + items // 4 + LEAST_RECORDS)
+
+
+def _entries(items: int) -> int:
+    """Entries of a table for `items` rows: a power of two, at least four times as many, which leaves room up to
+    LOAD."""
+    return 1 << max(12, (4 * items - 1).bit_length())
+
+
+def _record_files(folder: Path) -> Iterator[Path]:
+    for file in list(folder.iterdir()):
+        if file.stem in ("hot", "cold", "table") and file.suffix[1:].isdigit():
+            yield file
+
+
+def _offset(kind: np.dtype[np.void], name: str) -> int:
+    assert kind.fields is not None
+    return int(kind.fields[name][1])
+
+
+def _make(path: Path, size: int) -> None:
+    """A file of zeros with its disk space reserved: a full disk is an OSError here, not a SIGBUS at a later store."""
+    path.unlink(missing_ok=True)
+    _lengthen(path, size)
+
+
+def _lengthen(path: Path, size: int) -> None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(file, 0, size)
+    finally:
+        os.close(file)
+
+
+def _map(path: Path, size: int, writable: bool) -> NDArray[np.uint8]:
+    """Shared memory of the first `size` bytes of a file. Raises ValueError when it is shorter."""
+    with path.open("r+b" if writable else "rb") as file:
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        return np.frombuffer(mmap.mmap(file.fileno(), size, access=access), np.uint8)
+
+
+def _sync(path: Path) -> None:
+    """Puts a file's memory on disk, what was stored through mappings too."""
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _boot_id() -> bytes:
+    """Changes with every start of the machine; empty where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return b""

@@ -47,7 +47,7 @@ class History:
 
 
 class HistoriesWriter:
-    """The only writer (StoreLocked otherwise); keeps the newest `length` behaviours per user."""
+    """The only writer (StoreLockedError otherwise); keeps the newest `length` behaviours per user."""
 
     def __init__(self, path: Path, length: int, hash_key: bytes) -> None:
         raise NotImplementedError
@@ -58,7 +58,8 @@ class HistoriesWriter:
         users: Sequence[StoredProfile],
         offsets: Mapping[tuple[str, int], int],
     ) -> None:
-        """All of it and the next offsets to read, (topic, partition) -> offset, in one transaction. Records applied before change nothing."""
+        """All of it and the next offsets to read, (topic, partition) -> offset, in one transaction. Records that were
+        applied before change nothing."""
         raise NotImplementedError
 
     def offsets(self) -> dict[tuple[str, int], int]:
@@ -73,7 +74,7 @@ class HistoriesWriter:
 
 
 class HistoriesReader:
-    """Fresh at every call. Raises StoreMissing when there is no store (yet)."""
+    """Fresh at every call. Raises StoreMissingError when there is no store (yet)."""
 
     def __init__(self, path: Path) -> None:
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""The real-time arithmetic of one request, on rows gathered from the arena and arrays prepared per user and per generation."""
+"""The real-time arithmetic of one request: rows gathered from the arena meet arrays prepared per user and
+generation."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Seque
 
 
 def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
-    """f4[n] logits of gathered hot records [n]. An item without crosses gets nothing for them: its default is in `joint`."""
+    """f4[n] logits of gathered hot records [n]. An item without crosses gets nothing for them: `joint` has its
+    default."""
     raise NotImplementedError
 
 

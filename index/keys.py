@@ -1,8 +1,8 @@
 """Ids become 128-bit keys here, for items in every store and on every request.
 
 The key of the canonical decimal form of an integer k < 2^64 ("0", or digits without a leading zero) is (0, k) and costs
-no hash; any other id gets SipHash-2-4-128 of its UTF-8 under the deployment's hash key, with a non-zero high word. So the
-two kinds never meet, and nobody without the hash key can make two ids share a key.
+no hash; any other id gets SipHash-2-4-128 of its UTF-8 under the deployment's hash key, with a non-zero high word. So
+the two kinds never meet, and nobody without the hash key can make two ids share a key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import array
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numba import njit, uint64
@@ -20,13 +20,13 @@ DIGEST_KEY = (0x0706050403020100, 0x0F0E0D0C0B0A0908)  # of row digests: fixed, 
 
 
 def keys_of(ids: Sequence[str | int], hash_key: bytes) -> NDArray[np.uint64]:
-    """u8[n, 2] (high, low) of the ids; an int is the same id as its decimal string. Raises TypeError on anything else."""
+    """u8[n, 2] (high, low) of the ids; an int is the id of its decimal string. Raises TypeError on anything else."""
     kinds = set(map(type, ids))
     if not kinds <= {str, int}:
         raise TypeError(f"an id is a str or an int, not {sorted(kind.__name__ for kind in kinds - {str, int})}")
     if kinds == {int}:
         try:
-            return keys_of_ints(np.frombuffer(array.array("Q", ids), np.uint64))
+            return keys_of_ints(np.frombuffer(array.array("Q", cast("Sequence[int]", ids)), np.uint64))
         except OverflowError:  # negative or above 64 bits: an id as any other string
             pass
     texts: Sequence[Any] = ids if kinds <= {str} else [str(one) for one in ids]
@@ -45,7 +45,7 @@ def keys_of_ints(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def digest_of(keys: NDArray[np.uint64], versions: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """u8[n]: siphash64(key.high, key.low, version) per row; a partition's digest is the sum modulo 2^64 over its live rows."""
+    """u8[n]: siphash64(key.high, key.low, version) of each row; a partition's digest is their sum modulo 2^64."""
     out = np.empty(len(keys), np.uint64)
     _digests(np.ascontiguousarray(keys), np.ascontiguousarray(versions, np.uint64), out)
     return out
@@ -56,10 +56,8 @@ def _concatenated(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.i
     offsets = np.zeros(len(texts) + 1, np.int64)
     joined = "".join(texts)
     data = joined.encode()
-    if len(data) == len(joined):  # ASCII only: characters are bytes
-        lengths = map(len, texts)
-    else:
-        lengths = map(len, map(str.encode, texts))
+    ascii_only = len(data) == len(joined)  # then characters are bytes
+    lengths = map(len, texts) if ascii_only else map(len, map(str.encode, texts))
     np.cumsum(np.fromiter(lengths, np.int64, len(texts)), out=offsets[1:])
     return np.frombuffer(data, np.uint8), offsets
 
@@ -93,7 +91,7 @@ def _round(v0: Any, v1: Any, v2: Any, v3: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def siphash128(data: Any, start: int, end: int, k0: Any, k1: Any) -> Any:
-    """SipHash-2-4 with 128 bits of output over data[start:end]; returns (low, high) = the first and last 8 bytes, little-endian."""
+    """SipHash-2-4-128 of data[start:end]; returns (low, high) = the first and the last 8 bytes, little-endian."""
     v0 = uint64(0x736F6D6570736575) ^ k0
     v1 = uint64(0x646F72616E646F6D) ^ k1 ^ uint64(0xEE)
     v2 = uint64(0x6C7967656E657261) ^ k0

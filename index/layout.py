@@ -25,8 +25,8 @@ class LayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """Sizes of a row. `width` h, `bridges` n, `bits` b (a multiple of 8), `dim` d of the item vector, `crosses` kept per item,
-    `precision` of joint, bridge and vector, `attributes` the names of the numeric attributes in the cold record, in order."""
+    """Sizes of a row: `width` h, `bridges` n, `bits` b (a multiple of 8), `dim` d of the item vector, `crosses` kept
+    per item, `precision` of joint, bridge and vector, `attributes` the names of the numeric attributes, in order."""
 
     width: int = 64
     bridges: int = 16
@@ -54,7 +54,8 @@ class RowLayout:
 
     @functools.cached_property
     def hot(self) -> np.dtype[np.void]:
-        """joint [h], bridge [n], signature u1[b/8] (little bit order, bit set = +1), slot_version u4 (the arena's), crosses u2."""
+        """joint [h], bridge [n], signature u1[b/8] (little bit order, set = +1), slot_version u4 (the arena's),
+        crosses u2."""
         fields = [
             ("joint", self.float_type, self.width),
             ("bridge", self.float_type, self.bridges),
@@ -66,7 +67,7 @@ class RowLayout:
 
     @functools.cached_property
     def cold(self) -> np.dtype[np.void]:
-        """vector [d], attributes f4[A] (NaN = absent, booleans 0/1), version u8, and the four times i8 (ms since the epoch)."""
+        """vector [d], attributes f4[A] (NaN = absent, booleans 0/1), version u8, four times i8 (ms since the epoch)."""
         fields = [
             ("vector", self.float_type, self.dim),
             ("attributes", "<f4", len(self.attributes)),

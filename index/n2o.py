@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from index.arena import Progress
 from index.layout import RowLayout
 
 
-class FillProof(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FillProof:
     """Row count and digest of a partition at the block's `covered` offset; sent with the last block of a fill."""
 
     count: int
@@ -52,7 +53,7 @@ class StoredRow:
 
 
 class N2OWriter:
-    """The only writer of an index (StoreLocked otherwise)."""
+    """The only writer of an index (StoreLockedError otherwise)."""
 
     def __init__(self, path: Path, layout: RowLayout, partitions: int, hash_key: bytes) -> None:
         raise NotImplementedError
@@ -77,7 +78,7 @@ class N2OWriter:
 
 
 class N2OReader:
-    """Single rows from another process than the writer's (a RocksDB secondary instance). Raises StoreMissing when there is none."""
+    """Single rows, from another process than the writer's (a RocksDB secondary instance). Raises StoreMissingError."""
 
     def __init__(self, path: Path) -> None:
         raise NotImplementedError
