@@ -114,7 +114,7 @@ class Tower(nn.Module):
         rows = len(x.dense)
         bags = functional.embedding_bag(x.ids, self.table, x.offsets, mode="mean")  # [M * categories, category_dim]
         numerics = torch.where(torch.isnan(x.numerics), self.missing, x.numerics)
-        joined = torch.cat([bags.reshape(rows, -1), numerics, x.dense], dim=1)
+        joined = torch.cat([bags.reshape(rows, self.categories * self.table.shape[1]), numerics, x.dense], dim=1)
         out: Tensor = self.outer(functional.relu(self.inner(joined)))  # [M, d]
         return out
 
