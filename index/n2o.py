@@ -1,17 +1,48 @@
-"""The N2O index of one generation on one host: RocksDB is the truth, the arena is what requests read."""
+"""The N2O index of one generation on one host: RocksDB is the truth, the arena is what requests read.
+
+`replicate` gives blocks of rows to N2OWriter. Order of its writes, each safe to be killed after:
+ 1. one RocksDB WriteBatch: rows, progress (covered offsets, offsets in `rows.<g>`, counts, digests), the batch's
+ number and ids 2. the rows into the arena, each published by itself 3. progress and the batch's number into the arena
+A writer that starts finds the arena at the same batch as RocksDB (nothing to do), one behind (killed between 1 and 3:
+the ids of the last batch are applied again), or in any other state (built anew from RocksDB). Either way arena and
+RocksDB must agree in count and digest before anything else happens. The WAL is not fsynced: what a power loss takes,
+Kafka replays, because the offsets are lost with the rows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import json
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from rocksdict import AccessType, DBCompressionType, Options, Rdict, WriteBatch
 
-from index.arena import Progress
-from index.layout import RowLayout
+from index import table
+from index.arena import PROGRESS, ArenaWriter, Progress
+from index.errors import N2OError, StoreMissingError
+from index.keys import digest_of, keys_of
+from index.layout import RowLayout, aligned_empty
+from index.lock import WriterLock
+from index.plan import plan
+from index.row_codec import StoredRow, decode_records, decode_row, encode_rows
+
+META = b"meta"  # JSON: what these rows are
+STATE = b"state"  # STATE_HEAD, then PROGRESS per partition
+LAST = b"last"  # ids of the last batch, separated by newlines (ids have no control characters)
+ROW = b"r"  # + the id's UTF-8: a row (row_codec)
+AFTER_ROWS = b"s"
+STATE_HEAD = np.dtype([("store", "<u8"), ("batch", "<u8")])
+REBUILD_ROWS = 16384  # rows per step when the arena is built anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,53 +69,301 @@ class RowBatch:
     fill: FillProof | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredRow:
-    """One row as RocksDB holds it; times in ms since the epoch."""
-
-    version: int
-    offset: int  # in `items`
-    partition: int
-    event_time: int
-    publish_time: int
-    encode_time: int
-    visible_time: int
-    attributes: dict[str, Any]
-
-
 class N2OWriter:
-    """The only writer of an index (StoreLockedError otherwise)."""
+    """The only writer of an index (StoreLockedError otherwise). `step(number)` is called after each write of
+    `apply`."""
 
-    def __init__(self, path: Path, layout: RowLayout, partitions: int, hash_key: bytes) -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        path: Path,
+        layout: RowLayout,
+        partitions: int,
+        hash_key: bytes,
+        step: Callable[[int], object] = int,
+    ) -> None:
+        self._path = path
+        self._layout = layout
+        self._partitions = partitions
+        self._hash_key = hash_key
+        self._step = step
+        self._store, self._batch, self._progress = 0, 0, Progress.empty(partitions)
+        with contextlib.ExitStack() as undo:
+            self._lock = WriterLock(path)
+            undo.callback(self._lock.release)
+            self._rocks = Rdict(str(path / "rocks"), _options())
+            undo.callback(self._rocks.close)
+            self._load()
+            self._arena = self._open_arena()
+            undo.pop_all()
 
     def apply(self, batches: Sequence[tuple[RowBatch, int]]) -> int:
-        """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed."""
-        raise NotImplementedError
+        """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
+        Raises ValueError on a block that does not fit this index."""
+        if not batches:
+            return 0
+        for batch, _ in batches:
+            self._check(batch)
+        hot = _stacked([batch.hot for batch, _ in batches], self._layout.hot)
+        cold = _stacked([batch.cold for batch, _ in batches], self._layout.cold)
+        ids = [one for batch, _ in batches for one in batch.ids]
+        attributes = [one for batch, _ in batches for one in batch.attributes]
+        offsets = np.concatenate([batch.offsets for batch, _ in batches]).astype(np.int64)
+        cold["version"] = np.concatenate([batch.versions for batch, _ in batches])
+        keys = keys_of(ids, self._hash_key)
+        progress = self._progress.copy()
+        kinds = self._plan(batches, keys, offsets, cold["version"].copy(), progress)
+
+        cold["visible_time"] = _now()
+        changed = np.flatnonzero(kinds)
+        partition_of = np.repeat([batch.partition for batch, _ in batches], [len(batch.ids) for batch, _ in batches])
+        write = WriteBatch(raw_mode=True)
+        values = encode_rows(
+            partition_of[changed], offsets[changed], hot[changed], cold[changed], [attributes[i] for i in changed]
+        )
+        names = [ids[i].encode() for i in changed]
+        for name, value, kind in zip(names, values, kinds[changed].tolist(), strict=True):
+            if kind == table.PUT:
+                write.put(ROW + name, value)
+            else:
+                write.delete(ROW + name)
+        write.put(LAST, b"\n".join(names))
+        write.put(STATE, self._state(self._batch + 1, progress))
+        self._rocks.write(write)
+        self._step(1)
+
+        cold["visible_time"] = _now()
+        self._arena.apply(keys, kinds, hot, cold)
+        self._step(2)
+
+        self._batch, self._progress = self._batch + 1, progress
+        self._arena.publish_progress(self._batch, progress)
+        self._step(3)
+        return len(changed)
 
     def rows_offsets(self) -> NDArray[np.int64]:
         """Next offset to read of `rows.<generation>` per partition, -1: none."""
-        raise NotImplementedError
+        return self._progress.rows_offset.copy()
 
     def progress(self) -> Progress:
-        raise NotImplementedError
+        return self._progress.copy()
 
     def reset(self) -> None:
         """Empties the index, rows and progress, for a refill."""
-        raise NotImplementedError
+        self._store = secrets.randbits(64)  # the arena of before belongs to no RocksDB from here on
+        self._batch, self._progress = 0, Progress.empty(self._partitions)
+        write = WriteBatch(raw_mode=True)
+        write.delete_range(ROW, AFTER_ROWS)
+        write.put(LAST, b"")
+        write.put(STATE, self._state(0, self._progress))
+        self._rocks.write(write)
+        self._arena = self._rebuilt_arena()
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._arena.close()
+        self._rocks.close()
+        self._lock.release()
+
+    def _check(self, batch: RowBatch) -> None:
+        sizes = {len(batch.ids), len(batch.versions), len(batch.offsets), len(batch.deleted), len(batch.hot)}
+        sizes |= {len(batch.cold), len(batch.attributes)}
+        if len(sizes) != 1:
+            raise ValueError("the columns of a block differ in length")
+        if not 0 <= batch.partition < self._partitions:
+            raise ValueError(f"partition {batch.partition} of {self._partitions}")
+        if batch.hot.dtype != self._layout.hot or batch.cold.dtype != self._layout.cold:
+            raise ValueError("the block has another row layout")
+        if len(batch.offsets) and int(batch.offsets.max()) > batch.covered:
+            raise ValueError("a row of the block lies beyond the offset that the block covers")
+
+    def _plan(
+        self,
+        batches: Sequence[tuple[RowBatch, int]],
+        keys: NDArray[np.uint64],
+        offsets: NDArray[np.int64],
+        versions: NDArray[np.uint64],
+        progress: Progress,
+    ) -> NDArray[np.uint8]:
+        """kinds u1[n]; changes `progress`."""
+        stored_versions, stored = self._arena.versions(keys)
+        proofs = [batch.fill or FillProof(0, 0) for batch, _ in batches]
+        kinds = np.zeros(len(keys), np.uint8)
+        plan(
+            np.concatenate([[0], np.cumsum([len(batch.ids) for batch, _ in batches])]).astype(np.int64),
+            np.array([batch.partition for batch, _ in batches], np.int64),
+            np.array([batch.covered for batch, _ in batches], np.int64),
+            np.array([rows_offset + 1 for _, rows_offset in batches], np.int64),
+            np.array([batch.fill is not None for batch, _ in batches], np.bool_),
+            np.array([proof.count for proof in proofs], np.int64),
+            np.array([proof.digest for proof in proofs], np.uint64),
+            keys,
+            versions,
+            offsets,
+            np.concatenate([batch.deleted for batch, _ in batches]).astype(np.bool_),
+            digest_of(keys, versions),
+            stored,
+            stored_versions,
+            digest_of(keys, stored_versions),
+            progress.covered,
+            progress.rows_offset,
+            progress.count,
+            progress.digest,
+            progress.filled,
+            progress.mismatch,
+            kinds,
+        )
+        return kinds
+
+    def _state(self, batch: int, progress: Progress) -> bytes:
+        return np.array((self._store, batch), STATE_HEAD).tobytes() + progress.to_array().tobytes()
+
+    def _load(self) -> None:
+        """Sets store, batch and progress from RocksDB; a new RocksDB is described first."""
+        meta = {
+            "format": 1,
+            "layout": self._layout.to_json(),
+            "partitions": self._partitions,
+            "hash_key": keys_of(["the key that these rows were stored under"], self._hash_key).tolist(),
+        }
+        found = self._rocks.get(META)
+        if found is None:
+            if next(self._rows(), None) is not None:
+                raise N2OError(f"{self._path} holds rows but not what they are")
+            self._store = secrets.randbits(64)
+            write = WriteBatch(raw_mode=True)
+            write.put(META, json.dumps(meta).encode())
+            write.put(LAST, b"")
+            write.put(STATE, self._state(0, Progress.empty(self._partitions)))
+            self._rocks.write(write)
+        elif json.loads(found) != meta:
+            names = [name for name, value in meta.items() if json.loads(found).get(name) != value]
+            raise N2OError(f"{self._path} was made with another {' and '.join(names)}")
+        state = self._rocks.get(STATE)
+        if state is None or len(state) != STATE_HEAD.itemsize + PROGRESS.itemsize * self._partitions:
+            raise N2OError(f"{self._path} has no readable progress")
+        head = np.frombuffer(state, STATE_HEAD, 1)[0]
+        self._store, self._batch = int(head["store"]), int(head["batch"])
+        self._progress = Progress.from_array(np.frombuffer(state, PROGRESS, self._partitions, STATE_HEAD.itemsize))
+
+    def _open_arena(self) -> ArenaWriter:
+        arena = ArenaWriter.open(self._path, self._layout, self._partitions, self._store)
+        if arena is None:
+            return self._rebuilt_arena()
+        digest = arena.digest
+        if arena.batch == self._batch - 1:
+            digest += self._catch_up(arena)
+            arena.publish_progress(self._batch, self._progress)
+        agree = arena.items == self._progress.count.sum() and digest == self._progress.digest.sum(dtype=np.uint64)
+        if arena.batch != self._batch or not agree:
+            return self._rebuilt_arena()
+        return arena
+
+    def _catch_up(self, arena: ArenaWriter) -> np.uint64:
+        """Applies the last batch again. Returns what that adds to the digest."""
+        names = [name for name in (self._rocks.get(LAST) or b"").split(b"\n") if name]
+        keys = keys_of([name.decode() for name in names], self._hash_key)
+        values = _values(self._rocks, names)
+        exists = np.array([value is not None for value in values], np.bool_)
+        hot, cold = _zeros(len(names), self._layout.hot), _zeros(len(names), self._layout.cold)
+        found_hot, found_cold = hot[exists], cold[exists]
+        decode_records([value for value in values if value is not None], found_hot, found_cold)
+        hot[exists], cold[exists] = found_hot, found_cold
+        before = _digest_sum(arena, keys)
+        arena.apply(keys, np.where(exists, table.PUT, table.REMOVE).astype(np.uint8), hot, cold)
+        return _digest_sum(arena, keys) - before
+
+    def _rebuilt_arena(self) -> ArenaWriter:
+        """All rows of RocksDB in a new arena, in force when they are complete. Raises N2OError when they are not those
+        that were stored: a damaged RocksDB can open without complaint and hold half of them."""
+        arena = ArenaWriter.create(self._path, self._layout, self._partitions, int(self._progress.count.sum()))
+        count = np.zeros(self._partitions, np.int64)
+        digest = np.zeros(self._partitions, np.uint64)
+        rows = self._rows()
+        while chunk := list(itertools.islice(rows, REBUILD_ROWS)):
+            keys = keys_of([name.decode() for name, _ in chunk], self._hash_key)
+            hot = aligned_empty(len(chunk), self._layout.hot)
+            cold = aligned_empty(len(chunk), self._layout.cold)
+            partitions, _ = decode_records([value for _, value in chunk], hot, cold)
+            arena.apply(keys, np.full(len(chunk), table.PUT, np.uint8), hot, cold)
+            np.add.at(count, partitions, 1)
+            np.add.at(digest, partitions, digest_of(keys, cold["version"]))
+        if not np.array_equal(count, self._progress.count) or not np.array_equal(digest, self._progress.digest):
+            raise N2OError(
+                f"{self._path} holds {int(count.sum())} rows where {int(self._progress.count.sum())} were stored, "
+                "or other versions of them; the generation must be filled anew"
+            )
+        arena.publish(self._store, self._batch, self._progress)
+        return arena
+
+    def _rows(self) -> Iterator[tuple[bytes, bytes]]:
+        """(id, value) of all rows. Raises N2OError when the iteration ends early."""
+        iterator = self._rocks.iter()
+        iterator.seek(ROW)
+        while iterator.valid():
+            key = iterator.key()
+            if not key.startswith(ROW):
+                break
+            yield key[len(ROW) :], iterator.value()
+            iterator.next()
+        try:
+            iterator.status()
+        except Exception as error:
+            raise N2OError(f"{self._path} cannot be read to its end: {error}") from error
 
 
 class N2OReader:
     """Single rows, from another process than the writer's (a RocksDB secondary instance). Raises StoreMissingError."""
 
     def __init__(self, path: Path) -> None:
-        raise NotImplementedError
+        if not (path / "rocks" / "CURRENT").exists():
+            raise StoreMissingError(f"{path} holds no N2O index yet")
+        self._own = tempfile.mkdtemp(prefix="forerank-n2o-")  # a secondary instance writes its log somewhere
+        self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(self._own))
 
     def get(self, ids: Sequence[str]) -> list[StoredRow | None]:
-        raise NotImplementedError
+        """The rows as they are now; None where there is none. Costs some milliseconds: not for the request path."""
+        self._rocks.try_catch_up_with_primary()
+        values = _values(self._rocks, [one.encode() for one in ids])
+        return [None if value is None else decode_row(value) for value in values]
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._rocks.close()
+        shutil.rmtree(self._own, ignore_errors=True)
+
+
+def _options() -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_compression_type(DBCompressionType.none())  # half floats do not compress
+    options.set_max_background_jobs(2)
+    options.set_max_open_files(-1)  # a secondary instance needs all of them
+    options.set_max_total_wal_size(256 << 20)
+    options.set_keep_log_file_num(2)
+    return options
+
+
+def _values(rocks: Rdict, names: Sequence[bytes]) -> list[bytes | None]:
+    """The stored rows of ids."""
+    return cast("list[bytes | None]", rocks.get([ROW + name for name in names])) if names else []
+
+
+def _stacked(arrays: Sequence[NDArray[Any]], kind: np.dtype[np.void]) -> NDArray[Any]:
+    """One aligned array of all records."""
+    out = aligned_empty(sum(map(len, arrays)), kind)
+    out.view(np.uint8)[:] = np.frombuffer(b"".join([array.tobytes() for array in arrays]), np.uint8)
+    return out
+
+
+def _zeros(count: int, kind: np.dtype[np.void]) -> NDArray[Any]:
+    out = aligned_empty(count, kind)
+    out.view(np.uint8)[:] = 0
+    return out
+
+
+def _digest_sum(arena: ArenaWriter, keys: NDArray[np.uint64]) -> np.uint64:
+    """Of the live rows of these keys."""
+    versions, exists = arena.versions(keys)
+    return np.uint64(digest_of(keys[exists], versions[exists]).sum(dtype=np.uint64))
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
