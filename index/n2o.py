@@ -295,19 +295,7 @@ class N2OWriter:
         return arena
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
-        """(id, value) of all rows. Raises N2OError when the iteration ends early."""
-        iterator = self._rocks.iter()
-        iterator.seek(ROW)
-        while iterator.valid():
-            key = iterator.key()
-            if not key.startswith(ROW):
-                break
-            yield key[len(ROW) :], iterator.value()
-            iterator.next()
-        try:
-            iterator.status()
-        except Exception as error:
-            raise N2OError(f"{self._path} cannot be read to its end: {error}") from error
+        return _all_rows(self._rocks, self._path)
 
 
 class N2OReader:
@@ -316,6 +304,7 @@ class N2OReader:
     def __init__(self, path: Path) -> None:
         if not (path / "rocks" / "CURRENT").exists():
             raise StoreMissingError(f"{path} holds no N2O index yet")
+        self._path = path
         self._own = tempfile.mkdtemp(prefix="forerank-n2o-")  # a secondary instance writes its log somewhere
         self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(self._own))
 
@@ -324,6 +313,11 @@ class N2OReader:
         self._rocks.try_catch_up_with_primary()
         values = _values(self._rocks, [one.encode() for one in ids])
         return [None if value is None else decode_row(value) for value in values]
+
+    def ids(self) -> list[str]:
+        """Ids of all live rows, for the retrieval builder. Raises N2OError when they cannot be read to the end."""
+        self._rocks.try_catch_up_with_primary()
+        return [name.decode() for name, _ in _all_rows(self._rocks, self._path)]
 
     def close(self) -> None:
         self._rocks.close()
@@ -339,6 +333,22 @@ def _options() -> Options:
     options.set_max_total_wal_size(256 << 20)
     options.set_keep_log_file_num(2)
     return options
+
+
+def _all_rows(rocks: Rdict, path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """(id, value) of all rows. Raises N2OError when the iteration ends early."""
+    iterator = rocks.iter()
+    iterator.seek(ROW)
+    while iterator.valid():
+        key = iterator.key()
+        if not key.startswith(ROW):
+            break
+        yield key[len(ROW) :], iterator.value()
+        iterator.next()
+    try:
+        iterator.status()
+    except Exception as error:
+        raise N2OError(f"{path} cannot be read to its end: {error}") from error
 
 
 def _values(rocks: Rdict, names: Sequence[bytes]) -> list[bytes | None]:
