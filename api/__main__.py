@@ -1,0 +1,119 @@
+"""`python -m api serve|retrieval|up|down|demo`: parses, calls once, and turns what can go wrong into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+
+from infra import settings as settings_module
+from infra import telemetry
+from infra.processes import ProcessError
+from infra.settings import Settings, SettingsError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        settings = settings_module.load()
+        return int(_COMMANDS[options.command](settings, options))
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nStopped. What was started keeps running; `make down` stops it.", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m api", description="The HTTP side of Forerank.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="the API's processes, until SIGTERM or Ctrl-C")
+    retrieval = commands.add_parser("retrieval", help="keep a generation's retrieval index up to date")
+    retrieval.add_argument("--generation", required=True)
+    retrieval.add_argument("--once", action="store_true", help="build it now, and end")
+    commands.add_parser("up", help="broker, nearline jobs and API, without demo data")
+    commands.add_parser("down", help="stop what up or demo started, and only that")
+    demo = commands.add_parser("demo", help="the whole path on a catalogue, step by step")
+    demo.add_argument("data", nargs="?", default="", help="DATA=folder in MovieLens' form; default: synthetic")
+    return parser
+
+
+def _serve(settings: Settings, _: argparse.Namespace) -> int:
+    from api.serve import ServeError, serve
+
+    try:
+        serve(settings)
+    except ServeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
+    from api import rebuild
+    from index.errors import StoreError
+
+    telemetry.configure_logging(settings, "retrieval")
+    if options.once:
+        try:
+            count = rebuild.once(settings, options.generation)
+        except (StoreError, OSError) as error:
+            print(f"No retrieval index was built: {error}", file=sys.stderr)
+            return 1
+        print(f"The retrieval index of {options.generation} has {count} items.")
+        return 0
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    os.nice(5)  # a late index costs nobody anything; a late answer does
+    rebuild.follow(settings, options.generation, stop)
+    return 0
+
+
+def _up(settings: Settings, _: argparse.Namespace) -> int:
+    from api import stack
+
+    one = stack.stack_of(settings)
+    try:
+        print("Kafka", "started," if one.broker_up() else "was running,", "making topics")
+        one.topics_up()
+        stack.remember(one)
+        print("nearline jobs", "started" if one.jobs_up() else "were running")
+        print("API", "started" if one.api_up() else "was running")
+        one.check()
+    except (stack.StackError, ProcessError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{one.url}/ is the console, {one.url}/docs the API; logs are in {one.folder}; `make down` stops all of it.")
+    return 0
+
+
+def _down(settings: Settings, _: argparse.Namespace) -> int:
+    from api import stack
+
+    one = stack.stack_of(settings)
+    try:
+        stopped = one.down()
+    except (stack.StackError, ProcessError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    stack.forget(one)
+    print(f"Stopped {', '.join(stopped)}; data stay in {one.settings.state}." if stopped else "Nothing was running.")
+    return 0
+
+
+def _demo(settings: Settings, options: argparse.Namespace) -> int:
+    from api import demo
+
+    data = options.data.removeprefix("DATA=") or os.environ.get("DATA", "")
+    return demo.run(settings, data)
+
+
+_COMMANDS = {"serve": _serve, "retrieval": _retrieval, "up": _up, "down": _down, "demo": _demo}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""The HTTP side: routes, bodies in and out, and what one API process owns. Every route is a few lines around one call.
+
+Bodies are decoded and encoded by msgspec in request threads; the event loop only moves bytes. Guarantees: every error
+is problem+json, and nothing a caller sends becomes a 500.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from api import binary, items, schemas
+from api.events import KINDS, Feed
+from api.explain import explain
+from api.generations import Generation, Generations
+from api.openapi import add_schemas, documented
+from api.prerank import Answer, Candidates, Merger, answer_of, gather_both
+from api.problems import ProblemError, decode, invalid
+from api.status import generations_of
+from api.users import Users, moment, user_id_of
+from index import kernels
+from infra import telemetry
+from infra.settings import Settings, load
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BODY_MAX = 16 << 20  # bytes
+_REQUEST_THREADS = 8
+_USER_THREADS = 4
+_JSON = "application/json"
+_BINARY = "application/octet-stream"
+_CONSOLE = Path(__file__).parent / "console"
+_SCORE = msgspec.json.Decoder(schemas.ScoreRequest)
+_RECOMMEND = msgspec.json.Decoder(schemas.RecommendRequest)
+_PREFETCH = msgspec.json.Decoder(schemas.PrefetchRequest)
+_EXAMPLE_SCORE = {"user_id": "u1", "candidates": ["1", "2", "3"], "k": 2}
+_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+class Service:
+    """What one API process owns, from start to stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
+        self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
+        self.generations = Generations(settings, self._warm_up)
+        self.users = Users(settings, lambda: self.generations.histories, self.inferences)
+        self.merger = Merger(settings, self.generations, self.users)
+        self.feed = Feed(settings)
+
+    def start(self) -> None:
+        torch.set_num_threads(1)
+        self.generations.start()
+        gc.collect()
+        gc.freeze()  # what is here stays; without it a collection during a request looks at all of it
+
+    def stop(self) -> None:
+        self.generations.close()
+        self.requests.shutdown()
+        self.inferences.shutdown()
+        self.feed.close()
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)
+
+    def _warm_up(self, generation: Generation) -> None:
+        """Compiles kernels and runs one empty user through the model before the first request pays for it."""
+        kernels.warm_up(generation.layout, len(generation.head.edges) + 1)
+        nobody = self.users.inline(schemas.InlineUser(), moment(None, "as_of"))
+        items.warm_up(generation, nobody)
+
+
+def application() -> FastAPI:
+    """What uvicorn's workers run; settings come from the environment."""
+    settings = load()
+    telemetry.start_metrics(settings)
+    telemetry.configure_logging(settings, "api")
+    sys.setswitchinterval(1e-4)  # a thread that holds the GIL gives it up within 0.1 ms, not 5
+    return create_app(settings)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.stop)
+
+    app = FastAPI(
+        title="Forerank",
+        version="1",
+        description="Pre-ranking: scores thousands of candidates for a user within milliseconds.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    _ranking_routes(app, service)
+    _lookup_routes(app, service)
+    _event_routes(app, service)
+    _operation_routes(app, service)
+    _error_handlers(app)
+    add_schemas(app, _TYPES)
+    return app
+
+
+_TYPES: list[Any] = [
+    schemas.ScoreRequest,
+    schemas.RecommendRequest,
+    schemas.PrefetchRequest,
+    schemas.Ranked,
+    schemas.Prefetching,
+    schemas.Explanation,
+    schemas.ItemRow,
+    schemas.Generations,
+    schemas.Accepted,
+    schemas.Health,
+    *KINDS.values(),
+]
+
+
+# ---- ranking
+
+
+def _ranking_routes(app: FastAPI, service: Service) -> None:
+    @app.post(
+        "/v1/score",
+        summary="score a user's candidates",
+        openapi_extra=documented(
+            takes=schemas.ScoreRequest,
+            gives=schemas.Ranked,
+            example=_EXAMPLE_SCORE,
+            also_takes={_BINARY: "item ids as little-endian u64; everything else in the query"},
+            also_gives={_BINARY: binary.ANSWER},
+            parameters=binary.PARAMETERS,
+            errors=(400, 413, 415, 422, 503),
+        ),
+    )
+    async def score(request: Request) -> Response:
+        body, media = await body_of(request, _JSON, _BINARY)
+        work = _score_binary if media == _BINARY else _score_json
+        return await service.run(work, service, body, request.query_params)
+
+    @app.post(
+        "/v1/recommend",
+        summary="retrieve candidates for a user and score them",
+        openapi_extra=documented(
+            takes=schemas.RecommendRequest,
+            gives=schemas.Ranked,
+            example={"user_id": "u1", "k": 10, "include": ["attributes"]},
+            errors=(400, 413, 415, 422, 503),
+        ),
+    )
+    async def recommend(request: Request) -> Response:
+        body, _ = await body_of(request, _JSON)
+        return await service.run(_recommend, service, body)
+
+    @app.post(
+        "/v1/users/{user_id:path}/prefetch",
+        summary="start a user's inference before the candidates are known",
+        status_code=202,
+        openapi_extra=documented(
+            takes=schemas.PrefetchRequest,
+            gives=schemas.Prefetching,
+            status=202,
+            example={},
+            optional_body=True,
+            errors=(400, 415, 422, 503),
+        ),
+    )
+    async def prefetch(user_id: str, request: Request) -> Response:
+        body, _ = await body_of(request, _JSON, empty=True)
+        return await service.run(_prefetch, service, user_id, body)
+
+
+def _score_json(service: Service, body: bytes, _: Any) -> Response:
+    request = decode(_SCORE, body)
+    service.merger.check(request, len(request.candidates), request.k)
+    answer = service.merger.score(request)
+    _observe("score", answer)
+    return reply(answer_of(answer, request))
+
+
+def _score_binary(service: Service, body: bytes, parameters: Any) -> Response:
+    ids, query, k = binary.request_of(body, dict(parameters))
+    service.merger.check(query, len(ids), k)
+    answer = service.merger.score_integers(ids, query, k)
+    _observe("score", answer)
+    content, headers = binary.answer_of(answer, ids, ranked=k is not None)
+    return Response(content, headers=headers, media_type=_BINARY)
+
+
+def _recommend(service: Service, body: bytes) -> Response:
+    request = decode(_RECOMMEND, body)
+    service.merger.check(request, 0, request.k)
+    answer = service.merger.recommend(request)
+    _observe("recommend", answer)
+    return reply(answer_of(answer, request))
+
+
+def _prefetch(service: Service, user_id: str, body: bytes) -> Response:
+    request = decode(_PREFETCH, body or b"{}")
+    generation = service.generations.pin()
+    state = service.users.prefetch(generation, user_id_of(user_id), request.as_of)
+    return reply(schemas.Prefetching(generation.name, state, service.settings.prefetch_ttl_s), 202)
+
+
+def _observe(route: str, answer: Answer) -> None:
+    stages = answer.stages
+    seconds = telemetry.histogram(
+        "forerank_stage_seconds", "Wall time of a request's stages", ("route", "stage"), _BUCKETS
+    )
+    for stage in stages.__struct_fields__:
+        seconds.labels(route, stage).observe(getattr(stages, stage) / 1e3)
+    telemetry.counter("forerank_candidates", "Candidates that requests asked for", ("route",)).labels(route).inc(
+        len(answer.candidates)
+    )
+    telemetry.counter("forerank_candidates_missing", "Candidates without a row", ("route",)).labels(route).inc(
+        len(answer.rows.missing)
+    )
+
+
+# ---- look-ups
+
+
+def _lookup_routes(app: FastAPI, service: Service) -> None:
+    @app.get(
+        "/v1/explain",
+        summary="why an item has its score for a user",
+        openapi_extra=documented(gives=schemas.Explanation, errors=(404, 422, 503)),
+    )
+    async def explain_score(user_id: str, item_id: str, as_of: str | None = None) -> Response:
+        return await service.run(_explain, service, user_id, item_id, as_of)
+
+    @app.get(
+        "/v1/items/{item_id:path}",
+        summary="an item's row in the index",
+        openapi_extra=documented(
+            gives=schemas.ItemRow,
+            parameters={"include": "`event`: also the item's record on `items`, read from Kafka"},
+            errors=(404, 422, 503),
+        ),
+    )
+    async def item(item_id: str, request: Request) -> Response:
+        include = request.query_params.get("include", "")
+        if include not in ("", "event"):
+            raise invalid("include", "expected `event` or nothing")
+        return await service.run(_item, service, item_id, bool(include))
+
+    @app.get(
+        "/v1/generations",
+        summary="the generations of this host",
+        openapi_extra=documented(gives=schemas.Generations),
+    )
+    async def generations() -> Response:
+        return await service.run(lambda: reply(generations_of(service.settings, service.generations)))
+
+
+def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) -> Response:
+    at = int(as_of) if as_of is not None and as_of.lstrip("-").isdecimal() else as_of
+    query = schemas.Query(user_id=user_id_of(user_id), as_of=at)
+    generation = service.generations.pin()
+    source = service.users.find(query)
+    candidate = Candidates.of_ids([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())
+    hot, cold, found = gather_both(generation, candidate.keys)
+    if not found[0]:
+        raise ProblemError(404, "no-such-item", "this generation has no row of the item", "item_id")
+    side = service.users.begin(generation, query, source).result()
+    return reply(explain(generation, side, item_id, hot, int(cold["version"][0])))
+
+
+def _item(service: Service, item_id: str, with_event: bool) -> Response:
+    generation = service.generations.pin()
+    row = items.row_of(generation, user_id_of(item_id, "item_id"), service.settings.hash_key.encode())
+    if with_event:
+        row.event = service.feed.item_event(row.partition, row.offset)
+    return reply(row)
+
+
+# ---- events
+
+
+def _event_routes(app: FastAPI, service: Service) -> None:
+    def route(kind: str, body_type: Any) -> None:
+        @app.post(
+            f"/v1/events/{kind}",
+            summary=f"publish {kind} to Kafka",
+            status_code=202,
+            openapi_extra=documented(
+                takes=body_type | list[body_type],
+                gives=schemas.Accepted,
+                status=202,
+                example={},
+                also_takes={"application/x-ndjson": "one event a line"},
+                errors=(400, 413, 415, 422, 503),
+            ),
+            name=f"publish {kind}",
+        )
+        async def publish(request: Request) -> Response:
+            body, media = await body_of(request, _JSON, "application/x-ndjson")
+            accepted = await service.run(service.feed.publish, kind, body, media != _JSON)
+            return reply(accepted, 202)
+
+    for kind, body_type in KINDS.items():
+        route(kind, body_type)
+
+
+# ---- operation
+
+
+def _operation_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", summary="is the process alive", openapi_extra=documented(gives=schemas.Health))
+    async def health() -> Response:
+        return reply(schemas.Health("ok"))
+
+    @app.get("/readyz", summary="can requests be served", openapi_extra=documented(gives=schemas.Health, errors=(503,)))
+    async def ready() -> Response:
+        generation = service.generations.pin()
+        return reply(schemas.Health("ready", service.generations.reason, generation.name))
+
+    @app.get("/metrics", summary="Prometheus metrics of all processes of the host", response_class=Response)
+    async def metrics() -> Response:
+        text = await service.run(telemetry.render, service.settings)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def console() -> Response:
+        return Response((_CONSOLE / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response((_CONSOLE / "docs.html").read_bytes(), media_type="text/html; charset=utf-8")
+
+
+# ---- bodies and errors
+
+
+def reply(body: msgspec.Struct, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type=_JSON)
+
+
+async def body_of(request: Request, *accepted: str, empty: bool = False) -> tuple[bytes, str]:
+    """The body and its media type. Raises ProblemError 415 for another type, 413 beyond BODY_MAX."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > BODY_MAX:
+            raise ProblemError(413, "body-too-large", f"at most {BODY_MAX} bytes are accepted")
+        parts.append(part)
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media not in accepted and not (empty and size == 0):
+        given = media or "no content type"
+        raise ProblemError(415, "unsupported-media-type", f"{given} was sent; expected {' or '.join(accepted)}")
+    return b"".join(parts), media
+
+
+def _error_handlers(app: FastAPI) -> None:
+    async def problem(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ProblemError)
+        return error.response()
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: "no-such-route", 405: "method-not-allowed"}.get(error.status_code, "http")
+        response = ProblemError(error.status_code, kind, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return invalid(str(first["loc"][-1]), str(first["msg"])).response()
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        LOG.error("request failed", exc_info=error)
+        return ProblemError(500, "internal", "the request failed here; the log has the reason").response()
+
+    app.add_exception_handler(ProblemError, problem)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(Exception, unexpected)

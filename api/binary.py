@@ -1,0 +1,80 @@
+"""The binary form of /v1/score: large candidate lists without JSON. All numbers are little-endian.
+
+In: item ids u64[n]; the rest in the query string. Out, without k: scores f4[n] in the request's order, NaN where a
+candidate has no row or was filtered out. Out, with k: ids u64[count], then the ids without a row u64[missing], then
+scores f4[count], best first; the two counts stand in headers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from api.prerank import Answer
+from api.problems import ProblemError, decode, invalid
+from api.schemas import Comparison, Query
+
+ANSWER = (
+    "without k: scores f4[n], NaN = no row or filtered out; with k: ids u64[forerank-count], "
+    "missing ids u64[forerank-missing], scores f4[forerank-count]; little-endian"
+)
+PARAMETERS = {
+    "user_id": "binary form only, as are all of these",
+    "k": "the best k instead of all",
+    "as_of": "milliseconds since the epoch, or RFC 3339",
+    "order": "as in the JSON form",
+    "filters": "as in the JSON form, as JSON",
+}
+_FILTERS = msgspec.json.Decoder(dict[str, Comparison])
+
+
+def request_of(body: bytes, parameters: dict[str, str]) -> tuple[NDArray[np.uint64], Query, int | None]:
+    """Ids, options and k. Raises ProblemError."""
+    if len(body) % 8:
+        raise ProblemError(400, "malformed", f"{len(body)} bytes are not a list of u64")
+    unknown = sorted(parameters.keys() - PARAMETERS.keys())
+    if unknown:
+        raise invalid(unknown[0], f"unknown parameter; there are {', '.join(PARAMETERS)}")
+    query = Query(user_id=parameters.get("user_id"), order=parameters.get("order", "score"))
+    if (as_of := parameters.get("as_of")) is not None:
+        query.as_of = int(as_of) if as_of.lstrip("-").isdecimal() else as_of
+    if "filters" in parameters:
+        try:
+            query.filters = decode(_FILTERS, parameters["filters"].encode())
+        except ProblemError as error:
+            raise invalid("filters", error.body.detail) from error
+    return np.frombuffer(body, "<u8"), query, _count(parameters.get("k"))
+
+
+def answer_of(answer: Answer, ids: NDArray[np.uint64], ranked: bool) -> tuple[bytes, dict[str, str]]:
+    """Body and headers."""
+    stages = answer.stages
+    timing = ", ".join(f"{name};dur={getattr(stages, name):.3f}" for name in stages.__struct_fields__)
+    headers = {
+        "forerank-generation": answer.generation.name,
+        "forerank-as-of": str(answer.side.source.as_of),
+        "forerank-count": str(len(answer.places)),
+        "forerank-missing": str(len(answer.rows.missing)),
+        "forerank-filtered": str(answer.rows.filtered),
+        "forerank-cold-user": "true" if answer.side.seen().cold else "false",
+        "server-timing": timing,
+    }
+    if answer.degraded:
+        headers["forerank-degraded"] = "; ".join(answer.degraded).encode("ascii", "replace").decode()
+    scores = answer.scores.astype("<f4")
+    if ranked:
+        return b"".join(column.tobytes() for column in (ids[answer.places], ids[answer.rows.missing], scores)), headers
+    out: NDArray[Any] = np.full(len(ids), np.nan, "<f4")
+    out[answer.places] = scores
+    return out.tobytes(), headers
+
+
+def _count(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise invalid("k", "expected a whole number of at least 1")
+    return int(text)

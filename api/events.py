@@ -1,0 +1,107 @@
+"""Events over HTTP: validated as ingest will, published to Kafka, answered when the broker has them.
+
+Either all events of a body are sent or none. Kafka's client is made at the first use and works in threads of its own,
+so that a broker that is away keeps no ranking request waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from api.problems import ProblemError, decode
+from api.schemas import Accepted
+from infra.settings import Settings
+from streams.events import BehaviourBody, EventError, ItemUpdate, ModelEvent, UserBody
+from streams.publish import TOPICS, Kind, Publisher, PublishError, check
+
+T = TypeVar("T")
+KINDS: Mapping[Kind, Any] = {"items": ItemUpdate, "behaviours": BehaviourBody, "users": UserBody, "models": ModelEvent}
+_WAIT_S = 12.0  # a little longer than the publisher waits for the broker's address
+_READ_MS = 3_000
+_BODY = msgspec.json.Decoder(msgspec.Raw)
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class Feed:
+    """The way from HTTP to Kafka of one process. Thread safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pool = ThreadPoolExecutor(2, "kafka")
+        self._lock = threading.Lock()
+        self._publisher: Publisher | None = None
+
+    def publish(self, kind: Kind, body: bytes, lines: bool) -> Accepted:
+        """Raises ProblemError: 400 or 422 where the body is wrong (nothing is sent), 503 where the broker is away."""
+        rows = _rows(body, lines)
+        single = not lines and not body.lstrip().startswith(b"[")
+        for at, row in enumerate(rows):
+            try:
+                check(kind, row)
+            except EventError as error:
+                place = "" if single else f"[{at}]"
+                field = ".".join(part for part in (place, error.field) if part) or None
+                raise ProblemError(422, "invalid-event", f"event {at}: {error.message}", field) from error
+        self._with_broker(lambda: self._connected().publish(kind, rows))
+        return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
+
+    def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:
+        """The record at this place of `items`; None where compaction has removed it. Raises ProblemError 503."""
+        return self._with_broker(lambda: _record(self._settings, partition, offset))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            if self._publisher is not None:
+                self._publisher.close()
+
+    def _connected(self) -> Publisher:
+        with self._lock:
+            if self._publisher is None:
+                self._publisher = Publisher(self._settings)
+            return self._publisher
+
+    def _with_broker(self, work: Callable[[], T]) -> T:
+        try:
+            return self._pool.submit(work).result(_WAIT_S)
+        except TimeoutError as error:
+            said = "the Kafka broker has not answered in time; events may still arrive"
+            raise ProblemError(503, "broker-away", said) from error
+        except (PublishError, KafkaError) as error:
+            raise ProblemError(503, "broker-away", str(error)) from error
+
+
+def _rows(body: bytes, lines: bool) -> list[bytes]:
+    """One JSON text per event. Raises ProblemError where the body is no JSON at all."""
+    if lines:
+        return [line for line in body.split(b"\n") if line.strip()]
+    if body.lstrip().startswith(b"["):
+        return [bytes(row) for row in decode(_LIST, body)]
+    return [bytes(decode(_BODY, body))]
+
+
+def _record(settings: Settings, partition: int, offset: int) -> dict[str, Any] | None:
+    place = TopicPartition(settings.topic("items"), partition)
+    consumer = KafkaConsumer(
+        bootstrap_servers=settings.kafka_bootstrap.split(","),
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        max_poll_records=1,
+    )
+    try:
+        consumer.assign([place])
+        consumer.seek(place, offset)
+        found = consumer.poll(timeout_ms=_READ_MS).get(place, [])
+    finally:
+        consumer.close(autocommit=False)
+    if not found or found[0].offset != offset or found[0].value is None:
+        return None
+    record: dict[str, Any] = msgspec.json.decode(found[0].value)
+    return record

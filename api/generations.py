@@ -1,0 +1,164 @@
+"""Which generation requests are served from: watches the supervisor's `serving.json` and swaps atomically.
+
+Before the first step of every request: a request takes `Generations.pin()` and uses nothing else until its answer, so
+user block, rows and head come from one generation whatever happens meanwhile. A generation that was swapped away lives
+until the last request that pinned it has ended. A generation that cannot be loaded never replaces one that can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from api.problems import ProblemError
+from api.retrieval import RetrievalView
+from encoders.bundle import Bundle, BundleError, load_bundle
+from encoders.fold import Head, UserFold
+from index.arena import ArenaReader
+from index.errors import StoreError, StoreMissingError
+from index.histories import HistoriesReader
+from index.kernels import HeadTables, head_tables
+from index.layout import RowLayout
+from index.n2o import N2OReader
+from infra.settings import Settings
+from streams import rollout
+
+LOG = logging.getLogger(__name__)
+_POLL_S = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Everything one request needs of a generation. Immutable; retrieval is renewed apart (`Generations.retrieval`)."""
+
+    name: str
+    bundle: Bundle
+    layout: RowLayout
+    user_fold: UserFold
+    head: Head
+    head_tables: HeadTables
+    arena: ArenaReader
+    rows: N2OReader
+
+
+class Generations:
+    """The served generation, kept up to date by one thread. `histories` is None until the host has some."""
+
+    def __init__(self, settings: Settings, warm_up: Callable[[Generation], None] = lambda _: None) -> None:
+        self._settings, self._warm_up = settings, warm_up
+        self._active: Generation | None = None
+        self._reason = "no model event has activated a generation yet"
+        self._retrieval: RetrievalView | None = None
+        self._failed: dict[str, str] = {}  # sha256 of a bundle that does not load -> why
+        self.histories: HistoriesReader | None = None
+        self.serving = rollout.Serving()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="generations", daemon=True)
+
+    def start(self) -> None:
+        self.poll()
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def pin(self) -> Generation:
+        """The generation for one request. Raises ProblemError 503 with the reason while there is none."""
+        generation = self._active
+        if generation is None:
+            raise ProblemError(503, "not-ready", self._reason)
+        return generation
+
+    @property
+    def active(self) -> Generation | None:
+        return self._active
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is served, or what is wrong although something is; empty when all is well."""
+        return self._reason
+
+    @property
+    def retrieval(self) -> RetrievalView | None:
+        """Of the active generation; right after a swap, until its own is built, of the one before."""
+        return self._retrieval
+
+    def poll(self) -> None:
+        """One look at the files of the host; what has changed is taken over."""
+        if self.histories is None and self._settings.histories_dir.exists():
+            self.histories = _open_histories(self._settings.histories_dir)
+        try:
+            self.serving = rollout.read(self._settings.serving_file)
+        except rollout.Refused as error:
+            self._reason = str(error)
+            return
+        self._follow(self.serving)
+        if self._active is not None:
+            self._retrieval = RetrievalView.newer(
+                self._retrieval, self._settings, self._active.name, self._active.arena
+            )
+
+    def _follow(self, serving: rollout.Serving) -> None:
+        name = serving.active
+        if name is None:
+            self._active, self._reason = None, _waiting_for(serving)
+            return
+        if self._active is not None and self._active.name == name:
+            self._reason = ""
+            return
+        sha256 = serving.generations[name].sha256
+        if sha256 in self._failed:
+            return
+        try:
+            generation = load(self._settings, name, sha256)
+            self._warm_up(generation)
+        except StoreMissingError as error:
+            self._reason = f"generation {name}: {error}"  # the next poll tries again
+            return
+        except (BundleError, StoreError, OSError) as error:
+            self._failed[sha256] = str(error)
+            self._reason = f"generation {name} cannot be loaded: {error}"
+            LOG.error("generation not loaded", extra={"generation": name, "error": str(error)})
+            return
+        self._active, self._reason = generation, ""
+        LOG.info("generation served", extra={"generation": name})
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                self.poll()
+            except Exception:
+                LOG.exception("watching the generations")
+
+
+def load(settings: Settings, name: str, sha256: str) -> Generation:
+    """Opens all of a generation. Raises BundleError, StoreError or OSError with the reason."""
+    folder = settings.generation_dir(name)
+    bundle = load_bundle(folder / "bundle", sha256)
+    layout = RowLayout.from_json(bundle.manifest.row)
+    head = Head.of(bundle)
+    tables = head_tables(head.T, head.edges, head.weights, head.biases)
+    arena = ArenaReader.open(folder / "n2o", layout)
+    return Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, N2OReader(folder / "n2o"))
+
+
+def _open_histories(path: Path) -> HistoriesReader | None:
+    try:
+        return HistoriesReader(path)
+    except StoreMissingError:
+        return None  # being created; the next poll sees it
+
+
+def _waiting_for(serving: rollout.Serving) -> str:
+    filling = [state for state in serving.generations.values() if state.state in ("staged", "filling", "complete")]
+    if filling:
+        newest = filling[-1]
+        return f"generation {newest.generation} is {newest.state}: {100 * newest.progress:.0f} % of its index is there"
+    failed = [state for state in serving.generations.values() if state.state == "failed"]
+    if failed:
+        return f"generation {failed[-1].generation} has failed: {failed[-1].reason}"
+    return "no model event has activated a generation yet"

@@ -1,0 +1,257 @@
+"""ONE REQUEST, top to bottom (the Merger): pin a generation, infer the user while candidates are retrieved, join, rank,
+answer.
+
+Runs in a request thread; user inference runs in another meanwhile, and all heavy steps of both release the GIL.
+Guarantees: user block, rows and head come from the pinned generation; every candidate that is not in the answer is
+named or counted there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api import rtp
+from api.generations import Generation, Generations
+from api.problems import ProblemError, invalid
+from api.retrieval import NEWEST, RetrievalView
+from api.schemas import HistoryTrace, Query, Ranked, RecommendRequest, ScoreRequest, Stages, Trace, column
+from api.users import Users, UserSide, UserSource
+from index.keys import keys_of, keys_of_ints
+from infra.settings import Settings
+
+ATTRIBUTES_MAX = 1_000  # items whose full attributes one request may ask for: each is a read of RocksDB
+_TRIES = 8
+Names = list[Any] | NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """n candidates: keys u8[n, 2] and their names as the answer shall show them."""
+
+    keys: NDArray[np.uint64]
+    names: Callable[[NDArray[np.int64]], Names]
+
+    @classmethod
+    def of_ids(cls, ids: Sequence[int | str], hash_key: bytes) -> Candidates:
+        keys = keys_of(ids, hash_key)
+        return cls(keys, lambda places: [ids[place] for place in places.tolist()])
+
+    @classmethod
+    def of_integers(cls, ids: NDArray[np.uint64]) -> Candidates:
+        return cls(keys_of_ints(ids), lambda places: ids[places])
+
+    @classmethod
+    def retrieved(cls, view: RetrievalView, positions: NDArray[np.int64]) -> Candidates:
+        return cls(np.ascontiguousarray(view.keys[positions]), lambda places: view.ids(positions[places]))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def at(self, places: NDArray[np.int64]) -> Candidates:
+        return Candidates(self.keys[places], lambda more: self.names(places[more]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The candidates that have a row and pass the filters, with their rows. `cold` only where the request needs it."""
+
+    places: NDArray[np.int64]  # among the candidates
+    missing: NDArray[np.int64]
+    filtered: int
+    hot: NDArray[Any]
+    cold: NDArray[Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A ranked request before it is encoded. `places`, `scores` and `versions` are parallel."""
+
+    generation: Generation
+    side: UserSide
+    candidates: Candidates
+    rows: Rows
+    places: NDArray[np.int64]  # of the candidates, in the answer's order
+    scores: NDArray[np.float32]
+    versions: NDArray[np.uint64] | None
+    degraded: list[str]
+    stages: Stages
+
+
+class Clock:
+    """Stage timings: `lap()` is the milliseconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        took, self._last = (now - self._last) * 1e3, now
+        return took
+
+    def total(self) -> float:
+        return (time.perf_counter() - self._began) * 1e3
+
+
+class Merger:
+    """Answers score and recommend requests. Thread safe."""
+
+    def __init__(self, settings: Settings, generations: Generations, users: Users) -> None:
+        self._settings, self._generations, self._users = settings, generations, users
+        self._hash_key = settings.hash_key.encode()
+
+    def score(self, request: ScoreRequest) -> Answer:
+        """The caller's own candidates."""
+        ids = request.candidates
+        return self.prerank(request, request.k, lambda _: (Candidates.of_ids(ids, self._hash_key), []))
+
+    def score_integers(self, ids: NDArray[np.uint64], query: Query, k: int | None) -> Answer:
+        """The same for ids that came in binary form."""
+        return self.prerank(query, k, lambda _: (Candidates.of_integers(ids), []))
+
+    def recommend(self, request: RecommendRequest) -> Answer:
+        """Candidates of the built-in retrieval."""
+        self._at_most(request.retrieve, "retrieve")
+        return self.prerank(request, request.k, lambda source: self._retrieve(request, source))
+
+    def prerank(
+        self, query: Query, k: int | None, retrieve: Callable[[UserSource], tuple[Candidates, list[str]]]
+    ) -> Answer:
+        """One request. Raises ProblemError."""
+        clock = Clock()
+        generation = self._generations.pin()
+        weight = rtp.order_attribute(generation, query.order)
+        source = self._users.find(query)
+        found_ms = clock.lap()
+        user = self._users.begin(generation, query, source)  # runs beside the next two steps
+
+        candidates, degraded = retrieve(source)
+        retrieval_ms = clock.lap()
+        rows = gather(generation, candidates, query, cold=weight is not None or "trace" in query.include)
+        gather_ms = clock.lap()
+
+        side = user.result()
+        clock.lap()
+        scores = rtp.score(generation, side, rows.hot)
+        score_ms = clock.lap()
+
+        weights = None if weight is None or rows.cold is None else rows.cold["attributes"][:, weight]
+        order = self._order(rtp.order_values(scores, weights), k, candidates.at(rows.places))
+        top_k_ms = clock.lap()
+        return Answer(
+            generation=generation,
+            side=side,
+            candidates=candidates,
+            rows=rows,
+            places=rows.places[order],
+            scores=scores[order],
+            versions=rows.cold["version"][order] if rows.cold is not None else None,
+            degraded=[*side.degraded, *degraded],
+            stages=Stages(found_ms + side.ms, retrieval_ms, gather_ms, score_ms, top_k_ms, clock.total()),
+        )
+
+    def check(self, query: Query, candidates: int, k: int | None) -> None:
+        """Raises ProblemError for what is wrong with a request whatever the stores hold."""
+        self._users.check(query)
+        self._at_most(candidates, "candidates")
+        if k is not None:
+            self._at_most(k, "k")
+        for name, comparison in query.filters.items():
+            if all(getattr(comparison, bound) is None for bound in comparison.__struct_fields__):
+                raise invalid(f"filters.{name}", "expected at least one of eq, ne, lt, lte, gt, gte")
+
+    def _at_most(self, count: int, field: str) -> None:
+        if count > self._settings.candidates_max:
+            raise invalid(field, f"{count} are more than the {self._settings.candidates_max} that one request may have")
+
+    def _order(self, values: NDArray[np.float32], k: int | None, candidates: Candidates) -> NDArray[np.int64]:
+        if k is None:
+            return np.arange(len(values))
+        return rtp.ranked(values, k, candidates.keys, lambda: candidates.names(np.arange(len(candidates))))
+
+    def _retrieve(self, request: RecommendRequest, source: UserSource) -> tuple[Candidates, list[str]]:
+        view = self._generations.retrieval
+        if view is None:
+            raise ProblemError(503, "not-ready", "the retrieval index of this generation is still being built")
+        positions = view.retrieve(source.keys[-NEWEST:], request.retrieve)
+        candidates = Candidates.retrieved(view, positions)
+        if request.exclude_seen and len(source.keys):
+            seen = set(map(tuple, source.keys.tolist()))
+            fresh = [at for at, key in enumerate(map(tuple, candidates.keys.tolist())) if key not in seen]
+            candidates = candidates.at(np.array(fresh, np.int64))
+        active = self._generations.active
+        other = active is not None and active.name != view.generation
+        return candidates, [f"candidates were retrieved by generation {view.generation}"] if other else []
+
+
+def gather(generation: Generation, candidates: Candidates, query: Query, cold: bool) -> Rows:
+    """The rows of the candidates. Where both records of a row are needed, both are of the same version."""
+    keys = candidates.keys
+    if not cold and not query.filters:
+        gathered = generation.arena.gather(keys)
+        return Rows(
+            np.flatnonzero(gathered.found), np.flatnonzero(~gathered.found), 0, gathered.hot[gathered.found], None
+        )
+    hot, cold_rows, found = gather_both(generation, keys)
+    places = np.flatnonzero(found)
+    keep = rtp.passing(generation, query.filters, cold_rows[places])
+    kept = places[keep]
+    return Rows(kept, np.flatnonzero(~found), len(places) - len(kept), hot[kept], cold_rows[kept])
+
+
+def gather_both(
+    generation: Generation, keys: NDArray[np.uint64]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Hot [n] and cold [n] records of the same versions, and found bool[n]; what changed in between is read again."""
+    arena = generation.arena
+    cold, found = arena.gather_cold(keys)
+    gathered = arena.gather(keys)
+    hot, torn = gathered.hot, np.arange(len(keys))
+    there = gathered.found
+    for _ in range(_TRIES):
+        again, still = arena.gather_cold(keys[torn])
+        moved = (still != found[torn]) | (still != there[torn]) | (again["version"] != cold["version"][torn])
+        cold[torn], found[torn], torn = again, still, torn[moved]
+        if not len(torn):
+            break
+        renewed = arena.gather(keys[torn])
+        hot[torn], there[torn] = renewed.hot, renewed.found
+    found &= there
+    found[torn] = False  # changed at every look: as good as not there
+    return hot, cold, found
+
+
+def answer_of(answer: Answer, query: Query) -> Ranked:
+    """The response's body."""
+    side = answer.side
+    out = Ranked(
+        generation=answer.generation.name,
+        as_of=side.source.as_of,
+        ids=column(answer.candidates.names(answer.places)),
+        scores=column(answer.scores),
+        missing=column(answer.candidates.names(answer.rows.missing)),
+        filtered=answer.rows.filtered,
+        candidates=len(answer.candidates),
+        degraded=answer.degraded,
+        user=side.seen(),
+        stages_ms=answer.stages,
+    )
+    if "attributes" in query.include:
+        out.attributes = _attributes(answer)
+    if "trace" in query.include and answer.versions is not None:
+        history = HistoryTrace(side.source.position, side.used, side.without_row)
+        out.trace = Trace(side.source.as_of, history, column(answer.versions))
+    return out
+
+
+def _attributes(answer: Answer) -> list[dict[str, Any]]:
+    """All attributes of the answer's items, from RocksDB; {} for one that has gone meanwhile."""
+    if len(answer.places) > ATTRIBUTES_MAX:
+        raise invalid("include", f"attributes are given for at most {ATTRIBUTES_MAX} items; set k")
+    rows = answer.generation.rows.get([str(name) for name in answer.candidates.names(answer.places)])
+    return [{} if row is None else row.attributes for row in rows]

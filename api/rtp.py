@@ -1,0 +1,110 @@
+"""Real-time prediction: rows and user block become scores, filtered and ordered. Last step of a request.
+
+Order: by the score, or by probability x a row attribute (`score*bid`), where probability = 1 / (1 + exp(-score)); equal
+values by id: numeric ids (the canonical decimal form below 2^64) by number, then all others by their UTF-8 bytes; the
+same id twice by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api.generations import Generation
+from api.problems import invalid
+from api.schemas import Comparison
+from api.users import UserSide
+from index import kernels
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "lte": np.less_equal,
+    "gt": np.greater,
+    "gte": np.greater_equal,
+}
+
+
+class GenerationMismatchError(RuntimeError):
+    """A user block met rows of another generation: a defect of this program, never served."""
+
+
+def score(generation: Generation, side: UserSide, hot: NDArray[Any]) -> NDArray[np.float32]:
+    """Logits f4[n] of gathered hot records [n]. Raises GenerationMismatchError rather than mix two generations."""
+    if side.block.generation != generation.name:
+        raise GenerationMismatchError(
+            f"a user block of generation {side.block.generation} met rows of generation {generation.name}"
+        )
+    return kernels.score(hot, side.tables, generation.head_tables)
+
+
+def column_of(generation: Generation, name: str, field: str) -> int:
+    """The place of a numeric attribute in the cold record. Raises ProblemError naming the request's field and what
+    there is.
+    """
+    try:
+        return generation.layout.attributes.index(name)
+    except ValueError:
+        known = ", ".join(generation.layout.attributes) or "none"
+        raise invalid(field, f"rows have no numeric attribute {name!r}; they have: {known}") from None
+
+
+def order_attribute(generation: Generation, order: str) -> int | None:
+    """The attribute that scores are multiplied by; None for `score`. Raises ProblemError."""
+    if order == "score":
+        return None
+    head, times, name = order.partition("*")
+    if head != "score" or not times:
+        raise invalid("order", "expected `score` or `score*<attribute>`")
+    return column_of(generation, name, "order")
+
+
+def passing(generation: Generation, filters: Mapping[str, Comparison], cold: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows [n] meet all bounds; an absent attribute (NaN) meets none."""
+    keep = np.ones(len(cold), bool)
+    for name, comparison in filters.items():
+        values = cold["attributes"][:, column_of(generation, name, f"filters.{name}")]
+        keep &= ~np.isnan(values)
+        for operator, compare in _COMPARE.items():
+            bound = getattr(comparison, operator)
+            if bound is not None:
+                keep &= compare(values, np.float32(bound))
+    return keep
+
+
+def order_values(scores: NDArray[np.float32], weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """What candidates are ranked by, f4[n]; absent weights (NaN) rank last."""
+    if weights is None:
+        return scores
+    values = weights / (1.0 + np.exp(-scores.astype(np.float64)))
+    return np.where(np.isnan(values), -np.inf, values).astype(np.float32)
+
+
+def ranked(
+    values: NDArray[np.float32], k: int, keys: NDArray[np.uint64], names: Callable[[], Any]
+) -> NDArray[np.int64]:
+    """Places of the best k, best first. `names` gives the ids; it is called only where some are equal and not all are
+    numbers.
+    """
+    ties = len(np.unique(values)) < len(values)
+    return kernels.top_k(values, k, tie_rank(keys, names) if ties else np.arange(len(values), dtype=np.uint32))
+
+
+def tie_rank(keys: NDArray[np.uint64], names: Callable[[], Any]) -> NDArray[np.uint32]:
+    """u4[n]: the place of each id in the order of ids; equal ids in the order of the request."""
+    numeric = keys[:, 0] == 0
+    if numeric.all():
+        order = np.argsort(keys[:, 1], kind="stable")
+    else:
+        texts = names()
+        low = keys[:, 1].tolist()
+        order = np.array(
+            sorted(range(len(keys)), key=lambda at: (False, low[at], "") if numeric[at] else (True, 0, str(texts[at])))
+        )
+    rank = np.empty(len(keys), np.uint32)
+    rank[order] = np.arange(len(keys), dtype=np.uint32)
+    return rank

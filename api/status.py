@@ -1,0 +1,60 @@
+"""What /v1/generations says: the supervisor's view of the host's generations beside what this process has open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from api.generations import Generations
+from api.schemas import Generations as Report
+from api.schemas import GenerationStatus
+from index.arena import ArenaReader
+from index.errors import StoreError
+from index.layout import LayoutError, RowLayout
+from infra.settings import Settings
+from streams.rollout import GenerationState
+
+
+def generations_of(settings: Settings, generations: Generations) -> Report:
+    """All generations that the supervisor knows, the newest first."""
+    serving, active = generations.serving, generations.active
+    states = sorted(serving.generations.values(), key=lambda state: -state.offset)
+    return Report(
+        active=active.name if active else None,
+        previous=serving.previous,
+        ready=active is not None,
+        reason=generations.reason,
+        generations=[_status(settings, generations, state) for state in states],
+    )
+
+
+def _status(settings: Settings, generations: Generations, state: GenerationState) -> GenerationStatus:
+    active, view = generations.active, generations.retrieval
+    name = state.generation
+    loaded = active is not None and active.name == name
+    arena = active.arena if active is not None and loaded else _arena(settings.generation_dir(name))
+    out = GenerationStatus(
+        name=name,
+        state=state.state,
+        reason=state.reason,
+        loaded=loaded,
+        completeness=state.progress,
+        covered=state.covered,
+    )
+    if arena is not None:
+        progress, size = arena.progress(), arena.size()
+        out.rows = int(progress.count.sum())
+        out.covered = progress.covered.tolist()
+        out.arena_bytes = size.hot_bytes + size.cold_bytes + size.table_bytes
+    if view is not None and view.generation == name:
+        out.retrieval_built, out.retrieval_items = view.built, len(view.keys)
+    return out
+
+
+def _arena(folder: Path) -> ArenaReader | None:
+    """The arena of a generation that this process does not serve."""
+    try:
+        row = json.loads((folder / "bundle" / "manifest.json").read_bytes())["row"]
+        return ArenaReader.open(folder / "n2o", RowLayout.from_json(row))
+    except (OSError, ValueError, KeyError, TypeError, StoreError, LayoutError):
+        return None

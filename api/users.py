@@ -1,0 +1,235 @@
+"""User inference: a user's stored or inline side becomes the user block of one generation.
+
+Runs beside retrieval and must not wait for it. Reads the history and the profile, gathers the rows of the history's
+items *from the pinned generation*, and folds. A user of whom nothing is known is a cold user and is served; behaviours
+whose items have no row are left out and counted. Prefetched blocks are used only while the user's history has not moved
+on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from api.cache import FutureCache
+from api.generations import Generation
+from api.problems import invalid
+from api.schemas import Id, InlineUser, Query, UserSeen
+from encoders.features import FeatureError
+from encoders.fold import Behaviours, UserBlock
+from index.histories import HistoriesReader
+from index.kernels import UserTables, user_tables
+from index.keys import keys_of
+from infra.settings import Settings
+from streams import events
+
+State = Literal["started", "in flight", "ready"]
+INLINE = -2  # history position of a user who was sent along; -1 is that of one without behaviours
+
+
+@dataclasses.dataclass(frozen=True)
+class UserSource:
+    """What is known of a user before any generation is involved. Arrays are oldest first."""
+
+    user_id: str | None
+    profile: Mapping[str, Any] | None
+    keys: NDArray[np.uint64]  # [L, 2]
+    actions: NDArray[np.uint8]  # [L], codes of `action_names`
+    times: NDArray[np.int64]  # [L], ms since the epoch
+    action_names: tuple[str, ...]
+    position: int
+    as_of: int
+    degraded: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class UserSide:
+    """A user block and what it was made from. `ms`: how long the inference took."""
+
+    block: UserBlock
+    tables: UserTables
+    source: UserSource
+    used: int
+    without_row: int
+    degraded: tuple[str, ...]
+    ms: float
+    prefetched: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        block = self.block
+        arrays = (
+            block.P,
+            block.C,
+            block.D,
+            block.G,
+            block.cross_slots,
+            block.window,
+            self.source.keys,
+            self.source.times,
+        )
+        return 1024 + sum(array.nbytes for array in arrays)
+
+    def seen(self) -> UserSeen:
+        source = self.source
+        how: Literal["store", "inline", "prefetched"] = "prefetched" if self.prefetched else "store"
+        return UserSeen(
+            cold=source.profile is None and self.used == 0,
+            profile=source.profile is not None,
+            source="inline" if source.position == INLINE else how,
+            behaviours_used=self.used,
+            behaviours_without_row=self.without_row,
+        )
+
+
+def moment(value: int | str | None, field: str) -> int:
+    """Milliseconds since the epoch of a request's time; now where there is none. Raises ProblemError naming `field`."""
+    if value is None:
+        return time.time_ns() // 1_000_000
+    if isinstance(value, int):
+        if not -(2**53) <= value <= 2**53:
+            raise invalid(field, "milliseconds since the epoch out of range")
+        return value
+    try:
+        return events.to_ms(msgspec.convert(value, events.Time))
+    except msgspec.ValidationError as error:
+        raise invalid(field, "expected milliseconds since the epoch or an RFC 3339 time with a zone") from error
+
+
+def user_id_of(value: Id, field: str = "user_id") -> str:
+    try:
+        events.check_id(str(value), field)
+    except events.EventError as error:
+        raise invalid(field, error.message) from error
+    return str(value)
+
+
+class Users:
+    """User sides for requests. `pool` runs the inferences; NumPy, Torch and LMDB release the GIL in it."""
+
+    def __init__(
+        self, settings: Settings, histories: Callable[[], HistoriesReader | None], pool: ThreadPoolExecutor
+    ) -> None:
+        self._settings, self._histories, self._pool = settings, histories, pool
+        self._hash_key = settings.hash_key.encode()
+        self.prefetched: FutureCache[UserSide] = FutureCache(
+            settings.prefetch_bytes, settings.prefetch_ttl_s, lambda side: side.nbytes
+        )
+
+    def check(self, query: Query) -> None:
+        """Raises ProblemError where the request does not say which user, or says it wrongly. Needs no store."""
+        if (query.user_id is None) == (query.user is None):
+            raise invalid("user_id", "exactly one of `user_id` and `user` is needed")
+        if query.user_id is not None:
+            user_id_of(query.user_id)
+        moment(query.as_of, "as_of")
+        if query.user is not None:
+            for at, behaviour in enumerate(query.user.behaviours):
+                moment(behaviour.event_time, f"user.behaviours[{at}].event_time")
+
+    def find(self, query: Query) -> UserSource:
+        """What the stores or the request say about the user, as of the request's moment."""
+        as_of = moment(query.as_of, "as_of")
+        return self.inline(query.user, as_of) if query.user is not None else self.stored(str(query.user_id), as_of)
+
+    def prefetch(self, generation: Generation, user_id: str, as_of: int | str | None) -> State:
+        """Starts the inference unless a right one of this user, generation and `as_of` is there."""
+        source = self.stored(user_id, moment(as_of, "as_of"))
+        key = (user_id, generation.name, as_of)
+        known = self.prefetched.get(key)
+        if known is not None and known.done() and not _same_user(known.result().source, source):
+            self.prefetched.drop(key)
+        future, started = self.prefetched.start(key, lambda: self._pool.submit(infer, generation, source))
+        return "started" if started else "ready" if future.done() else "in flight"
+
+    def begin(self, generation: Generation, query: Query, source: UserSource) -> Future[UserSide]:
+        """The user's side, in the pool: the prefetched one if it is there and still right, else a new one."""
+        prefetched = (
+            self.prefetched.get((str(query.user_id), generation.name, query.as_of)) if query.user is None else None
+        )
+        if prefetched is None:
+            return self._pool.submit(infer, generation, source)
+        return self._pool.submit(_prefetched_or_new, prefetched, generation, source)
+
+    def stored(self, user_id: str, as_of: int) -> UserSource:
+        """Profile and history of the stores; empty ones for a user they do not know."""
+        histories = self._histories()
+        if histories is None:
+            nothing = np.zeros((0, 2), np.uint64), np.zeros(0, np.uint8), np.zeros(0, np.int64)
+            return UserSource(user_id, None, *nothing, (), -1, as_of, ("histories are not available yet",))
+        history = histories.history(user_id, as_of)
+        profile = histories.profile(user_id)
+        return UserSource(
+            user_id, profile, history.keys, history.actions, history.times, histories.actions(), history.position, as_of
+        )
+
+    def inline(self, user: InlineUser, as_of: int) -> UserSource:
+        """The user of a request's body: behaviours in order of time, the newest L, none after `as_of`."""
+        timed = [(moment(b.event_time, "user.behaviours"), b) for b in user.behaviours]
+        timed = sorted((one for one in timed if one[0] <= as_of), key=lambda one: one[0])[
+            -self._settings.history_length :
+        ]
+        names = tuple(sorted({b.action for _, b in timed}))
+        if len(names) > 256:
+            raise invalid("user.behaviours", f"{len(names)} different actions; at most 256 are possible")
+        code = {name: number for number, name in enumerate(names)}
+        return UserSource(
+            None,
+            user.features or None,
+            keys_of([b.item_id for _, b in timed], self._hash_key) if timed else np.zeros((0, 2), np.uint64),
+            np.array([code[b.action] for _, b in timed], np.uint8),
+            np.array([at for at, _ in timed], np.int64),
+            names,
+            INLINE,
+            as_of,
+        )
+
+
+def infer(generation: Generation, source: UserSource) -> UserSide:
+    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
+    began = time.perf_counter()
+    hot, cold, there = rows_of(generation, source.keys)
+    codes = generation.bundle.manifest.features.action_codes(source.action_names)
+    behaviours = Behaviours(
+        vectors=np.ascontiguousarray(cold["vector"], np.float32),
+        signatures=np.ascontiguousarray(hot["signature"]),
+        crosses=np.ascontiguousarray(hot["crosses"]),
+        actions=codes[source.actions[there]] if len(codes) else np.zeros(0, np.uint8),
+        times=source.times[there],
+    )
+    degraded = source.degraded
+    try:
+        block = generation.user_fold.block(source.profile, behaviours, source.as_of)
+    except FeatureError as error:
+        if source.position == INLINE:
+            raise invalid("user.features", str(error)) from error
+        block = generation.user_fold.block(None, behaviours, source.as_of)
+        degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
+    tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window)
+    used = int(np.count_nonzero(there))
+    took = (time.perf_counter() - began) * 1e3
+    return UserSide(block, tables, source, used, len(there) - used, degraded, took)
+
+
+def rows_of(generation: Generation, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Hot and cold rows of the keys that have both, and which those are."""
+    gathered, (cold, found) = generation.arena.gather(keys), generation.arena.gather_cold(keys)
+    there = gathered.found & found
+    return gathered.hot[there], cold[there], there
+
+
+def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, source: UserSource) -> UserSide:
+    side = prefetched.result()
+    return dataclasses.replace(side, prefetched=True) if _same_user(side.source, source) else infer(generation, source)
+
+
+def _same_user(then: UserSource, now: UserSource) -> bool:
+    """Whether a block made `then` may stand for the user `now`."""
+    return then.position == now.position and then.profile == now.profile
