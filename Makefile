@@ -31,10 +31,10 @@ test: setup-dev ## all tests, the end-to-end ones against a real broker included
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: setup-dev ## ruff, mypy and the import rule
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+	@$(BIN)/python $(BIN)/lint-imports
 
 bench: setup-dev ## one benchmark (NAME=, QUICK=1 for two minutes); without NAME: the list
 	@$(BIN)/python -m tests.bench $(NAME) $(if $(filter 1,$(QUICK)),--quick) $(if $(SEED),--seed $(SEED))
@@ -58,9 +58,10 @@ kafka-wipe: setup ## stop the local Kafka and delete its data
 	@$(BIN)/python -m infra.kafka wipe
 
 lock: setup-dev ## resolve requirements/*.in and infra/kafka/jgo.toml again
-	@for name in base dev; do $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	@for name in base dev; do $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --upgrade --no-emit-index-url --no-header requirements/$$name.in -o requirements/$$name.txt || exit 1; done
-	@$(BIN)/jgo --resolver python --system-java --file infra/kafka/jgo.toml lock
+	@$(BIN)/python -m jgo --resolver python --system-java --repo-cache .local/lock --cache-dir .local/lock/cache \
+	  --file infra/kafka/jgo.toml lock
 
 clean: ## delete caches; .venv, .local (data) and reports stay
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -55,10 +55,9 @@ def install(*, dev: bool, cpu: bool) -> None:
 
 
 def _works(environment: Path) -> bool:
-    """Is there an environment whose Python runs here and is new enough (a folder moved or copied does not)?"""
-    check = "import sys; sys.exit(sys.version_info < (3, 11) or sys.prefix != sys.argv[1])"
+    """Is there an environment whose Python still runs and is new enough?"""
+    command = [str(environment / "bin" / "python"), "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
     try:
-        command = [str(environment / "bin" / "python"), "-c", check, str(environment)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False

@@ -10,9 +10,12 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 _HERE = Path(__file__).parent
 SPECIFICATION = _HERE / "jgo.toml"
@@ -66,5 +69,18 @@ def _download(folder: Path, environment: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     command = [sys.executable, "-m", "jgo", "--file", str(SPECIFICATION), "--resolver", "python", "--system-java"]
     command += ["--repo-cache", str(repository), "--cache-dir", str(environment), "--timeout", "60", "sync"]
-    if subprocess.run(command, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False).returncode != 0:
-        raise JarsError("Apache Kafka could not be downloaded: is there a network, and room on the disk?")
+    total = len(locked())
+    with (
+        (folder / "download.log").open("wb") as log,
+        tqdm(total=total, unit=" jars", desc="Apache Kafka", disable=None) as bar,  # None: only on a terminal
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as child,
+    ):
+        while child.poll() is None:
+            bar.n = min(total, sum(1 for _ in repository.rglob("*.jar")))
+            bar.refresh()
+            time.sleep(0.2)
+        bar.n = total
+    if child.returncode != 0:
+        raise JarsError(
+            f"Apache Kafka could not be downloaded (see {log.name}): is there a network, and room on the disk?"
+        )
