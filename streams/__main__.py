@@ -1,0 +1,145 @@
+"""`python -m streams ...`: the nearline jobs, their supervisor, and publishing. Parses, calls once, maps errors to
+sentences.
+
+    supervise                              run everything a host needs; stop with Ctrl-C or SIGTERM
+    ingest | histories                     one job (the supervisor starts these)
+    encode | replicate --generation G
+    publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
+    model stage|activate [BUNDLE] --generation G      publish a model event
+    status                                 what this host serves and how its jobs are
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from infra import settings as settings_module
+from infra.kafka.broker import BrokerError
+from infra.kafka.topics import TopicError
+from infra.processes import ProcessError
+from infra.settings import Settings, SettingsError
+from infra.telemetry import configure_logging, start_metrics
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        settings = settings_module.load()
+        return int(options.run(settings, options) or 0)
+    except (SettingsError, BrokerError, TopicError, ProcessError) as error:
+        print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"A file could not be read or written: {error}.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m streams", description="Nearline jobs and publishing.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    supervise = commands.add_parser("supervise", help="run everything this host needs; Ctrl-C stops it")
+    supervise.add_argument("--without-retrieval", action="store_true", help="build no retrieval index")
+    supervise.set_defaults(run=_supervise)
+    for name in ("ingest", "histories"):
+        commands.add_parser(name, help="one job; the supervisor starts it").set_defaults(run=_job, job=name)
+    for name in ("encode", "replicate"):
+        job = commands.add_parser(name, help="one job of a generation; the supervisor starts it")
+        job.add_argument("--generation", required=True)
+        job.set_defaults(run=_job, job=name)
+    publish = commands.add_parser("publish", help="send events from files")
+    publish.add_argument("kind", choices=["items", "users", "behaviours", "models"])
+    publish.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSONL, CSV or Parquet; - is JSONL from stdin"
+    )
+    publish.add_argument(
+        "--strict", action="store_true", help="check all rows first and send nothing if one is invalid"
+    )
+    publish.set_defaults(run=_publish)
+    model = commands.add_parser("model", help="publish a model event")
+    model.add_argument("action", choices=["stage", "activate"])
+    model.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle (stage)")
+    model.add_argument("--generation", required=True)
+    model.add_argument("--activate-when-complete", action="store_true")
+    model.set_defaults(run=_model)
+    commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
+    return parser
+
+
+def _job(settings: Settings, options: argparse.Namespace) -> None:
+    """Runs one job; the process ends inside."""
+    start_metrics(settings)
+    generation = getattr(options, "generation", None)
+    configure_logging(settings, f"{options.job}-{generation}" if generation else options.job)
+    if options.job == "ingest":
+        from streams import ingest
+
+        ingest.run(settings)
+    elif options.job == "histories":
+        from streams import replicate_histories
+
+        replicate_histories.run(settings)
+    elif options.job == "encode":
+        from streams import encode
+
+        encode.run(settings, options.generation)
+    else:
+        from streams import replicate
+
+        replicate.run(settings, options.generation)
+
+
+def _supervise(settings: Settings, options: argparse.Namespace) -> int:
+    from streams.supervisor import supervise
+
+    configure_logging(settings, "supervisor")
+    return supervise(settings, retrieval=not options.without_retrieval)
+
+
+def _publish(settings: Settings, options: argparse.Namespace) -> int:
+    from streams.publish import PublishError, publish_files
+
+    try:
+        return publish_files(settings, options.kind, options.files, strict=options.strict)
+    except (PublishError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _model(settings: Settings, options: argparse.Namespace) -> int:
+    from streams.bundles import BundleFileError, manifest_hash
+    from streams.events import EventError
+    from streams.publish import Publisher, PublishError, check
+
+    event: dict[str, object] = {"action": options.action, "generation": options.generation}
+    try:
+        if options.action == "stage":
+            if options.bundle is None:
+                print("`model stage` needs the folder of a bundle.", file=sys.stderr)
+                return 2
+            folder = options.bundle.resolve()
+            event |= {"uri": folder.as_uri(), "sha256": manifest_hash(folder)}
+            if options.activate_when_complete:
+                event["activate_when_complete"] = True
+        check("models", event)
+        with Publisher(settings) as publisher:
+            publisher.models([event])
+    except (BundleFileError, EventError, PublishError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(
+        f"Published: {options.action} generation {options.generation}; `python -m streams status` shows what follows."
+    )
+    return 0
+
+
+def _status(settings: Settings, _: argparse.Namespace) -> int:
+    from streams.supervisor import status
+
+    return status(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The fill: all of `items` through a bundle, in bulk, before the generation's group is joined. Part of encode.
+
+    1  read every record from the first offset to the end taken at opening (bulk.py proves that), encode, send blocks
+    2  a last block per partition, also of an empty one, carries row count and digest: the proof for the hosts
+    3  return the end offsets, which the caller commits for the group; Faust goes on from there
+
+A crash before the commit repeats the fill; hosts skip what they have. The same reading, without proof, catches up a
+group that is far behind: Faust takes about 70 us per record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from aiokafka.structs import ConsumerRecord
+from numpy.typing import NDArray
+
+from index.keys import digest_of, keys_of
+from index.layout import RowLayout
+from index.n2o import FillProof, RowBatch
+from streams.bulk import open_reader
+from streams.events import EventError
+from streams.worker import Job, Record
+
+BULK_LAG = 20_000  # records behind from which Faust would be the slower way
+_AT_ONCE = 1024  # records per pass through the network
+
+
+class Rows(Protocol):
+    """What encode does with records, whoever read them."""
+
+    @property
+    def layout(self) -> RowLayout: ...
+
+    def rows(
+        self, by_partition: Mapping[int, Sequence[Record]], covered: Mapping[int, int]
+    ) -> tuple[list[RowBatch], list[tuple[Record, EventError]]]: ...
+
+    async def emit(self, batches: Sequence[RowBatch], refused: list[tuple[Record, EventError]]) -> None: ...
+
+
+def bulk_starts(committed: Sequence[int], ends: Sequence[int]) -> list[int] | None:
+    """Where to read in bulk from: [] = everything, for a fill; offsets, to catch up; None: Faust may go on by
+    itself.
+    """
+    if any(offset < 0 for offset in committed):
+        return []
+    # Faust's commit can stick on a compacted partition that it reads from offset 0
+    stuck = any(offset == 0 < end for offset, end in zip(committed, ends, strict=True))
+    far = sum(ends) - sum(committed) > BULK_LAG
+    return list(committed) if stuck or far else None
+
+
+async def fill(job: Job, encode: Rows, topic: str, starts: Sequence[int]) -> list[int]:
+    """Steps 1 and 2 from `starts` (empty: from the beginning, with proof). Gives the next offset per partition."""
+    job.say("catching up" if starts else "filling")
+    proof = None if starts else _Proof(job.settings.partitions, job.settings.hash_key.encode())
+    async with open_reader(job.settings, topic, starts or None) as reader:
+        async for by_partition in _chunks(reader.batches()):
+            covered = {partition: records[-1].offset for partition, records in by_partition.items()}
+            batches, refused = encode.rows(by_partition, covered)
+            await encode.emit(batches, refused)  # 1
+            if proof is not None:
+                proof.add(batches)
+            job.handled(sum(map(len, by_partition.values())))
+        ends = reader.ends
+    if proof is not None:
+        await encode.emit(
+            [proof.block(partition, end - 1, encode.layout) for partition, end in enumerate(ends)], []
+        )  # 2
+    return ends  # 3
+
+
+async def _chunks(batches: AsyncIterator[dict[int, list[ConsumerRecord]]]) -> AsyncIterator[dict[int, list[Record]]]:
+    """At most _AT_ONCE records at a time, a partition's in log order."""
+    async for batch in batches:
+        chunk: dict[int, list[Record]] = {}
+        size = 0
+        for partition, records in batch.items():
+            for start, end in _spans(len(records), _AT_ONCE - size):
+                chunk[partition] = [_record(record) for record in records[start:end]]
+                size += end - start
+                if size >= _AT_ONCE:
+                    yield chunk
+                    chunk, size = {}, 0
+        if chunk:
+            yield chunk
+
+
+def _spans(count: int, first: int) -> Iterator[tuple[int, int]]:
+    start, size = 0, first
+    while start < count:
+        yield start, min(count, start + size)
+        start, size = start + size, _AT_ONCE
+
+
+def _record(found: ConsumerRecord) -> Record:
+    return Record(
+        found.topic, found.partition, found.offset, found.timestamp, found.key, found.value, found.headers or ()
+    )
+
+
+class _Proof:
+    """Row count and digest of each partition after all that was added: of every key the last row counts."""
+
+    def __init__(self, partitions: int, hash_key: bytes) -> None:
+        self._hash_key = hash_key
+        self._keys: list[list[NDArray[np.uint64]]] = [[] for _ in range(partitions)]
+        self._versions: list[list[NDArray[np.uint64]]] = [[] for _ in range(partitions)]
+        self._deleted: list[list[NDArray[np.bool_]]] = [[] for _ in range(partitions)]
+
+    def add(self, batches: Sequence[RowBatch]) -> None:
+        for batch in batches:
+            if batch.ids:
+                self._keys[batch.partition].append(keys_of(batch.ids, self._hash_key))
+                self._versions[batch.partition].append(batch.versions)
+                self._deleted[batch.partition].append(batch.deleted)
+
+    def block(self, partition: int, covered: int, layout: RowLayout) -> RowBatch:
+        """The empty last block of a partition."""
+        none = np.empty(0, np.int64)
+        hot, cold = np.empty(0, layout.hot), np.empty(0, layout.cold)
+        gone = none.astype(np.bool_)
+        proof = self._of(partition)
+        return RowBatch(partition, covered, [], none.astype(np.uint64), none, gone, hot, cold, [], proof)
+
+    def _of(self, partition: int) -> FillProof:
+        if not self._keys[partition]:
+            return FillProof(0, 0)
+        keys = np.concatenate(self._keys[partition])
+        versions = np.concatenate(self._versions[partition])
+        deleted = np.concatenate(self._deleted[partition])
+        order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
+        ordered = keys[order]
+        last = np.append((ordered[1:] != ordered[:-1]).any(axis=1), True)
+        kept = order[last]
+        kept = kept[~deleted[kept]]
+        digest = int(digest_of(keys[kept], versions[kept]).sum(dtype=np.uint64))
+        return FillProof(len(kept), digest)

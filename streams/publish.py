@@ -1,0 +1,299 @@
+"""Publishing: items, users, behaviours and model events, validated before they are sent. Library and the command's
+work.
+
+The way into the system for everybody who has no Kafka client of their own: the API, the demo, the command, tests. An
+event that ingest would refuse is refused here, with its place and field; what was counted as sent, the broker has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, NamedTuple
+
+import msgspec
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+from tqdm import tqdm
+
+from infra.settings import Settings
+from streams import events
+from streams.events import EventError
+
+Kind = Literal["items", "users", "behaviours", "models"]
+Row = bytes | Mapping[str, Any]  # JSON, or an object that JSON can hold
+TOPICS: Mapping[Kind, str] = {"items": "item-updates", "users": "users", "behaviours": "behaviours", "models": "models"}
+REPORTED = 100  # rejected rows that are kept with their reason
+_UNREACHABLE_MS = 10_000
+_IN_FLIGHT = 10_000  # events that may wait for the broker: the client's buffer has no bound of its own
+
+
+class PublishError(RuntimeError):
+    """The broker cannot be reached or did not take an event; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A row that was not sent. `place`: its number, from 1 (a line of a file); `field`: "" = all of it."""
+
+    place: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"row {self.place}{f', {self.field}' if self.field else ''}: {self.message}"
+
+
+@dataclasses.dataclass
+class Published:
+    """What became of the rows; `errors` holds the first of them."""
+
+    sent: int = 0
+    rejected: int = 0
+    errors: list[Rejected] = dataclasses.field(default_factory=list)
+
+    def reject(self, place: int, error: EventError) -> None:
+        self.rejected += 1
+        if len(self.errors) < REPORTED:
+            self.errors.append(Rejected(place, error.field, error.message))
+
+
+class _Checked(NamedTuple):
+    key: str
+    event_id: str
+    value: bytes
+
+
+def check(kind: Kind, row: Row) -> _Checked:
+    """Key, CloudEvents id and bytes of a row. Raises EventError where it would be refused later."""
+    value = row if isinstance(row, bytes) else _json(row)
+    if kind == "items":
+        item = events.item_update(value, None, 0)
+        return _Checked(item.item_id, f"{item.item_id}/{item.version}", value)
+    if kind == "behaviours":
+        behaviour = events.behaviour(value, None, 0)
+        return _Checked(behaviour.user_id, behaviour.event_id, value)
+    if kind == "users":
+        return _Checked(events.user(value, None, 0).user_id, events.new_event_id(), value)
+    return _Checked(events.model(value).generation, events.new_event_id(), value)
+
+
+class Publisher:
+    """A producer with acks of all replicas. Threads may share it. Close it, or use it in `with`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises PublishError if the broker cannot be reached."""
+        self._settings = settings
+        self._source = f"/forerank/{settings.host}"
+        try:
+            self._producer = KafkaProducer(
+                bootstrap_servers=settings.kafka_bootstrap.split(","),
+                acks="all",
+                linger_ms=2,
+                batch_size=256 << 10,
+                max_block_ms=_UNREACHABLE_MS,
+                bootstrap_timeout_ms=_UNREACHABLE_MS,
+            )
+        except KafkaError as error:
+            raise PublishError(f"The Kafka broker at {settings.kafka_bootstrap} cannot be reached: {error}.") from error
+
+    def items(self, rows: Iterable[Row]) -> Published:
+        """Sends item updates and deletions; returns when the broker has them. Raises PublishError."""
+        return self.publish("items", rows)
+
+    def users(self, rows: Iterable[Row]) -> Published:
+        return self.publish("users", rows)
+
+    def behaviours(self, rows: Iterable[Row]) -> Published:
+        return self.publish("behaviours", rows)
+
+    def models(self, rows: Iterable[Row]) -> Published:
+        return self.publish("models", rows)
+
+    def publish(self, kind: Kind, rows: Iterable[Row], progress: Callable[[], object] | None = None) -> Published:
+        """The same for any kind; `progress` is called after each row."""
+        out, acks = Published(), _Acks()
+        for place, row in enumerate(rows, 1):
+            try:
+                checked = check(kind, row)
+            except EventError as error:
+                out.reject(place, error)
+            else:
+                self._send(kind, checked, acks)
+                out.sent += 1
+                if out.sent % _IN_FLIGHT == 0:
+                    self._finish(acks)
+            if progress is not None:
+                progress()
+        self._finish(acks)
+        return out
+
+    def _send(self, kind: Kind, event: _Checked, acks: _Acks) -> None:
+        key = event.key.encode()
+        partition = 0 if kind == "models" else events.partition_of(key, self._settings.partitions)
+        now = time.time_ns() // 1_000_000
+        try:
+            future = self._producer.send(
+                self._settings.topic(TOPICS[kind]),
+                event.value,
+                key,
+                events.cloud_headers(TOPICS[kind], event.event_id, self._source, now),
+                partition,
+                now,
+            )
+        except KafkaError as error:
+            raise PublishError(f"The Kafka broker did not take an event: {error}.") from error
+        future.add_errback(acks.failed)
+
+    def _finish(self, acks: _Acks) -> None:
+        try:
+            self._producer.flush(timeout=60)
+        except KafkaError as error:
+            raise PublishError(f"The Kafka broker did not acknowledge all events: {error}.") from error
+        acks.check()
+
+    def close(self) -> None:
+        self._producer.close(timeout=10)
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Acks:
+    """Failed sends of one call; the producer's thread reports them."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._first = threading.Lock(), 0, ""
+
+    def failed(self, error: BaseException) -> None:
+        with self._lock:
+            self._count += 1
+            self._first = self._first or f"{type(error).__name__}: {error}"
+
+    def check(self) -> None:
+        with self._lock:
+            if self._count:
+                raise PublishError(f"The Kafka broker did not take {self._count} events ({self._first}).")
+
+
+def read_rows(kind: Kind, path: Path, stdin: IO[bytes]) -> Iterator[Row]:
+    """Rows of a JSONL, CSV or Parquet file by its name's end; `-` is JSONL from `stdin`. Raises OSError, ValueError.
+
+    CSV and Parquet: columns are fields; `features.<name>` and `attributes.<name>` fill the objects; empty cells are
+    absent. A CSV cell that begins with `[` or `{` is JSON.
+    """
+    if str(path) == "-":
+        yield from _lines(stdin)
+    elif path.suffix == ".csv":
+        yield from (_nested(row, kind, from_text=True) for row in _table(path))
+    elif path.suffix == ".parquet":
+        yield from (_nested(row, kind, from_text=False) for row in _table(path))
+    elif path.suffix in (".jsonl", ".ndjson", ".json"):
+        with path.open("rb") as file:
+            yield from _lines(file)
+    else:
+        raise ValueError(f"{path}: the name must end in .jsonl, .csv or .parquet")
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    return (line.strip() for line in file if line.strip())
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    import polars as pl
+
+    try:
+        # numbers in CSV are decided cell by cell, not by guessing a column's type
+        frame = pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return frame.iter_rows(named=True)
+
+
+def _nested(row: Mapping[str, Any], kind: Kind, *, from_text: bool) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, cell in row.items():
+        if cell is None or cell == "":
+            continue
+        outer, dot, inner = name.partition(".")
+        is_text = outer.endswith("_id") or outer in ("event_time", "erased_at", "action", "generation", "uri", "sha256")
+        value = _cell(cell) if from_text and not is_text else str(cell) if outer.endswith("_id") else cell
+        if dot and outer in ("features", "attributes"):
+            out.setdefault(outer, {})[inner] = value
+        else:
+            out[name] = value
+    if from_text and kind == "items" and isinstance(out.get("crosses"), str):
+        out["crosses"] = [out["crosses"]]
+    return out
+
+
+def _cell(text: str) -> Any:
+    """A CSV cell: JSON where it is a number, true, false, a list or an object; otherwise text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return text if isinstance(value, str) or value is None else value
+
+
+def _json(row: Mapping[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(row)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise EventError("malformed", f"not JSON: {error}") from None
+
+
+def publish_files(settings: Settings, kind: Kind, paths: Iterable[Path], *, strict: bool) -> int:
+    """The command: sends all rows of the files, with progress and counts on stderr. Gives the exit status.
+
+    Rows that are refused are reported by file and row and the rest is sent; with `strict` one refused row means that
+    nothing is sent. Raises PublishError, ValueError or OSError.
+    """
+    files: list[tuple[Path, Iterable[Row]]] = [(path, read_rows(kind, path, sys.stdin.buffer)) for path in paths]
+    if strict:
+        files = [(path, list(rows)) for path, rows in files]
+        bad = sum(_report(path, _checked_only(kind, rows)) for path, rows in files)
+        if bad:
+            print(f"{bad} invalid rows: nothing was sent (--strict).", file=sys.stderr)
+            return 1
+    sent = bad = 0
+    with Publisher(settings) as publisher:
+        for path, rows in files:
+            with tqdm(desc=str(path), unit=" rows", file=sys.stderr, mininterval=0.5, miniters=500) as bar:
+                result = publisher.publish(kind, rows, bar.update)
+            sent += result.sent
+            bad += _report(path, result)
+    print(
+        f"{sent} {kind} published to {settings.topic(TOPICS[kind])}"
+        + (f", {bad} invalid rows left out." if bad else ".")
+    )
+    return 1 if bad else 0
+
+
+def _checked_only(kind: Kind, rows: Iterable[Row]) -> Published:
+    out = Published()
+    for place, row in enumerate(rows, 1):
+        try:
+            check(kind, row)
+        except EventError as error:
+            out.reject(place, error)
+    return out
+
+
+def _report(path: Path, result: Published) -> int:
+    for error in result.errors:
+        print(f"{path}, {error}", file=sys.stderr)
+    if result.rejected > len(result.errors):
+        print(f"{path}: {result.rejected - len(result.errors)} more invalid rows.", file=sys.stderr)
+    return result.rejected
