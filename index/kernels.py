@@ -1,57 +1,324 @@
-"""The real-time arithmetic of one request: rows gathered from the arena meet arrays prepared per user and
-generation."""
+"""The real-time arithmetic of one request: rows gathered from the arena meet arrays prepared per user and generation.
+
+    z     = joint + P + C w + D s + T log1p(counts) + mean over the row's crosses of G[c]        s = +-1 by signature bit
+    score = the head's layers on relu(z)
+
+D s costs b/4 table look-ups per candidate instead of b x h multiplications: `user_tables` adds up D's columns for all
+16 values of every four signature bits. Everything that takes longer than microseconds runs without the GIL. The
+`*_oracle` functions say the same in plain NumPy; tests hold each kernel against its oracle.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import extending, njit, types
 from numpy.typing import NDArray
 
-from index.layout import RowLayout
+from index import popcount_ir
+from index.layout import RowLayout, aligned_empty
 
 F4 = NDArray[np.float32]
+CROSS_SLOTS = 65536
+
+
+class KernelError(ValueError):
+    """Arrays whose shapes do not go together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UserTables:
-    """What `score` needs of a user block; make it once per block with `user_tables`."""
+    """What `score` needs of a user block; made once per block by `user_tables`."""
+
+    P: F4  # [h]
+    C: F4  # [n, h]
+    D: F4  # [b/4, 16, h]
+    G: F4  # [c+1, h]
+    cross_slots: NDArray[np.uint16]  # [c]
+    window: popcount_ir.Blocks
+    logs: F4  # log1p of 0..window length
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.window.data, self.logs)
+        return sum(array.nbytes for array in arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadTables:
-    """What `score` needs of a generation's head; make it once per generation with `head_tables`."""
+    """What `score` needs of a generation's head; made once per generation by `head_tables`."""
+
+    T: F4  # [tiers, h]
+    edges: NDArray[np.int64]
+    sizes: NDArray[np.int64]  # width of every layer, from h to 1
+    weights: F4  # all layers' [in, out], one after the other
+    biases: F4  # all layers' [out]
 
 
 def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], window: NDArray[np.uint8]) -> UserTables:
-    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], window u1[Lw, b/8]."""
-    raise NotImplementedError
+    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], window u1[Lw, b/8].
+    Raises KernelError when shapes do not go together."""
+    width, bits = D.shape
+    fitting = P.shape == (width,) and C.shape[0] == width and G.shape == (len(cross_slots) + 1, width)
+    if not fitting or bits % 8 or window.ndim != 2 or window.shape[1] != bits // 8:
+        raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape}")
+    signs = np.array([[1 if value >> bit & 1 else -1 for bit in range(4)] for value in range(16)], np.float32)
+    fours = np.ascontiguousarray(D.T, np.float32).reshape(bits // 4, 4, width)
+    return UserTables(
+        np.ascontiguousarray(P, np.float32),
+        np.ascontiguousarray(C.T, np.float32),
+        np.matmul(signs, fours),
+        np.ascontiguousarray(G, np.float32),
+        np.ascontiguousarray(cross_slots, np.uint16),
+        popcount_ir.blocks_of(window),
+        np.log1p(np.arange(len(window) + 1, dtype=np.float32)),
+    )
 
 
 def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Sequence[F4]) -> HeadTables:
     """From T [h, tiers], ascending integer edges [tiers - 1], and the MLP after the first layer: weights[i] [out, in]
-    (torch's form), biases[i] [out], ReLU between layers, the last out = 1."""
-    raise NotImplementedError
+    (torch's form), biases[i] [out], ReLU between layers, the last out = 1. Raises KernelError."""
+    sizes = [T.shape[0], *(len(bias) for bias in biases)]
+    shapes = [weight.shape for weight in weights]
+    if T.shape[1] != len(edges) + 1 or shapes != list(zip(sizes[1:], sizes[:-1], strict=True)) or sizes[-1] != 1:
+        raise KernelError(f"T {T.shape}, {len(edges)} edges, weights {shapes}")
+    return HeadTables(
+        np.ascontiguousarray(T.T, np.float32),
+        np.asarray(edges, np.int64),
+        np.array(sizes, np.int64),
+        np.concatenate([np.ascontiguousarray(weight.T, np.float32).ravel() for weight in weights]),
+        np.concatenate([np.asarray(bias, np.float32).ravel() for bias in biases]),
+    )
 
 
 def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
-    """f4[n] logits of gathered hot records [n]. An item without crosses gets nothing for them: `joint` has its
-    default."""
-    raise NotImplementedError
+    """f4[n] logits of gathered hot records [n]. An item without crosses gets nothing for them: `joint` has its default.
+    Raises KernelError when rows, user and head are of different shapes."""
+    fields = hot.dtype.fields
+    assert fields is not None
+    joint, bridge, signature, crosses = (fields[name] for name in ("joint", "bridge", "signature", "crosses"))
+    width, bridges, size = joint[0].shape[0], bridge[0].shape[0], signature[0].shape[0]
+    if user.C.shape != (bridges, width) or len(user.D) != 2 * size or head.T.shape[1] != width:
+        raise KernelError(f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, head T {head.T.shape}")
+    hot = np.ascontiguousarray(hot)
+    record = hot.dtype.itemsize
+    raw = hot.view(np.uint8).reshape(len(hot), record)
+    float_size = joint[0].base.itemsize
+    address = hot.ctypes.data + signature[1]
+    tier_counts = popcount_ir.counts(address, record, len(hot), size, user.window, head.edges)
+    out = np.empty(len(hot), np.float32)
+    slots = _cross_map()
+    slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
+    _logits(
+        raw.view(np.uint16 if float_size == 2 else np.float32),
+        joint[1] // float_size,
+        bridge[1] // float_size,
+        raw,
+        signature[1],
+        raw.view(np.uint16),
+        crosses[1] // 2,
+        crosses[0].shape[0],
+        tier_counts,
+        user.P,
+        user.C,
+        user.D,
+        user.G,
+        slots,
+        user.logs,
+        head.T,
+        head.sizes,
+        head.weights,
+        head.biases,
+        out,
+    )
+    slots[user.cross_slots] = 0
+    return out
+
+
+def score_oracle(
+    hot: NDArray[Any],
+    block: tuple[F4, F4, F4, F4, NDArray[np.uint16], NDArray[np.uint8]],
+    T: F4,
+    edges: NDArray[Any],
+    weights: Sequence[F4],
+    biases: Sequence[F4],
+) -> NDArray[np.float64]:
+    """f8[n]: `score` from the arguments of `user_tables` and `head_tables`."""
+    P, C, D, G, cross_slots, window = block
+    signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
+    tiers = simtier_counts_oracle(hot["signature"], window, edges)
+    z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C.T + signs @ D.T
+    z += np.log1p(tiers.astype(np.float64)) @ T.T
+    rows_of = {int(slot): row for row, slot in enumerate(cross_slots, 1)}
+    for i, crosses in enumerate(hot["crosses"].tolist()):
+        present = [rows_of.get(cross, 0) for cross in crosses if cross]
+        if present:
+            z[i] += G[present].astype(np.float64).mean(axis=0)
+    for weight, bias in zip(weights, biases, strict=True):
+        z = np.maximum(z, 0) @ weight.T.astype(np.float64) + bias
+    return np.asarray(z[:, 0])
 
 
 def simtier_counts(signatures: NDArray[np.uint8], window: NDArray[np.uint8], edges: NDArray[Any]) -> NDArray[np.int32]:
-    """i4[n, tiers]: for signatures u1[n, b/8], how many of window u1[L, b/8] have `t` edges <= equal bits."""
-    raise NotImplementedError
+    """i4[n, tiers]: for signatures u1[n, b/8], how many of window u1[L, b/8] have exactly t of the edges <= equal
+    bits."""
+    signatures = np.ascontiguousarray(signatures)
+    size = signatures.shape[1]
+    blocks = popcount_ir.blocks_of(window)
+    return popcount_ir.counts(signatures.ctypes.data, size, len(signatures), size, blocks, edges)
+
+
+def simtier_counts_oracle(
+    signatures: NDArray[np.uint8], window: NDArray[np.uint8], edges: NDArray[Any]
+) -> NDArray[np.int32]:
+    """`simtier_counts`."""
+    different = np.bitwise_count(signatures[:, None, :] ^ window[None, :, :]).sum(axis=2, dtype=np.int64)
+    tier = np.searchsorted(np.asarray(edges), 8 * signatures.shape[1] - different, side="right")
+    return np.stack([(tier == t).sum(axis=1) for t in range(len(edges) + 1)], axis=1).astype(np.int32)
 
 
 def top_k(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64]:
-    """Indices of the min(k, n) best, best first; equal scores by ascending tie_rank (integers 0..2^32-1)."""
-    raise NotImplementedError
+    """Indices of the min(k, n) best, best first; equal scores by ascending tie_rank (integers 0..2^32-1); NaN last."""
+    k = min(k, len(scores))
+    if k <= 0:
+        return np.empty(0, np.int64)
+    # One unsigned number per candidate that orders as (score, tie rank) does: NumPy selects those with vectors.
+    clean = np.where(np.isnan(scores), np.float32(-np.inf), scores) + np.float32(0)  # also makes -0.0 equal 0.0
+    bits = clean.astype(np.float32).view(np.uint32)
+    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    order = (rising.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - tie_rank.astype(np.uint64))
+    best = np.argpartition(order, len(order) - k)[len(order) - k :]
+    return best[np.argsort(order[best])[::-1]]
+
+
+def top_k_oracle(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64]:
+    """`top_k`."""
+    return np.lexsort((tie_rank, -scores))[:k]
 
 
 def warm_up(layout: RowLayout, tiers: int) -> None:
     """Compiles every kernel for this layout, so that no request pays for it."""
-    raise NotImplementedError
+    hot = aligned_empty(1, layout.hot)
+    hot.view(np.uint8)[:] = 0
+    width = layout.width
+    user = user_tables(
+        np.zeros(width, np.float32),
+        np.zeros((width, layout.bridges), np.float32),
+        np.zeros((width, layout.bits), np.float32),
+        np.zeros((1, width), np.float32),
+        np.zeros(0, np.uint16),
+        np.zeros((1, layout.bits // 8), np.uint8),
+    )
+    head = head_tables(
+        np.zeros((width, tiers), np.float32),
+        np.arange(1, tiers),
+        [np.zeros((1, width), np.float32)],
+        [np.zeros(1, np.float32)],
+    )
+    top_k(score(hot, user, head), 1, np.zeros(1, np.int64))
+
+
+_scratch = threading.local()
+
+
+def _cross_map() -> NDArray[np.uint16]:
+    """This thread's map from cross slot to row of G; all zero (absent) between calls."""
+    if not hasattr(_scratch, "cross_map"):
+        _scratch.cross_map = np.zeros(CROSS_SLOTS, np.uint16)
+    found: NDArray[np.uint16] = _scratch.cross_map
+    return found
+
+
+intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic  # numba has no types for it
+
+
+@intrinsic
+def _float(_typing: Any, value: Any) -> Any:
+    """The float32 of a half float's 16 bits, or of a float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if isinstance(value, types.Float):
+            return arguments[0]
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _logits(
+    floats: Any,
+    joint_at: int,
+    bridge_at: int,
+    raw: Any,
+    signature_at: int,
+    shorts: Any,
+    crosses_at: int,
+    crosses: int,
+    tier_counts: Any,
+    P: Any,
+    C: Any,
+    D: Any,
+    G: Any,
+    slots: Any,
+    logs: Any,
+    T: Any,
+    sizes: Any,
+    weights: Any,
+    biases: Any,
+    out: Any,
+) -> None:
+    """The equations of the module's docstring, candidate by candidate; `floats`, `raw` and `shorts` are the same
+    rows."""
+    width = P.shape[0]
+    widest = sizes.max()
+    z, y = np.empty(widest, np.float32), np.empty(widest, np.float32)
+    mean = np.empty(width, np.float32)
+    for i in range(out.shape[0]):
+        for k in range(width):
+            z[k] = P[k] + _float(floats[i, joint_at + k])
+        for j in range(C.shape[0]):
+            w = _float(floats[i, bridge_at + j])
+            for k in range(width):
+                z[k] += w * C[j, k]
+        for j in range(D.shape[0] // 2):
+            byte = raw[i, signature_at + j]
+            low, high = byte & 15, byte >> 4
+            for k in range(width):
+                z[k] += D[2 * j, low, k] + D[2 * j + 1, high, k]
+        for t in range(T.shape[0]):
+            log = logs[tier_counts[i, t]]
+            if log != 0:
+                for k in range(width):
+                    z[k] += log * T[t, k]
+        present = 0
+        mean[:] = 0
+        for c in range(crosses):
+            cross = shorts[i, crosses_at + c]
+            if cross != 0:
+                present += 1
+                row = slots[cross]
+                for k in range(width):
+                    mean[k] += G[row, k]
+        if present:
+            share = np.float32(1.0) / np.float32(present)
+            for k in range(width):
+                z[k] += share * mean[k]
+        weight_at, bias_at = 0, 0
+        for layer in range(sizes.shape[0] - 1):
+            inputs, outputs = sizes[layer], sizes[layer + 1]
+            for o in range(outputs):
+                y[o] = biases[bias_at + o]
+            for k in range(inputs):
+                x = z[k]
+                if x > 0:
+                    for o in range(outputs):
+                        y[o] += x * weights[weight_at + o]
+                weight_at += outputs
+            bias_at += outputs
+            z, y = y, z
+        out[i] = z[0]
