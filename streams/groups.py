@@ -21,7 +21,6 @@ from kafka.structs import OffsetAndMetadata
 from infra.kafka.broker import admin_of
 from infra.settings import Settings
 
-
 T = TypeVar("T")
 _PATIENCE_S = 20.0
 

@@ -64,7 +64,6 @@ class Desired(msgspec.Struct, frozen=True):
     staged: dict[str, Staged]
     wishes: list[tuple[int, str]]
     refused: dict[int, str]
-    retired: list[str]
 
 
 def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[int] = ()) -> Desired:
@@ -96,7 +95,7 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[
             wishes = [wish for wish in wishes if wish[1] != name]
         else:
             errors[offset] = f"{event.action} is not supported; activate the generation to go back to instead"
-    return Desired(staged, wishes, errors, retired)
+    return Desired(staged, wishes, errors)
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
@@ -141,8 +140,8 @@ def activate(serving: Serving, generation: str) -> Serving:
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
-    if not known.staged_ends or known.progress < 1.0:
-        raise Refused(f"generation {generation} is not complete")
+    if known.state == "former" and generation != serving.previous:
+        raise Refused(f"generation {generation} is no longer kept fresh; stage its bundle under a new name")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -154,6 +153,29 @@ def fail(serving: Serving, generation: str, reason: str) -> Serving:
     known = serving.generations[generation]
     state: State = "active" if known.state == "active" else "failed"
     return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
+
+
+def wanted(desired: Desired, serving: Serving) -> list[str]:
+    """Staged generations that this host does not know yet and needs: those later than the active one, or, where none is
+    active, those from the newest wish on that has not failed."""
+    failed = {name for name, known in serving.generations.items() if known.state == "failed"}
+    if serving.active is not None:
+        since = serving.generations[serving.active].offset + 1
+    else:
+        hopes = [desired.staged[name].offset for _, name in desired.wishes if name not in failed]
+        since = hopes[-1] if hopes else 0
+    return [name for name, found in desired.staged.items() if found.offset >= since and name not in serving.generations]
+
+
+def next_active(desired: Desired, serving: Serving) -> str | None:
+    """The generation to activate now: that of the newest wish which is possible, if it is not active already."""
+    for _, name in reversed(desired.wishes):
+        if name == serving.active:
+            return None
+        known = serving.generations.get(name)
+        if known and (known.state == "complete" or (known.state == "former" and name == serving.previous)):
+            return name
+    return None
 
 
 def running(serving: Serving) -> list[str]:

@@ -64,6 +64,7 @@ class Heartbeat(msgspec.Struct):
     handled: int = 0
     lag: int = 0
     reason: str = ""
+    status: int = 0  # exit status, once stopped
 
     def write(self, folder: Path) -> None:
         self.time = time.time_ns() // 1_000_000
@@ -291,7 +292,7 @@ class Job:
         self.heartbeat.lag = sum(max(0, ends[TopicPartition(*place)] - found) for place, found in self._next.items())
 
     def _end(self, status: int, reason: str) -> NoReturn:
-        self.heartbeat.state, self.heartbeat.reason = "stopped", reason
+        self.heartbeat.state, self.heartbeat.reason, self.heartbeat.status = "stopped", reason, status
         self.heartbeat.write(self.settings.heartbeat_dir)
         if status:
             LOG.error("%s: %s", self.name, reason)

@@ -1,0 +1,427 @@
+"""The supervisor: one per host. Runs the nearline jobs and carries each generation from its stage event to serving.
+
+Beside the data path: it reads `models` from the start, reduces it (rollout.py), and each round makes the host a little
+more like the result:
+
+    stage     fetch and check the bundle, make `rows.<generation>`, take the end offsets of `items`
+    fill      encode and replicate run; the arena reports how far this host is
+    complete  all partitions reached those offsets with a proven fill; the retrieval index is built
+    activate  `serving.json` is replaced, atomically; API processes swap at their next look
+
+Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
+takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
+repeats nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
+
+from index.arena import ArenaReader, Progress
+from index.errors import StoreError
+from infra import processes
+from infra.kafka.broker import BrokerError, admin_of
+from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
+from infra.settings import Settings, environment
+from infra.telemetry import clear_metrics
+from streams import bundles, events, rollout
+from streams.bundles import BundleFileError
+from streams.events import EventError, HostReport, ModelEvent
+from streams.groups import GroupError, group_admin
+from streams.rollout import Refused, Serving
+from streams.worker import BAD_BUNDLE, NEEDS_REFILL, read_heartbeat
+
+LOG = logging.getLogger(__name__)
+_ROUND_S = 0.2
+_SILENT_S = 30.0  # without a heartbeat: the process hangs
+_RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
+_BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
+_STEADY_S = 60.0  # a job that ran so long starts again without delay
+_STOP_S = 10.0
+_REPORT_S = 5.0
+
+
+class SupervisorError(RuntimeError):
+    """The supervisor cannot work; the message is one sentence."""
+
+
+def supervise(settings: Settings, *, retrieval: bool = True) -> int:
+    """Runs until SIGTERM or SIGINT; gives the exit status. Without `retrieval` no retrieval index is built or
+    awaited.
+    """
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda found, _: stopping.append(found))
+    try:
+        with _only_one(settings), Supervisor(settings, retrieval) as supervisor:
+            print("Nearline jobs are running; Ctrl-C or SIGTERM stops them.", flush=True)
+            while not stopping:
+                supervisor.round()
+    except (SupervisorError, BrokerError, TopicError, GroupError, Refused) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("Nearline jobs are stopped.", flush=True)
+    return 0
+
+
+class Supervisor:
+    """`round()` again and again; leaving the `with` stops all jobs."""
+
+    def __init__(self, settings: Settings, retrieval: bool) -> None:
+        self._settings, self._retrieval = settings, retrieval
+        ensure_topics(settings)
+        _check_cluster(settings)
+        clear_metrics(settings)
+        self.serving = rollout.read(settings.serving_file)
+        self._jobs = Jobs(settings)
+        self._models = Models(settings)
+        self._hosts = Hosts(settings)
+        self._arenas: dict[str, ArenaReader] = {}
+        self._complete_since: dict[str, float] = {}
+        for offset in self._models.read_all():
+            self._refuse_early(offset, fresh=self.serving.decided == 0)
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._jobs.stop()
+        self._models.close()
+        self._hosts.close()
+
+    def round(self) -> None:
+        """New events, then each generation one step on, then the jobs that this makes necessary."""
+        for offset in self._models.poll(_ROUND_S):
+            self._refuse_early(offset, fresh=False)
+        desired = rollout.reduce_models(self._models.events, {int(offset) for offset in self.serving.refused})
+        self._put(
+            msgspec.structs.replace(
+                self.serving,
+                decided=self._models.following,
+                refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
+            )
+        )
+        for name in rollout.wanted(desired, self.serving):
+            self._stage(name, desired.staged[name])
+        for name in rollout.running(self.serving):
+            self._advance(name)
+        self._activate(rollout.next_active(desired, self.serving))
+        self._keep_jobs()
+        self._hosts.report(self.serving, self._progress)
+
+    def _refuse_early(self, offset: int, *, fresh: bool) -> None:
+        """An `activate` is refused when it arrives before its generation is complete, and stays so.
+
+        On a host without state the log is history: what was activated then is what is wanted now.
+        """
+        event = self._models.at(offset)
+        if fresh or event is None or event.action != "activate" or offset < self.serving.decided:
+            return
+        known = self.serving.generations.get(event.generation)
+        if known is None or known.state not in ("complete", "active", "former"):
+            state = f"{known.state}: {known.progress:.0%}" if known else "not staged here"
+            reason = f"generation {event.generation} is not complete ({state})"
+            LOG.warning("activation refused: %s", reason)
+            self._put(msgspec.structs.replace(self.serving, refused=self.serving.refused | {str(offset): reason}))
+
+    def _stage(self, name: str, staged: rollout.Staged) -> None:
+        LOG.info("generation %s: staged", name)
+        event = staged.event
+        serving = rollout.stage(self.serving, staged.offset, event)
+        try:
+            bundles.fetch(event.uri or "", event.sha256 or "", self._settings.generation_dir(name) / "bundle")
+            bundles.layout_of(self._settings.generation_dir(name) / "bundle")
+            ensure_rows_topic(self._settings, name)
+            with group_admin(self._settings) as groups:
+                ends = groups.ends(self._settings.topic("items"))
+            serving = rollout.fill(serving, name, ends)
+        except (BundleFileError, TopicError) as error:
+            LOG.error("generation %s has failed: %s", name, error)
+            serving = rollout.fail(serving, name, str(error))
+        self._put(serving)
+
+    def _advance(self, name: str) -> None:
+        """Takes over how far the arena is, and why a job of the generation has given up."""
+        for job in (f"encode-{name}", f"replicate-{name}"):
+            reason = self._jobs.gave_up(job)
+            if reason and self.serving.generations[name].reason != reason:
+                LOG.error("generation %s: %s", name, reason)
+                self._put(rollout.fail(self.serving, name, reason))
+        if self.serving.generations[name].state != "filling":
+            return
+        progress = self._progress(name)
+        if progress is None:
+            return
+        if progress.mismatch.any():
+            wrong = ", ".join(map(str, progress.mismatch.nonzero()[0]))
+            self._put(rollout.fail(self.serving, name, f"the rows of partition {wrong} are not those of the fill"))
+            return
+        self._put(rollout.advance(self.serving, name, progress.covered.tolist(), progress.filled.tolist()))
+        if self.serving.generations[name].state == "complete":
+            LOG.info("generation %s: complete, %d rows", name, progress.count.sum())
+            self._complete_since[name] = time.monotonic()
+
+    def _activate(self, name: str | None) -> None:
+        if name is None:
+            return
+        if self._retrieval and not self._retrieval_ready(name):
+            return
+        try:
+            self._put(rollout.activate(self.serving, name))
+            LOG.info("generation %s: active", name)
+        except Refused as error:
+            LOG.warning("activation refused: %s", error)
+
+    def _retrieval_ready(self, name: str) -> bool:
+        waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
+        return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
+
+    def _keep_jobs(self) -> None:
+        needed = {"ingest": ["streams", "ingest"], "histories": ["streams", "histories"]}
+        for name in rollout.running(self.serving):
+            state = self.serving.generations[name].state
+            if state == "staged":
+                continue
+            for job in ("encode", "replicate"):
+                needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
+            if self._retrieval and state != "filling":
+                needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
+        self._jobs.keep(needed)
+
+    def _progress(self, name: str) -> Progress | None:
+        """What the arena says; None while there is none."""
+        folder = self._settings.generation_dir(name)
+        try:
+            if name not in self._arenas:
+                self._arenas[name] = ArenaReader.open(folder / "n2o", bundles.layout_of(folder / "bundle"))
+            return self._arenas[name].progress()
+        except (StoreError, BundleFileError):
+            self._arenas.pop(name, None)
+            return None
+
+    def _put(self, serving: Serving) -> None:
+        if serving != self.serving:
+            rollout.write(self._settings.serving_file, serving)
+            self.serving = serving
+
+
+class Jobs:
+    """The host's child processes. Their pids are on disk, so that a supervisor that was killed finds them again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._folder = settings, settings.state / "logs"
+        root = str(Path(__file__).parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environ = {
+            "OMP_NUM_THREADS": "1",  # the jobs share the machine with the API
+            **os.environ,
+            **environment(settings),
+            "FORERANK_STATE": str(settings.state.absolute()),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        self._started: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._due: dict[str, float] = {}
+        self._gave_up: dict[str, str] = {}
+
+    def keep(self, needed: dict[str, list[str]]) -> None:
+        """Starts those that do not run, and stops those of ours that are not needed."""
+        alive = {process.name: process for process in processes.listing(self._folder)}
+        self._stop_all([process for name, process in alive.items() if name not in needed])
+        for name, arguments in needed.items():
+            process = alive.get(name)
+            if process is not None and self._silent(name, process):
+                LOG.error("%s gives no sign of life; it is killed", name)
+                processes.stop(process, 0.0)
+                process = None
+            if process is None:
+                self._start(name, arguments)
+
+    def gave_up(self, name: str) -> str:
+        """Why a job ended for which a new start is no help; empty: it did not."""
+        return self._gave_up.get(name, "")
+
+    def stop(self) -> None:
+        self._stop_all(processes.listing(self._folder))
+
+    def _start(self, name: str, arguments: list[str]) -> None:
+        now = time.monotonic()
+        if name in self._started and name not in self._due:
+            if self._given_up(name):
+                return
+            steady = now - self._started[name] > _STEADY_S
+            self._failures[name] = 0 if steady else min(self._failures.get(name, 0) + 1, len(_BACKOFF_S) - 1)
+            self._due[name] = now + _BACKOFF_S[self._failures[name]]
+            LOG.warning("%s has ended; started again in %.1f s", name, _BACKOFF_S[self._failures[name]])
+        if name in self._gave_up or now < self._due.get(name, 0.0):
+            return
+        self._due.pop(name, None)
+        processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        self._started[name] = now
+
+    def _given_up(self, name: str) -> bool:
+        beat = read_heartbeat(self._settings.heartbeat_dir, name)
+        if beat is not None and beat.state == "stopped" and beat.status in (NEEDS_REFILL, BAD_BUNDLE):
+            self._gave_up[name] = beat.reason
+        return name in self._gave_up
+
+    def _silent(self, name: str, process: processes.Process) -> bool:
+        if name.startswith("retrieval-"):  # it has no heartbeat, and nobody waits for it
+            return False
+        beat = read_heartbeat(self._settings.heartbeat_dir, name)
+        if beat is not None and beat.pid == process.pid:
+            return time.time() - beat.time / 1000 > _SILENT_S
+        return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * _SILENT_S
+
+    def _stop_all(self, found: list[processes.Process]) -> None:
+        if found:
+            with ThreadPoolExecutor(len(found)) as threads:
+                list(threads.map(lambda process: processes.stop(process, _STOP_S), found))
+
+
+class Models:
+    """The `models` topic from its start."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tp = TopicPartition(settings.topic("models"), 0)
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
+        )
+        self._consumer.assign([self._tp])
+        self._consumer.seek(self._tp, self._consumer.beginning_offsets([self._tp])[self._tp])
+        self.events: list[tuple[int, ModelEvent]] = []
+        self.following = 0
+
+    def read_all(self) -> list[int]:
+        """Everything up to the end as it is now. Raises SupervisorError if that takes a minute."""
+        end = self._consumer.end_offsets([self._tp])[self._tp]
+        deadline = time.monotonic() + 60
+        out: list[int] = []
+        while self._consumer.position(self._tp) < end:
+            out += self.poll(0.5)
+            if time.monotonic() > deadline:
+                raise SupervisorError(f"Topic {self._tp.topic} could not be read to its end.")
+        return out
+
+    def poll(self, wait_s: float) -> list[int]:
+        """Offsets of new events. What is no model event is logged and passed over."""
+        out = []
+        for record in self._consumer.poll(timeout_ms=int(wait_s * 1000)).get(self._tp, []):
+            self.following = record.offset + 1
+            try:
+                event = events.model(record.value)
+            except EventError as error:
+                LOG.error("models offset %d is no model event: %s", record.offset, error)
+                continue
+            self.events.append((record.offset, event))
+            out.append(record.offset)
+        return out
+
+    def at(self, offset: int) -> ModelEvent | None:
+        return next((event for found, event in self.events if found == offset), None)
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+class Hosts:
+    """What this host says on `hosts`: at each change of state, and every few seconds while something fills."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._producer = KafkaProducer(bootstrap_servers=settings.kafka_bootstrap.split(","), acks="all")
+        self._said: dict[str, tuple[str, str]] = {}
+        self._due = 0.0
+
+    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> None:
+        now = time.monotonic()
+        periodic = now > self._due
+        for name, known in serving.generations.items():
+            said = (known.state, known.reason)
+            if said == self._said.get(name) or (
+                said[0] == self._said.get(name, ("",))[0] == "filling" and not periodic
+            ):
+                continue
+            self._said[name] = said
+            found = progress(name)
+            report = HostReport(
+                host=self._settings.host,
+                generation=name,
+                state=known.state,
+                time=time.time_ns() // 1_000_000,
+                reason=known.reason,
+                covered=found.covered.tolist() if found else [],
+                counts=found.count.tolist() if found else [],
+                digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
+            )
+            key = f"{self._settings.host}/{name}".encode()
+            try:
+                self._producer.send(self._settings.topic("hosts"), events.encode(report), key, partition=0)
+            except KafkaError as error:
+                LOG.warning("no report on hosts: %s", error)
+        if periodic:
+            self._due = now + _REPORT_S
+
+    def close(self) -> None:
+        self._producer.close(timeout=5)
+
+
+def status(settings: Settings) -> int:
+    """Prints what this host serves and how its jobs are; 1 if no supervisor runs."""
+    serving = rollout.read(settings.serving_file)
+    print(f"serving: {serving.active or 'no generation'}")
+    for name, known in serving.generations.items():
+        print(f"  {name}: {known.state}, {known.progress:.0%}{f' ({known.reason})' if known.reason else ''}")
+    for offset, reason in serving.refused.items():
+        print(f"  refused (models offset {offset}): {reason}")
+    for process in processes.listing(settings.state / "logs"):
+        beat = read_heartbeat(settings.heartbeat_dir, process.name)
+        told = f"{beat.state}, {beat.handled} records handled, {beat.lag} waiting" if beat else "no heartbeat"
+        print(f"{process.name}: pid {process.pid}, {told}")
+    try:
+        with _only_one(settings):
+            print("No supervisor is running: start it with `python -m streams supervise`.", file=sys.stderr)
+            return 1
+    except SupervisorError:
+        return 0
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    """Holds the state folder's lock; the kernel gives it back when the process ends, however it ends."""
+    settings.state.mkdir(parents=True, exist_ok=True)
+    with (settings.state / "supervisor.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SupervisorError(f"Another supervisor already runs on {settings.state}.") from None
+        yield
+
+
+def _check_cluster(settings: Settings) -> None:
+    """The state belongs to one cluster and prefix: offsets of another one mean nothing. Raises SupervisorError."""
+    with admin_of(settings.kafka_bootstrap) as admin:
+        cluster = str(admin.describe_cluster()["cluster_id"])
+    mine = {"cluster": cluster, "prefix": settings.topic_prefix, "partitions": settings.partitions}
+    path = settings.state / "cluster.json"
+    if not path.exists():
+        path.write_bytes(events.encode(mine))
+    elif msgspec.json.decode(path.read_bytes()) != mine:
+        raise SupervisorError(
+            f"{settings.state} belongs to other topics (another cluster, prefix or partition count): "
+            "delete it, or choose another folder with FORERANK_STATE."
+        )
