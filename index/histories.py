@@ -1,14 +1,60 @@
-"""Behaviours and profiles of the host's users: one writer (replicate-histories), read by all API processes."""
+"""Behaviours and profiles of the host's users: one writer (replicate-histories), read by all API processes.
+
+An LMDB environment with four tables, keyed by the user (length byte + UTF-8 of the id):
+
+    users       HEAD: the chunks in use, position, erasure
+    chunks      user + chunk number u8 big-endian -> RECORDs; read in key order they are in (event_time, offset) order
+    profiles    PROFILE, then the features' JSON
+    meta        length, actions (JSON list, place = code), offsets (JSON list of [topic, partition, next offset])
+
+Guarantees: one `apply` is one transaction, so a reader sees all of it or nothing, at once after the commit. A record
+whose offset is not above its user's newest was applied before and changes nothing (a user's records come from one
+partition, in offset order). A user keeps exactly the newest `length` behaviours by (event_time, offset), an event id
+counts once among them, and what was published at or before `erased_at` is gone and stays out. Commits are synced in
+the order that keeps the store whole; a power loss can take the last one together with its offsets, and Kafka replays
+it.
+
+Chosen over RocksDB by measurement: a secondary instance costs 3 ms per catch-up and whole values rewrite too much.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
+
+from index.errors import HistoriesError, StoreMissingError
+from index.keys import digest_of, keys_of
+from index.lock import WriterLock
+
+CHUNK = 100  # behaviours per chunk
+MAP_SIZE = 256 << 30  # address space, not disk
+ACTIONS_MAX = 256  # codes are one byte; the last stands for all names that come later
+OTHER = "other"
+NEVER = -(1 << 63)
+
+HEAD = np.dtype(
+    [("first", "<u8"), ("next", "<u8"), ("count", "<u8"), ("position", "<i8"), ("erased_at", "<i8")]
+)  # chunks first..next-1 with count behaviours
+RECORD = np.dtype(
+    [
+        ("high", "<u8"),  # the item's key
+        ("low", "<u8"),
+        ("time", "<i8"),
+        ("publish", "<i8"),
+        ("offset", "<i8"),
+        ("event", "<u8"),  # 64 bits of the event id's key
+        ("action", "u1"),
+        ("zero", "u1", (7,)),
+    ]
+)
+PROFILE = np.dtype([("publish", "<i8"), ("offset", "<i8")])
 
 
 class StoredBehaviour(NamedTuple):
@@ -50,7 +96,20 @@ class HistoriesWriter:
     """The only writer (StoreLockedError otherwise); keeps the newest `length` behaviours per user."""
 
     def __init__(self, path: Path, length: int, hash_key: bytes) -> None:
-        raise NotImplementedError
+        if length < 1:
+            raise ValueError(f"length {length} must be at least 1")
+        self._length = length
+        self._hash_key = hash_key
+        self._lock = WriterLock(path)
+        try:
+            self._env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=4, max_readers=1024, metasync=False)
+            self._tables = _Tables.open(self._env, create=True)
+            self._env.reader_check()  # frees the places of readers that were killed
+            with self._env.begin(write=True) as txn:
+                txn.put(b"length", json.dumps(length).encode(), db=self._tables.meta)
+        except lmdb.Error as error:
+            self._lock.release()
+            raise HistoriesError(f"{path} cannot be opened: {error}") from error
 
     def apply(
         self,
@@ -59,39 +118,277 @@ class HistoriesWriter:
         offsets: Mapping[tuple[str, int], int],
     ) -> None:
         """All of it and the next offsets to read, (topic, partition) -> offset, in one transaction. Records that were
-        applied before change nothing."""
-        raise NotImplementedError
+        applied before change nothing. Raises HistoriesError when the store cannot take it; nothing is applied then."""
+        try:
+            with self._env.begin(write=True) as txn:
+                erased = [one.user_id for one in users if self._profile(txn, one)]
+                for user_id, records in self._records_by_user(txn, behaviours, erased).items():
+                    self._user(txn, user_id, records)
+                self._advance(txn, offsets)
+        except lmdb.Error as error:
+            raise HistoriesError(f"histories cannot be written: {error}") from error
 
     def offsets(self) -> dict[tuple[str, int], int]:
-        raise NotImplementedError
+        with self._env.begin() as txn:
+            return self._offsets(txn)
 
     def reader(self) -> HistoriesReader:
-        """A reader inside the writer's process (LMDB allows one environment per process)."""
-        raise NotImplementedError
+        """A reader inside the writer's process (LMDB allows one environment per process). Closing it does nothing."""
+        return HistoriesReader.inside(self._env, self._tables)
 
     def close(self) -> None:
-        raise NotImplementedError
+        self._env.close()
+        self._lock.release()
+
+    def _profile(self, txn: lmdb.Transaction, one: StoredProfile) -> bool:
+        """Stores or refuses a profile; an erasure takes the profile away. Returns whether behaviours may go too."""
+        name = _name(one.user_id)
+        head = _head(txn, self._tables, name)
+        if one.erased_at is not None and one.erased_at > head["erased_at"]:
+            head["erased_at"] = one.erased_at
+            txn.put(name, head.tobytes(), db=self._tables.users)
+        stored = txn.get(name, db=self._tables.profiles)
+        known = None if stored is None else np.frombuffer(stored, PROFILE, 1)[0]
+        if known is not None and known["publish"] <= head["erased_at"]:
+            txn.delete(name, db=self._tables.profiles)
+        newer = known is None or one.offset > known["offset"]
+        if one.features is not None and newer and one.publish_time > head["erased_at"]:
+            mark = np.array((one.publish_time, one.offset), PROFILE)
+            txn.put(name, mark.tobytes() + one.features, db=self._tables.profiles)
+        return one.erased_at is not None
+
+    def _records_by_user(
+        self, txn: lmdb.Transaction, behaviours: Sequence[StoredBehaviour], erased: Iterable[str]
+    ) -> dict[str, NDArray[Any]]:
+        """user id -> RECORDs in offset order; empty for a user who was only erased."""
+        keys = keys_of([one.item_id for one in behaviours], self._hash_key)
+        events = keys_of([one.event_id for one in behaviours], self._hash_key)
+        records = np.zeros(len(behaviours), RECORD)
+        records["high"], records["low"] = keys[:, 0], keys[:, 1]
+        records["event"] = digest_of(events, np.zeros(len(events), np.uint64))
+        records["time"] = [one.event_time for one in behaviours]
+        records["publish"] = [one.publish_time for one in behaviours]
+        records["offset"] = [one.offset for one in behaviours]
+        records["action"] = self._codes(txn, [one.action for one in behaviours])
+        places: dict[str, list[int]] = {user_id: [] for user_id in erased}
+        for place, one in enumerate(behaviours):
+            places.setdefault(one.user_id, []).append(place)
+        out = {}
+        for user_id, own in places.items():
+            mine = records[own]
+            out[user_id] = mine[np.argsort(mine["offset"], kind="stable")]
+        return out
+
+    def _codes(self, txn: lmdb.Transaction, names: Sequence[str]) -> list[int]:
+        """Action codes; new names get the next ones."""
+        known = _meta(txn, self._tables, b"actions", [])
+        codes = {name: code for code, name in enumerate(known)}
+        before = len(codes)
+        for name in names:
+            if name not in codes and len(codes) < ACTIONS_MAX:
+                codes[name if len(codes) < ACTIONS_MAX - 1 else OTHER] = len(codes)
+        if len(codes) > before:
+            txn.put(b"actions", json.dumps(list(codes)).encode(), db=self._tables.meta)
+        return [codes.get(name, ACTIONS_MAX - 1) for name in names]
+
+    def _user(self, txn: lmdb.Transaction, user_id: str, given: NDArray[Any]) -> None:
+        """Brings one user's chunks up to date."""
+        name = _name(user_id)
+        head = _head(txn, self._tables, name)
+        new = given[(given["offset"] > head["position"]) & (given["publish"] > head["erased_at"])]
+        stored = _chunks(txn, self._tables, name, head)
+        old = np.frombuffer(b"".join(stored), RECORD)
+        if len(given):
+            head["position"] = max(head["position"], given["offset"].max())
+        if (old["publish"] <= head["erased_at"]).any():
+            for number in range(head["first"], head["next"]):
+                txn.delete(_chunk_name(name, number), db=self._tables.chunks)
+            new = np.concatenate([old[old["publish"] > head["erased_at"]], new])
+            stored, old = [], old[:0]
+            head["first"], head["next"], head["count"] = 0, 0, 0
+        kept = old[-self._length :]
+        if len(new) > 1:
+            new = new[np.sort(np.unique(new["event"], return_index=True)[1])]  # the first of an event id counts
+            new = new[np.lexsort((new["offset"], new["time"]))]
+        if len(new) and len(kept):
+            new = new[~_among(new["event"], kept["event"])]
+        if len(kept) == self._length and len(new):
+            new = new[_place(new, kept[0]) :]  # what is older than a full history does not enter
+        if len(new):
+            self._insert(txn, name, head, stored, old, new)
+        txn.put(name, head.tobytes(), db=self._tables.users)
+
+    def _insert(
+        self,
+        txn: lmdb.Transaction,
+        name: bytes,
+        head: Any,
+        stored: Sequence[bytes],
+        old: NDArray[Any],
+        new: NDArray[Any],
+    ) -> None:
+        """Writes the chunks from the first that changes, and drops chunks that hold nothing of the newest `length`."""
+        sizes = [len(chunk) // RECORD.itemsize for chunk in stored]
+        place = _place(old, new[0])
+        chunk, start = 0, 0
+        while chunk < len(sizes) and start + sizes[chunk] <= place and (start + sizes[chunk] < len(old)):
+            start += sizes[chunk]
+            chunk += 1
+        if chunk == len(sizes) - 1 and place == len(old) and sizes[chunk] >= CHUNK:  # append after a full chunk
+            start, chunk = len(old), len(sizes)
+        tail = np.frombuffer(old[start:].tobytes() + new.tobytes(), RECORD)
+        if place < len(old):
+            tail = tail[np.lexsort((tail["offset"], tail["time"]))]
+        sizes = sizes[:chunk]
+        for at in range(0, len(tail), CHUNK):
+            part = tail[at : at + CHUNK]
+            txn.put(_chunk_name(name, int(head["first"]) + len(sizes)), part.tobytes(), db=self._tables.chunks)
+            sizes.append(len(part))
+        head["next"] = int(head["first"]) + len(sizes)
+        count = start + len(tail)
+        for size in sizes:
+            if count - size < self._length:
+                break
+            txn.delete(_chunk_name(name, int(head["first"])), db=self._tables.chunks)
+            head["first"] += 1
+            count -= size
+        head["count"] = count
+
+    def _offsets(self, txn: lmdb.Transaction) -> dict[tuple[str, int], int]:
+        stored = _meta(txn, self._tables, b"offsets", [])
+        return {(topic, partition): offset for topic, partition, offset in stored}
+
+    def _advance(self, txn: lmdb.Transaction, offsets: Mapping[tuple[str, int], int]) -> None:
+        merged = self._offsets(txn)
+        for source, offset in offsets.items():
+            merged[source] = max(offset, merged.get(source, 0))
+        rows = [[topic, partition, offset] for (topic, partition), offset in merged.items()]
+        txn.put(b"offsets", json.dumps(rows).encode(), db=self._tables.meta)
 
 
 class HistoriesReader:
-    """Fresh at every call. Raises StoreMissingError when there is no store (yet)."""
+    """Fresh at every call; may be used from many threads. Raises StoreMissingError when there is no store (yet)."""
 
     def __init__(self, path: Path) -> None:
-        raise NotImplementedError
+        if not (path / "data.mdb").exists():
+            raise StoreMissingError(f"{path} holds no histories yet")
+        try:
+            self._env = lmdb.open(str(path), readonly=True, max_dbs=4, max_readers=1024, readahead=False)
+            self._owner = True
+            self._tables = _Tables.open(self._env, create=False)
+        except (lmdb.NotFoundError, lmdb.ReadonlyError, lmdb.InvalidError) as error:
+            raise StoreMissingError(f"{path} holds no histories yet: {error}") from error
+        except lmdb.Error as error:
+            raise HistoriesError(f"{path} cannot be opened: {error}") from error
+
+    @classmethod
+    def inside(cls, env: lmdb.Environment, tables: _Tables) -> HistoriesReader:
+        """On the writer's own environment."""
+        reader = cls.__new__(cls)
+        reader._env, reader._tables, reader._owner = env, tables, False
+        return reader
 
     def history(self, user_id: str, as_of: int) -> History:
         """The newest behaviours with event_time <= as_of; empty for an unknown user."""
-        raise NotImplementedError
+        name = _name(user_id)
+        with self._env.begin(buffers=True) as txn:
+            head = _head(txn, self._tables, name)
+            length = _meta(txn, self._tables, b"length", 0)
+            records = np.frombuffer(b"".join(_chunks(txn, self._tables, name, head)), RECORD)
+        records = records[-length:]
+        records = records[: np.searchsorted(records["time"], as_of, side="right")]
+        keys = np.empty((len(records), 2), np.uint64)
+        keys[:, 0], keys[:, 1] = records["high"], records["low"]
+        times = np.ascontiguousarray(records["time"])
+        return History(keys, np.ascontiguousarray(records["action"]), times, int(head["position"]))
 
     def profile(self, user_id: str) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The features; None for a user without a profile."""
+        with self._env.begin() as txn:
+            stored = txn.get(_name(user_id), db=self._tables.profiles)
+        if stored is None:
+            return None
+        features: dict[str, Any] = json.loads(stored[PROFILE.itemsize :])
+        return features
 
     def position(self, user_id: str) -> int:
-        raise NotImplementedError
+        """As History.position."""
+        with self._env.begin() as txn:
+            return int(_head(txn, self._tables, _name(user_id))["position"])
 
     def actions(self) -> tuple[str, ...]:
         """Names of the action codes."""
-        raise NotImplementedError
+        with self._env.begin() as txn:
+            return tuple(_meta(txn, self._tables, b"actions", []))
 
     def close(self) -> None:
-        raise NotImplementedError
+        if self._owner:
+            self._env.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tables:
+    users: Any
+    chunks: Any
+    profiles: Any
+    meta: Any
+
+    @classmethod
+    def open(cls, env: lmdb.Environment, create: bool) -> _Tables:
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: env.open_db(name.encode(), create=create) for name in names})
+
+
+def _name(user_id: str) -> bytes:
+    """The user in the tables' keys: no name is the beginning of another."""
+    encoded = user_id.encode()
+    if not 1 <= len(encoded) <= 255:
+        raise ValueError(f"a user id has 1 to 255 bytes, not {len(encoded)}")
+    return bytes([len(encoded)]) + encoded
+
+
+def _chunk_name(name: bytes, number: int) -> bytes:
+    return name + number.to_bytes(8, "big")
+
+
+def _meta(txn: lmdb.Transaction, tables: _Tables, key: bytes, absent: Any) -> Any:
+    stored = txn.get(key, db=tables.meta)
+    return absent if stored is None else json.loads(bytes(stored))
+
+
+def _head(txn: lmdb.Transaction, tables: _Tables, name: bytes) -> Any:
+    """The user's HEAD, changeable; that of a new user where there is none."""
+    stored = txn.get(name, db=tables.users)
+    if stored is None:
+        return np.array((0, 0, 0, -1, NEVER), HEAD)
+    return np.frombuffer(stored, HEAD, 1).copy()[0]
+
+
+def _chunks(txn: lmdb.Transaction, tables: _Tables, name: bytes, head: Any) -> list[Any]:
+    """The user's chunks in order."""
+    found = []
+    number = int(head["next"]) - int(head["first"])
+    if number:
+        cursor = txn.cursor(db=tables.chunks)
+        cursor.set_key(_chunk_name(name, int(head["first"])))
+        for value in cursor.iternext(keys=False):
+            found.append(value)
+            if len(found) == number:
+                break
+    return found
+
+
+def _among(new: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of `new` are among `known`; for the usual few, without sorting."""
+    if len(new) > 16:
+        return np.isin(new, known)
+    return np.array([(known == one).any() for one in new], np.bool_)
+
+
+def _place(records: NDArray[Any], one: Any) -> int:
+    """How many records are before `one` in (event_time, offset) order."""
+    if len(records) == 0 or (records[-1]["time"], records[-1]["offset"]) < (one["time"], one["offset"]):
+        return len(records)
+    first = int(np.searchsorted(records["time"], one["time"], side="left"))
+    last = int(np.searchsorted(records["time"], one["time"], side="right"))
+    return first + int(np.searchsorted(records["offset"][first:last], one["offset"], side="left"))

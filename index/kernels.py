@@ -1,7 +1,7 @@
 """The real-time arithmetic of one request: rows gathered from the arena meet arrays prepared per user and generation.
 
-    z     = joint + P + C w + D s + T log1p(counts) + mean over the row's crosses of G[c]        s = +-1 by signature bit
-    score = the head's layers on relu(z)
+    z     = joint + P + C w + D s + T log1p(counts) + mean over the row's crosses of G[c]
+    score = the head's layers on relu(z)                            s = +-1 by signature bit
 
 D s costs b/4 table look-ups per candidate instead of b x h multiplications: `user_tables` adds up D's columns for all
 16 values of every four signature bits. Everything that takes longer than microseconds runs without the GIL. The
@@ -97,7 +97,7 @@ def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Seque
 
 
 def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
-    """f4[n] logits of gathered hot records [n]. An item without crosses gets nothing for them: `joint` has its default.
+    """f4[n] logits of gathered hot records [n]. An item without crosses gets G[0], as one in crosses that are absent.
     Raises KernelError when rows, user and head are of different shapes."""
     fields = hot.dtype.fields
     assert fields is not None
@@ -156,9 +156,8 @@ def score_oracle(
     z += np.log1p(tiers.astype(np.float64)) @ T.T
     rows_of = {int(slot): row for row, slot in enumerate(cross_slots, 1)}
     for i, crosses in enumerate(hot["crosses"].tolist()):
-        present = [rows_of.get(cross, 0) for cross in crosses if cross]
-        if present:
-            z[i] += G[present].astype(np.float64).mean(axis=0)
+        present = [rows_of.get(cross, 0) for cross in crosses if cross] or [0]
+        z[i] += G[present].astype(np.float64).mean(axis=0)
     for weight, bias in zip(weights, biases, strict=True):
         z = np.maximum(z, 0) @ weight.T.astype(np.float64) + bias
     return np.asarray(z[:, 0])
@@ -304,10 +303,12 @@ def _logits(
                 row = slots[cross]
                 for k in range(width):
                     mean[k] += G[row, k]
-        if present:
-            share = np.float32(1.0) / np.float32(present)
-            for k in range(width):
-                z[k] += share * mean[k]
+        if present == 0:
+            present = 1
+            mean[:] = G[0]
+        share = np.float32(1.0) / np.float32(present)
+        for k in range(width):
+            z[k] += share * mean[k]
         weight_at, bias_at = 0, 0
         for layer in range(sizes.shape[0] - 1):
             inputs, outputs = sizes[layer], sizes[layer + 1]
