@@ -44,7 +44,7 @@ class Encode:
     """The handler of `items` for one generation."""
 
     def __init__(self, settings: Settings, generation: str, bundle: Bundle, send: Send) -> None:
-        self.layout = RowLayout(**bundle.manifest.row)
+        self.layout = RowLayout.from_json(bundle.manifest.row)
         self._settings, self._send = settings, send
         self._topic = settings.topic(f"rows.{generation}")
         self._fold = ItemFold(bundle)
