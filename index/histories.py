@@ -321,6 +321,25 @@ class HistoriesReader:
         with self._env.begin() as txn:
             return tuple(_meta(txn, self._tables, b"actions", []))
 
+    def popular(self, newest: int = 100) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Item keys u8[m, 2] and how often each is among the users' `newest` behaviours i8[m]. Reads every user: for
+        the retrieval builder, not for requests."""
+        seen = []
+        with self._env.begin(buffers=True) as txn:
+            for name, stored in txn.cursor(db=self._tables.users):
+                head = np.frombuffer(stored, HEAD, 1)[0]
+                first = max(
+                    int(head["first"]), int(head["next"]) - 1 - -(-newest // CHUNK)
+                )  # the last one may be short
+                numbers = range(first, int(head["next"]))
+                found = (txn.get(_chunk_name(bytes(name), number), db=self._tables.chunks) for number in numbers)
+                chunks = [chunk for chunk in found if chunk is not None]
+                seen.append(np.frombuffer(b"".join(chunks), RECORD)[-newest:][["high", "low"]])
+        keys, counts = np.unique(
+            np.concatenate(seen) if seen else np.empty(0, RECORD[["high", "low"]]), return_counts=True
+        )
+        return np.stack([keys["high"], keys["low"]], axis=1), counts.astype(np.int64)
+
     def close(self) -> None:
         if self._owner:
             self._env.close()
