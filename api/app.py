@@ -91,11 +91,11 @@ def application() -> FastAPI:
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, "api")
     sys.setswitchinterval(1e-4)  # a thread that holds the GIL gives it up within 0.1 ms, not 5
-    return create_app(settings)
+    return create_app(Service(settings))
 
 
-def create_app(settings: Settings) -> FastAPI:
-    service = Service(settings)
+def create_app(service: Service) -> FastAPI:
+    """The HTTP application around a service, which it starts and stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
