@@ -20,11 +20,11 @@ setup-dev: ## setup, and what tests, checks and benchmarks need
 demo: setup ## the whole stack on a catalogue, with a trained model (DATA=folder for MovieLens; API_PORT=)
 	@$(BIN)/python -m api demo
 
-up: setup kafka-up ## broker, nearline jobs and API, without demo data
+up: setup ## broker, nearline jobs and API, without demo data
 	@$(BIN)/python -m api up
 
 down: ## stop what demo or up started, and only that; data stay
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m api down && $(BIN)/python -m infra.kafka down; \
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m api down; \
 	else echo "Nothing is running: there is no .venv."; fi
 
 test: setup-dev ## all tests, the end-to-end ones against a real broker included (ARGS= for pytest)

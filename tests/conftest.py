@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from infra.kafka.broker import Broker, BrokerError
 from infra.settings import Settings
@@ -64,6 +66,29 @@ def settings(broker: Broker, tmp_path: Path) -> Callable[..., Settings]:
         return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
     return make
+
+
+def debian_program(name: str, package: str) -> str:
+    """Path of a program that a Debian package brings; skips the test where it is missing, and in CI fails it."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"needs {name}: apt install {package}"
+        if os.environ.get("FORERANK_CI") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, without a window. Per test: Playwright's loop would hinder other tests' asyncio."""
+    program = debian_program("chromium", "chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        try:
+            yield chromium
+        finally:
+            chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """What is installed is pinned: hashed requirements and locked jars, without addresses, in agreement with each other."""
 
+import ast
 import hashlib
 import re
+import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,32 @@ def test_the_locks_hold_what_was_asked_for() -> None:
     assert "torch" not in base | dev  # its builds differ in hash
     assert not {name for name in base | dev if name.startswith(("nvidia", "triton"))}
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+\n", (REQUIREMENTS / "torch.txt").read_text())
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions that the folders' modules import by themselves."""
+    ours = {"infra", "index", "encoders", "streams", "api", "tests", "__future__"}
+    modules = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules.add(node.module.partition(".")[0])
+    known = packages_distributions()
+    return {normal(known[module][0]) for module in modules - ours - sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
+    base, dev = wanted("base.in"), wanted("dev.in")
+    services = imported("infra", "index", "encoders", "streams", "api")
+    of_torch = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions"}
+    by_command = {"jgo", "uvloop", "httptools"}  # uvicorn picks the last two when they are there
+    assert services - base == {"torch"}
+    assert base - services == of_torch | by_command
+    checks = {"import-linter", "mypy", "pre-commit", "pytest-timeout", "ruff", "uv"}
+    assert imported("tests") - base - {"torch"} <= dev
+    assert dev - imported("tests") <= checks
 
 
 def test_both_locks_agree() -> None:
