@@ -49,7 +49,8 @@ class Feed:
                 place = "" if single else f"[{at}]"
                 field = ".".join(part for part in (place, error.field) if part) or None
                 raise ProblemError(422, "invalid-event", f"event {at}: {error.message}", field) from error
-        self._with_broker(lambda: self._connected().publish(kind, rows))
+        if rows:
+            self._with_broker(lambda: self._connected().publish(kind, rows))
         return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
 
     def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:

@@ -194,9 +194,8 @@ def gather(generation: Generation, candidates: Candidates, query: Query, cold: b
     keys = candidates.keys
     if not cold and not query.filters:
         gathered = generation.arena.gather(keys)
-        return Rows(
-            np.flatnonzero(gathered.found), np.flatnonzero(~gathered.found), 0, gathered.hot[gathered.found], None
-        )
+        there, missing = np.flatnonzero(gathered.found), np.flatnonzero(~gathered.found)
+        return Rows(there, missing, 0, gathered.hot[there] if len(missing) else gathered.hot, None)
     hot, cold_rows, found = gather_both(generation, keys)
     places = np.flatnonzero(found)
     keep = rtp.passing(generation, query.filters, cold_rows[places])

@@ -64,18 +64,9 @@ class UserSide:
 
     @property
     def nbytes(self) -> int:
-        block = self.block
-        arrays = (
-            block.P,
-            block.C,
-            block.D,
-            block.G,
-            block.cross_slots,
-            block.window,
-            self.source.keys,
-            self.source.times,
-        )
-        return 1024 + sum(array.nbytes for array in arrays)
+        block, source = self.block, self.source
+        arrays = (block.P, block.C, block.D, block.G, block.window, source.keys, source.actions, source.times)
+        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays)
 
     def seen(self) -> UserSeen:
         source = self.source

@@ -1,0 +1,204 @@
+"""Every wrong request against a real process: status, problem+json, and the field that is named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.problems import ProblemBody
+from tests.api.conftest import Host
+
+OK = {"user_id": "anna", "candidates": ["1"]}
+
+
+def problem(response: Any, status: int, field: str | None) -> ProblemBody:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = msgspec.json.decode(response.content, type=ProblemBody)
+    assert (body.status, body.field) == (status, field), body
+    assert body.title
+    assert body.detail
+    assert body.type.startswith("urn:forerank:problem:")
+    return body
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"user_id": None}, "user_id"),
+        ({"user": {}}, "user_id"),
+        ({"user_id": ""}, "user_id"),
+        ({"user_id": "x" * 129}, "user_id"),
+        ({"user_id": "a\nb"}, "user_id"),
+        ({"user_id": 1.5}, "user_id"),
+        ({"as_of": "yesterday"}, "as_of"),
+        ({"as_of": "2026-01-01T00:00:00"}, "as_of"),
+        ({"as_of": 2**60}, "as_of"),
+        ({"candidates": None}, "candidates"),
+        ({"candidates": [None]}, "candidates[0]"),
+        ({"candidates": [[1]]}, "candidates[0]"),
+        ({"k": 0}, "k"),
+        ({"k": 5_000}, "k"),
+        ({"order": "bid"}, "order"),
+        ({"order": "score*"}, "order"),
+        ({"order": "score*height", "k": 1}, "order"),
+        ({"filters": {"height": {"eq": 1}}}, "filters.height"),
+        ({"filters": {"bid": {}}}, "filters.bid"),
+        ({"filters": {"bid": {"eq": "1"}}}, "filters[...].eq"),
+        ({"include": ["everything"]}, "include[0]"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_score_names_the_field(host: Host, change: dict[str, Any], field: str) -> None:
+    problem(host.client.post("/v1/score", json=OK | change), 422, field)
+
+
+@pytest.mark.parametrize(
+    ("user", "field"),
+    [
+        ({"behaviours": [{"item_id": "1"}]}, "user.behaviours[0].event_time"),
+        (
+            {"behaviours": [{"item_id": "1", "event_time": 5}, {"item_id": "1", "event_time": "x"}]},
+            "user.behaviours[1].event_time",
+        ),
+        ({"features": {"age": None}}, "user.features[...]"),
+        ({"features": {"age": ["a", "b"]}}, "user.features"),
+    ],
+)
+def test_an_inline_user_is_checked(host: Host, user: dict[str, Any], field: str) -> None:
+    problem(host.client.post("/v1/score", json={"user": user, "candidates": ["1"]}), 422, field)
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(host: Host, word: str) -> None:
+    body = json.dumps({**OK, "filters": {"bid": {"lte": 0}}}).replace("0}", word + "}")
+    found = problem(
+        host.client.post("/v1/score", content=body, headers={"content-type": "application/json"}), 422, "lte"
+    )
+    assert found.type.endswith("not-a-number")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"user_id=anna", b'{"user_id": "anna", "candidates": ["\xff"]}'])
+def test_what_is_not_json(host: Host, body: bytes) -> None:
+    problem(host.client.post("/v1/score", content=body, headers={"content-type": "application/json"}), 400, None)
+
+
+@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "application/xml", None])
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/recommend", "/v1/events/items"])
+def test_other_content_types(host: Host, media: str | None, path: str) -> None:
+    headers = {"content-type": media} if media else {}
+    problem(host.client.post(path, content=json.dumps(OK).encode(), headers=headers), 415, None)
+
+
+def test_a_charset_does_no_harm(host: Host) -> None:
+    headers = {"content-type": "application/json; charset=utf-8"}
+    assert host.client.post("/v1/score", content=json.dumps(OK).encode(), headers=headers).status_code == 200
+
+
+def test_a_body_beyond_the_limit(host: Host) -> None:
+    body = b" " * (17 << 20)
+    problem(host.client.post("/v1/score", content=body, headers={"content-type": "application/json"}), 413, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "body", "status", "field"),
+    [
+        ("/v1/score", {"user_id": "anna"}, b"1234567", 400, None),
+        ("/v1/score", {}, b"12345678", 422, "user_id"),
+        ("/v1/score", {"user_id": "anna", "k": "x"}, b"12345678", 422, "k"),
+        ("/v1/score", {"user_id": "anna", "k": "0"}, b"12345678", 422, "k"),
+        ("/v1/score", {"user_id": "anna", "as_of": "now"}, b"12345678", 422, "as_of"),
+        ("/v1/score", {"user_id": "anna", "filters": "[]"}, b"12345678", 422, "filters"),
+        ("/v1/score", {"user_id": "anna", "colour": "red"}, b"12345678", 422, "colour"),
+        ("/v1/score", {"user_id": "anna"}, b"12345678" * 1_001, 422, "candidates"),
+        ("/v1/recommend", {}, b"12345678", 415, None),
+    ],
+)
+def test_binary_requests(
+    host: Host, path: str, parameters: dict[str, str], body: bytes, status: int, field: str | None
+) -> None:
+    headers = {"content-type": "application/octet-stream"}
+    problem(host.client.post(path, params=parameters, content=body, headers=headers), status, field)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"k": 0}, "k"),
+        ({"retrieve": 0}, "retrieve"),
+        ({"retrieve": 10_000}, "retrieve"),
+        ({"candidates": [1]}, "candidates"),
+    ],
+)
+def test_recommend_names_the_field(host: Host, change: dict[str, Any], field: str) -> None:
+    problem(host.client.post("/v1/recommend", json={"user_id": "anna"} | change), 422, field)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "field"),
+    [
+        ("/v1/explain", 422, "user_id"),
+        ("/v1/explain?user_id=anna", 422, "item_id"),
+        ("/v1/explain?user_id=anna&item_id=no", 404, "item_id"),
+        ("/v1/explain?user_id=anna&item_id=1&as_of=soon", 422, "as_of"),
+        ("/v1/items/no", 404, "item_id"),
+        ("/v1/items/1?include=all", 422, "include"),
+        ("/v1/items/" + "x" * 200, 422, "item_id"),
+        ("/nothing/here", 404, None),
+        ("/v1/scores", 404, None),
+    ],
+)
+def test_gets(host: Host, path: str, status: int, field: str | None) -> None:
+    problem(host.client.get(path), status, field)
+
+
+def test_a_wrong_method_names_the_right_one(host: Host) -> None:
+    response = host.client.get("/v1/score")
+    problem(response, 405, None)
+    assert response.headers["allow"] == "POST"
+
+
+def test_attributes_of_too_many_items(host: Host) -> None:
+    body = {"user_id": "anna", "candidates": ["1"] * 1_000, "include": ["attributes"]}
+    assert host.client.post("/v1/score", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("items", {"item_id": "1"}, "version"),
+        ("items", {"item_id": "1", "version": -1}, "version"),
+        ("items", [{"item_id": "1", "version": 1}, {"item_id": "", "version": 1}], "[1].item_id"),
+        ("behaviours", {"event_id": "e", "user_id": "u", "item_id": "i"}, "action"),
+        ("users", {"user_id": "u"}, "features"),
+        ("models", {"action": "stage", "generation": "g"}, "uri"),
+        ("models", [{"action": "explode", "generation": "g"}], "[0].action"),
+        ("items", 5, None),
+    ],
+)
+def test_events_name_index_and_field(host: Host, path: str, body: Any, field: str | None) -> None:
+    problem(host.client.post(f"/v1/events/{path}", json=body), 422, field)
+
+
+def test_the_line_of_bad_ndjson_is_named(host: Host) -> None:
+    lines = b'{"item_id": "1", "version": 1}\n\n{"item_id": "2", "version": "two"}\n'
+    headers = {"content-type": "application/x-ndjson"}
+    problem(host.client.post("/v1/events/items", content=lines, headers=headers), 422, "[1].version")
+
+
+def test_a_broker_that_is_away_is_said(host: Host) -> None:
+    found = problem(host.client.post("/v1/events/items", json={"item_id": "1", "version": 1}), 503, None)
+    assert found.type.endswith("broker-away")
+
+
+def test_no_event_is_no_error(host: Host) -> None:
+    response = host.client.post("/v1/events/items", json=[])
+    assert (response.status_code, response.json()["accepted"]) == (202, 0)
+
+
+def test_the_process_lives_and_logged_no_error(host: Host) -> None:
+    assert host.client.get("/readyz").status_code == 200
+    assert "Traceback" not in host.log
