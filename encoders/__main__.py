@@ -21,7 +21,7 @@ from tqdm import tqdm
 from encoders.bundle import BundleError, load_bundle, manifest_sha256
 from encoders.data.dataset import DataError
 from encoders.data.source import SYNTHETIC, open_dataset
-from encoders.evaluate import evaluate
+from encoders.evaluate import Figures, evaluate
 from encoders.train import train
 
 
@@ -70,10 +70,11 @@ def _lines(path: Path, events: Iterable[Mapping[str, Any]], total: int) -> None:
     print(f"wrote {path}")
 
 
-def _table(rows: Mapping[str, Mapping[str, float]]) -> None:
+def _table(rows: Mapping[str, Figures]) -> None:
     print(f"{'test slice':<12}{'GAUC':>9}{'AUC':>9}{'LogLoss':>9}{'examples':>10}")
     for name, row in rows.items():
-        print(f"{name:<12}{row['gauc']:>9.4f}{row['auc']:>9.4f}{row['logloss']:>9.4f}{row['examples']:>10}")
+        values = (f"{row[key]:>9.4f}" if row[key] is not None else f"{'-':>9}" for key in ("gauc", "auc", "logloss"))
+        print(f"{name:<12}{''.join(values)}{row['examples']:>10}")
 
 
 def _parser() -> argparse.ArgumentParser:

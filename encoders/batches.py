@@ -49,7 +49,7 @@ class Batch:
     candidates: Candidates
     clicked: torch.Tensor  # f4 [B, K]
     counted: torch.Tensor  # bool [B, K], False = padding
-    group_users: I8  # [B]
+    groups: Groups  # of length B
 
 
 class Batches:
@@ -153,7 +153,7 @@ class Batches:
             ),
             clicked=torch.from_numpy(self.clicked[places].astype(np.float32)),
             counted=torch.from_numpy(counted),
-            group_users=groups.user,
+            groups=groups,
         )
 
     def _users(self, groups: Groups, model: AIF) -> Users:

@@ -90,7 +90,7 @@ def save_bundle(
         "tensors": {"sha256": _sha256(blob), "shapes": {name: list(t.shape) for name, t in sorted(tensors.items())}},
         "metrics": dict(metrics or {}),
     }
-    manifest = json.dumps({"version": _version(content), **content}, indent=1, sort_keys=True).encode()
+    manifest = json.dumps({"version": _version(content), **content}, indent=1, sort_keys=True, allow_nan=False).encode()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BundleError(f"{path} is already there; choose another folder or remove it")
     try:

@@ -19,6 +19,7 @@ from encoders.model import AIF
 
 Scores = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.bool_]
+Figures = dict[str, float | None]
 
 BATCH_GROUPS = 64
 TRAIN_PART, VALIDATION_PART = 0.8, 0.1  # of the behaviours in time order; the rest is the test slice
@@ -80,13 +81,18 @@ def log_loss(logits: Scores, labels: Labels) -> float:
     return float(np.mean(np.logaddexp(0, logits) - logits * labels))
 
 
-def figures(logits: Scores, labels: Labels, users: npt.NDArray[np.integer]) -> dict[str, float]:
+def figures(logits: Scores, labels: Labels, users: npt.NDArray[np.integer]) -> Figures:
+    """GAUC, AUC and LogLoss, None where the labels do not give one, and the number of examples."""
     return {
-        "gauc": round(gauc(logits, labels, users), 5),
-        "auc": round(auc(logits, labels), 5),
-        "logloss": round(log_loss(logits, labels), 5),
+        "gauc": _rounded(gauc(logits, labels, users)),
+        "auc": _rounded(auc(logits, labels)),
+        "logloss": _rounded(log_loss(logits, labels)),
         "examples": len(labels),
     }
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 5) if np.isfinite(value) else None
 
 
 def predict(model: AIF, batches: Batches, groups: Groups) -> tuple[Scores, Labels, npt.NDArray[np.int64]]:
@@ -98,11 +104,11 @@ def predict(model: AIF, batches: Batches, groups: Groups) -> tuple[Scores, Label
             counted = batch.counted
             logits.append(model(batch.users, batch.candidates)[counted].numpy())
             labels.append(batch.clicked[counted].numpy() > 0)
-            users.append(np.repeat(batch.group_users, counted.sum(dim=1).numpy()))
+            users.append(np.repeat(batch.groups.user, counted.sum(dim=1).numpy()))
     return np.concatenate(logits), np.concatenate(labels), np.concatenate(users)
 
 
-def evaluate(bundle: Bundle, data: Dataset) -> dict[str, dict[str, float]]:
+def evaluate(bundle: Bundle, data: Dataset) -> dict[str, Figures]:
     """Figures of the bundle, of popularity and of chance on the test slice of the data. Raises DataError."""
     manifest, model = bundle.manifest, bundle.model
     if data.items.embeddings.shape[1] != manifest.config.embedding_dim:
@@ -114,7 +120,7 @@ def evaluate(bundle: Bundle, data: Dataset) -> dict[str, dict[str, float]]:
     return {"model": figures(*predict(model, batches, groups)), **baselines(data, split.test, split.end)}
 
 
-def baselines(data: Dataset, since: int, until: int) -> dict[str, dict[str, float]]:
+def baselines(data: Dataset, since: int, until: int) -> dict[str, Figures]:
     """Figures of popularity (smoothed click rate of the item before `since`) and of chance on `since` <= time <
     `until`.
     """

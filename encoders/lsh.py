@@ -22,7 +22,8 @@ def signatures(
     embedding: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], projection: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
     """Signatures u1 [n, bits / 8] of embeddings [n, e]: bit set where the projection is >= 0."""
-    return np.packbits((embedding - centre) @ projection >= 0, axis=1, bitorder="little")
+    with np.errstate(over="ignore", invalid="ignore"):  # of absurd embeddings; their rows are refused by the caller
+        return np.packbits((embedding - centre) @ projection >= 0, axis=1, bitorder="little")
 
 
 def signs(signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

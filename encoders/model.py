@@ -51,6 +51,18 @@ class ModelConfig:
     din_shift: float = 0.5  # LSH-DIN uses din_scale * (matches / b - din_shift)
     din_scale: float = 2.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where sizes do not fit each other."""
+        sizes = (self.width, self.dim, self.bridges, self.bits, self.crosses, self.window, self.recent, self.hidden)
+        if min(*sizes, self.embedding_dim, self.heads, self.category_dim, *self.head) < 1:
+            raise ValueError("every size of the config must be at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"{self.heads} heads do not part {self.dim} dimensions")
+        if self.bits % 8:
+            raise ValueError(f"{self.bits} bits do not fill whole bytes")
+        if list(self.tier_edges) != sorted(set(self.tier_edges) & set(range(1, self.bits + 1))):
+            raise ValueError(f"the tier edges {self.tier_edges} do not ascend within 1..{self.bits}")
+
     @property
     def tiers(self) -> int:
         return len(self.tier_edges) + 1

@@ -129,13 +129,13 @@ def _fit(
         epoch += 1
         loss = _epoch(model, batches, training, optimiser, random, deadline)
         measured = figures(*predict(model, batches, validation))
-        score = measured["gauc"] if np.isfinite(measured["gauc"]) else measured["auc"]
+        score = measured["gauc"] or measured["auc"] or -(measured["logloss"] or 0.0)
         if score > best:
             best, best_state, best_epoch = score, copy.deepcopy(model.state_dict()), epoch
         left = min((time.monotonic() - started) / epoch * (_EPOCHS - epoch), deadline - time.monotonic())
         report(
-            f"epoch {epoch}: loss {loss:.4f}, validation GAUC {measured['gauc']:.4f}, AUC {measured['auc']:.4f}, "
-            f"LogLoss {measured['logloss']:.4f}; at most {max(0.0, left):.0f} s left"
+            f"epoch {epoch}: loss {loss:.4f}, validation GAUC {measured['gauc']}, AUC {measured['auc']}, "
+            f"LogLoss {measured['logloss']}; at most {max(0.0, left):.0f} s left"
         )
     model.load_state_dict(best_state)
     return epoch

@@ -18,7 +18,7 @@ from encoders.data.dataset import NEVER, BehaviourLog, Dataset, Items, UserProfi
 ACTIONS = ("view", "click")
 START = 1_767_225_600_000  # 2026-01-01T00:00:00Z, ms
 _DAY = 86_400_000
-_SESSION = 8  # impressions in one go
+_SESSION = (3, 15)  # impressions in one go: from, below
 _PRICE_BANDS = ("low", "middle", "high", "luxury")
 _NOUNS = (
     "lamp",
@@ -118,13 +118,15 @@ def _lifetimes(world: Marketplace, random: np.random.Generator) -> tuple[npt.NDA
 def _sessions(
     activity: npt.NDArray[np.float64], count: int, day: int, random: np.random.Generator
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Users and times of a day's impressions, in sessions of `_SESSION`, ten seconds to a minute apart."""
-    sessions = -(-count // _SESSION)
+    """Users and times of a day's impressions: sessions of 3 to 14, ten seconds to a minute apart within each."""
+    sessions = -(-count // _SESSION[0])  # enough, whatever their lengths
+    length = random.integers(*_SESSION, sessions)
     user = random.choice(len(activity), sessions, p=activity / activity.sum())
-    begin = START + day * _DAY + random.integers(0, _DAY - _SESSION * 60_000, sessions)
-    gaps = random.integers(10_000, 60_000, (sessions, _SESSION))
-    time = begin[:, None] + np.cumsum(gaps, axis=1) - gaps[:, :1]
-    return np.repeat(user, _SESSION)[:count], time.ravel()[:count]
+    begin = START + day * _DAY + random.integers(0, _DAY - _SESSION[1] * 60_000, sessions)
+    passed = np.cumsum(random.integers(10_000, 60_000, length.sum()))
+    first = np.cumsum(length) - length
+    time = np.repeat(begin - passed[first], length) + passed
+    return np.repeat(user, length)[:count], time[:count]
 
 
 def _shown(
