@@ -1,0 +1,215 @@
+"""The roll-out: reduction of `models`, the state machine, and the file the API reads."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streams import rollout
+from streams.events import ModelEvent
+from streams.rollout import Refused, Serving
+
+
+def stage(name: str, *, sha: str = "a", when_complete: bool = True) -> ModelEvent:
+    return ModelEvent("stage", name, f"file:///{sha}", sha * 64, when_complete)
+
+
+def activate(name: str) -> ModelEvent:
+    return ModelEvent("activate", name)
+
+
+def complete(serving: Serving, name: str) -> Serving:
+    serving = rollout.fill(serving, name, [10, 0])
+    return rollout.advance(serving, name, [9, -1], [True, True])
+
+
+def staged(*names: str) -> Serving:
+    serving = Serving()
+    for offset, name in enumerate(names):
+        serving = rollout.stage(serving, offset, stage(name))
+    return serving
+
+
+def test_one_generation_from_stage_to_serving_and_back() -> None:
+    serving = staged("a", "b")
+    assert serving.generations["a"].state == "staged"
+    serving = rollout.activate(complete(serving, "a"), "a")
+    assert (serving.active, serving.previous, serving.generations["a"].state) == ("a", None, "active")
+    serving = rollout.activate(complete(serving, "b"), "b")
+    assert (serving.active, serving.previous, serving.generations["a"].state) == ("b", "a", "former")
+    serving = rollout.activate(serving, "a")
+    assert (serving.active, serving.previous, serving.generations["b"].state) == ("a", "b", "former")
+
+
+def test_complete_needs_every_partition_covered_and_proven() -> None:
+    serving = rollout.fill(staged("a"), "a", [10, 0])
+    for covered, filled in (([8, -1], [True, True]), ([9, -1], [True, False]), ([-1, -1], [False, False])):
+        found = rollout.advance(serving, "a", covered, filled).generations["a"]
+        assert (found.state, bool(found.reason)) == ("filling", True)
+    assert rollout.advance(serving, "a", [4, -1], [True, True]).generations["a"].progress == 0.5
+    assert rollout.advance(serving, "a", [12, 3], [True, True]).generations["a"].state == "complete"
+    empty = rollout.fill(staged("a"), "a", [0, 0])
+    assert rollout.advance(empty, "a", [-1, -1], [True, False]).generations["a"].state == "filling"
+    assert rollout.advance(empty, "a", [-1, -1], [True, True]).generations["a"].state == "complete"
+
+
+def test_activation_is_refused_with_a_reason_unless_complete() -> None:
+    serving = staged("a")
+    for state, reason in ((serving, "staged"), (rollout.fill(serving, "a", [1, 1]), "filling")):
+        with pytest.raises(Refused, match=reason):
+            rollout.activate(state, "a")
+    with pytest.raises(Refused, match="not staged"):
+        rollout.activate(serving, "b")
+    with pytest.raises(Refused, match=r"failed \(no such bundle\)"):
+        rollout.activate(rollout.fail(serving, "a", "no such bundle"), "a")
+    third = staged("a", "b", "c")
+    for name in "abc":
+        third = rollout.activate(complete(third, name), name)
+    with pytest.raises(Refused, match="no longer kept fresh"):
+        rollout.activate(third, "a")
+
+
+def test_a_failure_never_takes_the_live_generation_away() -> None:
+    serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
+    failed = rollout.fail(serving, "b", "bad bundle")
+    assert (failed.active, failed.generations["b"].state, failed.generations["b"].reason) == (
+        "a",
+        "failed",
+        "bad bundle",
+    )
+    assert rollout.running(failed) == ["a"]
+    hurt = rollout.fail(serving, "a", "needs refill")
+    assert (hurt.active, hurt.generations["a"].state, hurt.generations["a"].reason) == ("a", "active", "needs refill")
+
+
+def test_names_are_never_used_twice() -> None:
+    with pytest.raises(Refused, match="never used twice"):
+        rollout.stage(staged("a"), 9, stage("a", sha="b"))
+    assert rollout.stage(staged("a"), 9, stage("a")) == staged("a")  # the same event again
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("a")), (2, stage("a", sha="b"))])
+    assert list(desired.refused) == [2]
+    assert desired.wishes == [(0, "a")]
+
+
+def test_jobs_run_for_the_active_one_one_former_and_later_ones() -> None:
+    serving = staged("a", "b", "c", "d")
+    assert rollout.running(serving) == ["a", "b", "c", "d"]
+    serving = rollout.activate(complete(serving, "c"), "c")
+    assert rollout.running(serving) == ["c", "d"]
+    serving = rollout.activate(complete(serving, "d"), "d")
+    assert rollout.running(serving) == ["c", "d"]
+
+
+def test_reduction_of_models() -> None:
+    log = [
+        (0, activate("z")),
+        (1, stage("a")),
+        (2, stage("b", when_complete=False)),
+        (3, activate("b")),
+        (4, ModelEvent("rollback", "a")),
+        (5, stage("c")),
+        (6, ModelEvent("retire", "a")),
+        (7, activate("a")),
+    ]
+    desired = rollout.reduce_models(log)
+    assert desired.wishes == [(3, "b"), (5, "c")]
+    assert sorted(desired.refused) == [0, 4, 7]
+    assert rollout.reduce_models(log, refused={3}).wishes == [(5, "c")]
+
+
+def test_a_new_host_stages_only_what_it_will_need() -> None:
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c", when_complete=False))])
+    assert rollout.wanted(desired, Serving()) == ["b", "c"]
+    failed = rollout.fail(rollout.stage(Serving(), 1, stage("b")), "b", "bad")
+    assert rollout.wanted(desired, failed) == ["a", "c"]
+    assert rollout.wanted(rollout.reduce_models([(2, stage("c", when_complete=False))]), Serving()) == ["c"]
+
+
+def test_the_newest_possible_wish_is_served() -> None:
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c"))])
+    serving = complete(staged("a", "b", "c"), "a")
+    assert rollout.next_active(desired, serving) == "a"
+    serving = rollout.activate(serving, "a")
+    assert rollout.next_active(desired, serving) is None
+    serving = complete(rollout.fail(serving, "c", "bad"), "b")
+    assert rollout.next_active(desired, serving) == "b"
+    serving = rollout.activate(serving, "b")
+    assert rollout.next_active(desired, serving) is None
+    back = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, activate("a"))])
+    assert rollout.next_active(back, serving) == "a"
+
+
+NAMES = st.sampled_from(["a", "b", "c"])
+EVENTS = st.lists(
+    st.one_of(
+        st.builds(stage, NAMES, sha=st.sampled_from("xy"), when_complete=st.booleans()),
+        st.builds(activate, NAMES),
+        st.builds(ModelEvent, st.sampled_from(["rollback", "retire"]), NAMES),
+    ),
+    max_size=12,
+)
+
+
+@given(EVENTS, st.data())
+def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject) -> None:
+    """Random events and random progress: at most one active generation, it was complete before, and replay adds nothing."""
+    serving, been_complete = Serving(), set()
+    desired = rollout.reduce_models([])
+    for end in range(1, len(log) + 1):
+        desired = rollout.reduce_models(enumerate(log[:end]))
+        for name in rollout.wanted(desired, serving):
+            serving = rollout.stage(serving, desired.staged[name].offset, desired.staged[name].event)
+        for name in rollout.running(serving):
+            step = data.draw(st.sampled_from(["stay", "complete", "fail"]))
+            if step == "complete" and serving.generations[name].state == "staged":
+                serving = complete(serving, name)
+                been_complete.add(name)
+            elif step == "fail":
+                serving = rollout.fail(serving, name, "reason")
+        chosen = rollout.next_active(desired, serving)
+        if chosen is not None:
+            serving = rollout.activate(serving, chosen)
+        active = [name for name, known in serving.generations.items() if known.state == "active"]
+        assert active == ([serving.active] if serving.active else [])
+        assert set(active) <= been_complete
+        assert serving.active is None or serving.active in rollout.running(serving)
+    assert rollout.next_active(desired, serving) is None
+    assert rollout.reduce_models(enumerate(log)) == desired
+
+
+def test_the_file_is_replaced_whole_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "serving.json"
+    assert rollout.read(path) == Serving()
+    versions = [staged(*(f"g{k}" for k in range(size))) for size in (1, 300)]
+    rollout.write(path, versions[0])
+    stop = threading.Event()
+
+    def keep_writing() -> None:
+        for turn in range(10_000):
+            rollout.write(path, versions[turn % 2])
+            if stop.is_set():
+                return
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    try:
+        for _ in range(300):
+            assert rollout.read(path) in versions
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "serving.json"
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(Serving(), format=2)))
+    with pytest.raises(Refused, match="format 2"):
+        rollout.read(path)
+    path.write_bytes(b"{")
+    with pytest.raises(Refused, match="not a serving file"):
+        rollout.read(path)
