@@ -82,7 +82,9 @@ def test_round_trip(rows: list[tuple[str, int, int, bool, bytes]], fill: FillPro
 
 
 def test_golden_bytes() -> None:
-    """Written once by version 1. If this fails, the format has changed: a new version and a new file, not a new golden."""
+    """Written once by version 1. If this fails, the format has changed: a new version and a new file, not a new
+    golden.
+    """
     given_ = batch(4, fill=FillProof(3, 0x1122334455667788))
     assert blocks.encode(given_, LAYOUT) == GOLDEN.read_bytes()
     assert_equal(blocks.decode(GOLDEN.read_bytes(), LAYOUT), given_)

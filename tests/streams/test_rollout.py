@@ -157,7 +157,9 @@ EVENTS = st.lists(
 
 @given(EVENTS, st.data())
 def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject) -> None:
-    """Random events and random progress: at most one active generation, it was complete before, and replay adds nothing."""
+    """Random events and random progress: at most one active generation, it was complete before, and replay adds
+    nothing.
+    """
     serving, been_complete = Serving(), set()
     desired = rollout.reduce_models([])
     for end in range(1, len(log) + 1):
