@@ -273,7 +273,9 @@ class HistoriesReader:
         if not (path / "data.mdb").exists():
             raise StoreMissingError(f"{path} holds no histories yet")
         try:
-            self._env = lmdb.open(str(path), readonly=True, max_dbs=4, max_readers=1024, readahead=False)
+            self._env = lmdb.open(
+                str(path), map_size=MAP_SIZE, readonly=True, max_dbs=4, max_readers=1024, readahead=False
+            )  # the size given: a store that is new has recorded none yet
             self._owner = True
             self._tables = _Tables.open(self._env, create=False)
         except (lmdb.NotFoundError, lmdb.ReadonlyError, lmdb.InvalidError) as error:
