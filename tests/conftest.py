@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,14 +69,17 @@ def settings(broker: Broker, tmp_path: Path) -> Callable[..., Settings]:
 
 
 def debian_program(name: str, package: str) -> str:
-    """Path of a program that a Debian package brings; skips the test where it is missing, and in CI fails it."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"needs {name}: apt install {package}"
-        if os.environ.get("FORERANK_CI") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
+    """Path of a program that a Debian package brings; skips the test where it is missing."""
+    return shutil.which(name) or pytest.skip(f"needs {name}: apt install {package}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With FORERANK_CI=1 a skip because of a missing Debian package (its reason says what to install) is a failure."""
+    report = yield
+    if report.skipped and "apt install" in str(report.longrepr) and os.environ.get("FORERANK_CI") == "1":
+        report.outcome, report.longrepr = "failed", str(report.longrepr)
+    return report
 
 
 @pytest.fixture
