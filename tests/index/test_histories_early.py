@@ -1,4 +1,4 @@
-"""A reader that opened the store while it was new, and sees it grow: it must not meet the end of a map it chose too small."""
+"""A reader that opened the store while it was new, and sees it grow: its map must not end before the data do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from index.histories import HistoriesWriter, StoredBehaviour
 
-USERS, EACH = 60, 500
+USERS, EACH = 60, 5_000  # 17 MB, more than LMDB maps unless it is told
 READER = f"""
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ print([len(reader.history(f"u{{user}}", 10**15).keys) for user in range({USERS})
 
 
 def test_a_reader_opened_on_a_new_store_follows_its_growth(tmp_path: Path) -> None:
-    writer = HistoriesWriter(tmp_path, 1_000, b"k")
+    writer = HistoriesWriter(tmp_path, EACH, b"k")
     argv = [sys.executable, "-c", READER, str(tmp_path)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
