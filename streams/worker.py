@@ -278,6 +278,8 @@ class Job:
                     LOG.warning("%s: lag unknown (%s)", self.name, type(error).__name__)
                 if self._app is not None and self._app.should_stop:
                     self._end(1, "Faust stopped by itself")
+                if self.heartbeat.lag == 0:
+                    self._moved = time.monotonic()  # idle is no stall
                 if self.heartbeat.lag > 0 and time.monotonic() - self._moved > STALL_S:
                     self._end(1, f"{self.heartbeat.lag} records wait and none was handled for {STALL_S:.0f} s")
                 self.heartbeat.write(self.settings.heartbeat_dir)

@@ -1,0 +1,113 @@
+"""The hops together on the real broker: what is published becomes exactly the right rows, and failures have a
+destination.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoders.bundle import Bundle
+from infra.settings import Settings
+from streams import events
+from tests.streams.chain import check_rows, item_body, oracle, running_chain, wait_until
+
+pytestmark = pytest.mark.e2e
+
+
+def test_items_become_rows_through_a_fill_and_then_live(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    random = np.random.default_rng(1)
+    first = [item_body(f"item {k % 40}", k // 40, random) for k in range(120)]
+    first += [{"item_id": f"item {k}", "version": 50, "deleted": True} for k in range(5)]
+    with running_chain(settings(partitions=3), bundle_path) as chain:
+        chain.publish(first)
+        chain.add_generation("one")
+        chain.start("ingest")
+        wait_until(lambda: sum(chain.end_offsets("items")) == 125, "ingest wrote items")
+        chain.start("encode:one", "replicate:one")
+        wait_until(lambda: chain.filled("one"), "the fill is proven")
+        check_rows(chain, "one", bundle, oracle(first))
+
+        wait_until(lambda: chain.running("encode:one"), "encode is in its group")
+        second = [item_body("item 1", 60, random), item_body("item 7", 1, random), item_body("new", 1, random)]
+        second += [
+            item_body("item 9", 60, random, embedding=[1.0]),
+            {"item_id": "item 8", "version": 60, "deleted": True},
+        ]
+        chain.publish(second)
+        chain.settle("one")
+        check_rows(chain, "one", bundle, oracle([*first, *second]))
+        (dead,) = chain.read("items.dlq")
+        headers = dict(dead.headers)
+        assert headers["error_type"] == b"not_encodable"
+        assert b"embedding" in headers["message"]
+        assert dead.key == b"item 9"
+
+        before = chain.end_offsets("items")
+        chain.publish([*first, *second])  # everything twice changes nothing
+        chain.settle("one")
+        assert chain.end_offsets("items") == before
+        check_rows(chain, "one", bundle, oracle([*first, *second]))
+
+        # times: of the event, of the publication, of the encoding, of becoming visible
+        (cold,), _ = chain.arena("one").gather_cold(_keys(chain.settings, ["new"]))
+        assert cold["event_time"] == events.to_ms(_time(second[2]))
+        assert cold["publish_time"] <= cold["encode_time"] <= cold["visible_time"]
+
+
+def test_an_empty_catalogue_is_filled_at_once(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    with running_chain(settings(partitions=2), bundle_path) as chain:
+        chain.add_generation("one")
+        chain.start("encode:one", "replicate:one")
+        wait_until(lambda: chain.filled("one"), "the fill is proven")
+        check_rows(chain, "one", bundle, oracle([]))
+
+
+def test_bad_events_go_to_dead_letters_and_the_rest_goes_on(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    from kafka import KafkaProducer
+
+    random = np.random.default_rng(2)
+    good = [item_body(f"{k}", 1, random) for k in range(6)]
+    with running_chain(settings(partitions=2), bundle_path) as chain:
+        producer = KafkaProducer(bootstrap_servers=chain.settings.kafka_bootstrap)
+        topic = chain.settings.topic("item-updates")
+        right = events.partition_of(b"x", 2)
+        body = json.dumps(item_body("x", 1, random)).encode()
+        producer.send(topic, b"{broken", b"x", partition=right)
+        producer.send(topic, body, b"y", partition=right)
+        producer.send(topic, body, b"x", partition=1 - right)
+        producer.send(topic, None, b"x", partition=right)
+        producer.send(topic, b'{"item_id":"x","version":1,"pad":"' + b"x" * 600_000 + b'"}', b"x", partition=right)
+        producer.close()
+        chain.publish(good)
+        chain.add_generation("one")
+        chain.start("ingest", "encode:one", "replicate:one")
+        chain.settle("one")
+        check_rows(chain, "one", bundle, oracle(good))
+        dead = {dict(record.headers)["error_type"]: record for record in chain.read("item-updates.dlq")}
+        assert set(dead) == {b"malformed", b"key_mismatch", b"wrong_partition", b"too_large"}
+        assert dead[b"wrong_partition"].value == body
+        assert b"murmur2_random" in dict(dead[b"wrong_partition"].headers)["message"]
+        assert len(chain.read("item-updates.dlq")) == 5
+
+
+def _keys(settings: Settings, ids: list[str]):  # type: ignore[no-untyped-def]
+    from index.keys import keys_of
+
+    return keys_of(ids, settings.hash_key.encode())
+
+
+def _time(body: dict[str, object]):  # type: ignore[no-untyped-def]
+    import msgspec
+
+    return msgspec.convert(body["event_time"], events.Time)
