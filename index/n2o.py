@@ -248,16 +248,17 @@ class N2OWriter:
         arena = ArenaWriter.open(self._path, self._layout, self._partitions, self._store)
         if arena is None:
             return self._rebuilt_arena()
-        digest = arena.digest
+        digest = int(arena.digest)
         if arena.batch == self._batch - 1:
             digest += self._catch_up(arena)
             arena.publish_progress(self._batch, self._progress)
-        agree = arena.items == self._progress.count.sum() and digest == self._progress.digest.sum(dtype=np.uint64)
+        wanted = int(self._progress.digest.sum(dtype=np.uint64))
+        agree = arena.items == self._progress.count.sum() and digest % (1 << 64) == wanted
         if arena.batch != self._batch or not agree:
             return self._rebuilt_arena()
         return arena
 
-    def _catch_up(self, arena: ArenaWriter) -> np.uint64:
+    def _catch_up(self, arena: ArenaWriter) -> int:
         """Applies the last batch again. Returns what that adds to the digest."""
         names = [name for name in (self._rocks.get(LAST) or b"").split(b"\n") if name]
         keys = keys_of([name.decode() for name in names], self._hash_key)
@@ -369,10 +370,10 @@ def _zeros(count: int, kind: np.dtype[np.void]) -> NDArray[Any]:
     return out
 
 
-def _digest_sum(arena: ArenaWriter, keys: NDArray[np.uint64]) -> np.uint64:
+def _digest_sum(arena: ArenaWriter, keys: NDArray[np.uint64]) -> int:
     """Of the live rows of these keys."""
     versions, exists = arena.versions(keys)
-    return np.uint64(digest_of(keys[exists], versions[exists]).sum(dtype=np.uint64))
+    return int(digest_of(keys[exists], versions[exists]).sum(dtype=np.uint64))
 
 
 def _now() -> int:

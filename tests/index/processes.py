@@ -1,0 +1,130 @@
+"""The other processes of the arena's and histories' tests: `python -m tests.index.processes <role> <path> ...`.
+
+A role prints `ready`, works at full speed until its standard input ends, and prints one JSON object about what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index.arena import ArenaReader, ArenaWriter, Progress
+from index.histories import HistoriesReader
+from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
+
+
+def until_stopped(step: Callable[[], None]) -> None:
+    print("ready", flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        step()
+
+
+def writer(path: Path, ids: str) -> dict[str, Any]:
+    """Inserts, updates and deletes; the set of ids grows from a tenth, and with it table and records."""
+    rng = np.random.default_rng(1)
+    most, known, version = int(ids), int(ids) // 10, 1
+    arena = ArenaWriter.create(path, LAYOUT, 1, 0)
+    keys = int_keys(np.arange(known))
+    arena.apply(keys, np.ones(known, np.uint8), *made(keys, np.full(known, version, np.uint64)))
+    arena.publish(1, 0, Progress.empty(1))
+    seen = {"updates": 0, "deletes": 0, "growths": 0}
+    files = arena._files
+
+    def step() -> None:
+        nonlocal known, version, files
+        version += 1
+        known = min(most, known + 3)
+        changed = np.unique(np.append(rng.integers(0, known, 256), known - 1))
+        kinds = np.where(rng.random(len(changed)) < 0.1, 2, 1).astype(np.uint8)
+        keys = int_keys(changed)
+        arena.apply(keys, kinds, *made(keys, np.full(len(keys), version, np.uint64)))
+        seen["updates"] += int((kinds == 1).sum())
+        seen["deletes"] += int((kinds == 2).sum())
+        seen["growths"] += arena._files is not files
+        files = arena._files
+
+    until_stopped(step)
+    return seen
+
+
+def overwriter(path: Path, ids: str) -> dict[str, Any]:
+    """What the arena must not do: changes records in place, without the protocol."""
+    count = int(ids)
+    arena = ArenaWriter.create(path, LAYOUT, 1, 0)
+    keys = int_keys(np.arange(count))
+    arena.apply(keys, np.ones(count, np.uint8), *made(keys, np.ones(count, np.uint64)))
+    arena.publish(1, 0, Progress.empty(1))
+    words = arena._files.hot.view(np.uint64).reshape(-1, 24)[:count]
+
+    def step() -> None:
+        words[:, 1:20] += np.uint64(1)
+        words[:, 1:20] -= np.uint64(1)
+
+    until_stopped(step)
+    return {}
+
+
+def reader(path: Path, ids: str) -> dict[str, Any]:
+    """Gathers and checks every row; a key's version must never go back."""
+    rng = np.random.default_rng()
+    arena = ArenaReader.open(path, LAYOUT)
+    newest = np.zeros(int(ids), np.uint64)
+    seen: dict[str, Any] = dict.fromkeys(("gathers", "found", "missing", "faults", "back", "longest_ms", "remaps"), 0)
+    files = arena._files
+
+    def step() -> None:
+        nonlocal files
+        wanted = rng.integers(0, len(newest), 2000)
+        keys = int_keys(wanted)
+        started = time.monotonic()
+        gathered = arena.gather(keys)
+        seen["longest_ms"] = max(seen["longest_ms"], (time.monotonic() - started) * 1000)
+        found = gathered.found
+        versions = gathered.hot.view(np.uint64).reshape(len(keys), 24)[found, 0]
+        seen["faults"] += hot_faults(keys[found], gathered.hot[found])
+        seen["back"] += int((versions < newest[wanted[found]]).sum())
+        np.maximum.at(newest, wanted[found], versions)
+        cold, found = arena.gather_cold(keys)
+        seen["faults"] += cold_faults(keys[found], cold[found])
+        if seen["gathers"] % 20 == 0:
+            keys, cold = arena.snapshot()
+            seen["faults"] += cold_faults(keys, cold)
+        seen["gathers"] += 1
+        seen["found"] += int(found.sum())
+        seen["missing"] += int((~found).sum())
+        seen["remaps"] += arena._files is not files
+        files = arena._files
+
+    until_stopped(step)
+    return seen
+
+
+def watcher(path: Path, user: str) -> dict[str, Any]:
+    """How late each new behaviour of a user was seen, in ms; its event time is when it was written."""
+    histories = HistoriesReader(path)
+    late: list[float] = []
+    newest = histories.history(user, 1 << 62).position
+
+    def step() -> None:
+        nonlocal newest
+        history = histories.history(user, 1 << 62)
+        if history.position > newest:
+            newest = history.position
+            late.append(time.time() * 1000 - int(history.times[-1]))
+        time.sleep(0.001)
+
+    until_stopped(step)
+    return {"seen": len(late), "latest_ms": max(late, default=0.0), "position": newest}
+
+
+if __name__ == "__main__":
+    roles = {"writer": writer, "overwriter": overwriter, "reader": reader, "watcher": watcher}
+    role, path, argument = sys.argv[1:]
+    print(json.dumps(roles[role](Path(path), argument)), flush=True)

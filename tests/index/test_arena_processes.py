@@ -1,0 +1,125 @@
+"""The arena between processes: readers at full speed against a writer at full speed, paused, during growth and deletion."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index.arena import ArenaReader, ArenaWriter
+from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys
+
+ROOT = Path(__file__).parent.parent.parent
+IDS = 30_000
+
+
+class Process:
+    """One role of tests.index.processes."""
+
+    def __init__(self, role: str, path: Path, argument: str) -> None:
+        command = [sys.executable, "-m", "tests.index.processes", role, str(path), argument]
+        self._popen = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._popen.stdout is not None
+        assert self._popen.stdout.readline() == "ready\n"
+
+    def send(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def stop(self) -> dict[str, Any]:
+        out, _ = self._popen.communicate("", timeout=60)
+        assert self._popen.returncode == 0
+        seen: dict[str, Any] = json.loads(out)
+        return seen
+
+    def kill(self) -> None:
+        if self._popen.poll() is None:
+            self._popen.kill()
+        self._popen.communicate()
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("pause", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_readers_never_see_a_torn_or_foreign_row(tmp_path: Path, processes: list[Process], pause: float) -> None:
+    writer = Process("writer", tmp_path, str(IDS))
+    processes.append(writer)
+    paused, *others = readers = [Process("reader", tmp_path, str(IDS)) for _ in range(3)]
+    processes.extend(readers)
+    end = time.monotonic() + pause
+    paused.send(signal.SIGSTOP)  # most likely inside a gather: it does nothing else for long
+    while time.monotonic() < end:
+        # the others are paused too, shortly and often, each time somewhere else in the protocol; and so is the writer
+        for process in (*others, writer):
+            process.send(signal.SIGSTOP)
+            _wait(0.02)
+            process.send(signal.SIGCONT)
+            _wait(0.03)
+    paused.send(signal.SIGCONT)
+    before = time.monotonic()
+    wrote = writer.stop() if pause > 10 else None
+    while wrote is None and time.monotonic() < before + 1:
+        _wait(0.05)
+    wrote = wrote or writer.stop()
+    seen = [reader.stop() for reader in readers]
+    assert wrote["updates"] > 10_000
+    assert wrote["deletes"] > 1_000
+    assert wrote["growths"] >= 1
+    for one in seen:
+        assert one["found"] > 10_000
+        assert one["missing"] > 100  # deleted at the time, or not yet inserted
+        assert one["faults"] == 0
+        assert one["back"] == 0
+    assert seen[0]["longest_ms"] > 0
+    assert sum(one["remaps"] for one in seen) >= 1
+
+
+def test_the_check_finds_torn_rows_where_there_are_some(tmp_path: Path, processes: list[Process]) -> None:
+    processes.append(Process("overwriter", tmp_path, "2000"))
+    reader = Process("reader", tmp_path, "2000")
+    processes.append(reader)
+    _wait(1.0)
+    assert reader.stop()["faults"] > 0
+
+
+def test_a_writer_killed_anywhere_leaves_whole_rows(tmp_path: Path, processes: list[Process]) -> None:
+    """Each killed at another moment; the next writer goes on with the memory as it is."""
+    for turn in range(4):
+        folder = tmp_path / str(turn)
+        writer = Process("writer", folder, str(IDS))
+        processes.append(writer)
+        _wait(0.05 + 0.08 * turn)
+        writer.send(signal.SIGKILL)
+        writer.kill()
+        reader = ArenaReader.open(folder, LAYOUT)
+        keys = int_keys(np.arange(IDS))
+        before = reader.gather(keys)
+        again = ArenaWriter.open(folder, LAYOUT, 1, 1)
+        assert again is not None
+        after = reader.gather(keys)
+        assert before.found.tolist() == after.found.tolist()
+        assert int(after.found.sum()) == again.items > 1000
+        assert hot_faults(keys[after.found], after.hot[after.found]) == 0
+        cold, found = reader.gather_cold(keys)
+        assert cold_faults(keys[found], cold[found]) == 0
+        free = again._free[: again._state[0]].tolist()
+        assert len(set(free)) == len(free) == again._files.records - again.items
+        assert not set(free) & set(after.slots[after.found].tolist())
+
+
+def _wait(seconds: float) -> None:
+    """Lets the other processes work; nothing is expected to have happened by then."""
+    time.sleep(seconds)

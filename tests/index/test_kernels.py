@@ -1,0 +1,204 @@
+"""Kernels against their oracles, over odd sizes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from index import kernels
+from index.layout import RowLayout, aligned_empty
+
+
+def case(
+    seed: int,
+    layout: RowLayout,
+    rows: int = 50,
+    window: int = 100,
+    crosses: int = 5,
+    tiers: int = 8,
+    hidden: tuple[int, ...] = (32,),
+) -> tuple[NDArray[Any], tuple[Any, ...], tuple[Any, ...]]:
+    """(hot, arguments of user_tables, arguments of head_tables)."""
+    rng = np.random.default_rng(seed)
+
+    def floats(*shape: int) -> NDArray[np.float32]:
+        return (rng.standard_normal(shape) / 4).astype(np.float32)
+
+    hot = aligned_empty(rows, layout.hot)
+    hot.view(np.uint8)[:] = 0
+    hot["joint"], hot["bridge"] = floats(rows, layout.width), floats(rows, layout.bridges)
+    size = layout.bits // 8
+    hot["signature"] = rng.integers(0, 256, (rows, size))
+    hot["crosses"] = rng.choice([0, 0, 1, 2, 3, 4, 5, 6, 65535], (rows, layout.crosses))
+    slots = rng.permutation(np.array([1, 2, 3, 65535, 4000, 40000, 9], np.uint16))[:crosses]
+    width = layout.width
+    block = (
+        floats(width),
+        floats(width, layout.bridges),
+        floats(width, layout.bits),
+        floats(crosses + 1, width),
+        slots,
+    )
+    signatures = rng.integers(0, 256, (window, size), dtype=np.uint8)
+    if window and rows:
+        signatures[0] = hot["signature"][0]  # all bits equal
+        signatures[-1] = ~hot["signature"][0]  # none
+    middle = layout.bits // 2
+    edges = np.sort(rng.choice(np.arange(-1, layout.bits + 2), tiers - 1, replace=tiers - 1 > layout.bits))
+    edges = np.sort(np.where(rng.random(tiers - 1) < 0.7, rng.integers(middle - 4, middle + 5, tiers - 1), edges))
+    sizes = [width, *hidden, 1]
+    weights = [floats(o, i) for i, o in zip(sizes, sizes[1:], strict=False)]
+    biases = [floats(o) for o in sizes[1:]]
+    return hot, (*block, signatures), (floats(width, tiers), edges, weights, biases)
+
+
+LAYOUTS = [
+    RowLayout(),
+    RowLayout(precision="fp32"),
+    RowLayout(width=1, bridges=1, bits=8, crosses=1),
+    RowLayout(width=33, bridges=7, bits=72, crosses=3),
+    RowLayout(width=100, bridges=3, bits=256, crosses=9, precision="fp32"),
+    RowLayout(width=17, bridges=16, bits=512),
+    RowLayout(width=64, bridges=8, bits=248),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"h{layout.width}-b{layout.bits}-{layout.precision}")
+@pytest.mark.parametrize(
+    ("rows", "window", "crosses", "tiers", "hidden"),
+    [
+        (50, 100, 5, 8, (32,)),
+        (0, 100, 5, 8, (32,)),
+        (1, 0, 0, 8, (32,)),
+        (65, 64, 7, 2, ()),
+        (63, 65, 1, 1, (5, 3)),
+        (7, 1, 0, 12, (200,)),
+    ],
+)
+def test_score_is_the_oracles(
+    layout: RowLayout, rows: int, window: int, crosses: int, tiers: int, hidden: tuple[int, ...]
+) -> None:
+    hot, block, head = case(rows + layout.bits, layout, rows, window, crosses, tiers, hidden)
+    got = kernels.score(hot, kernels.user_tables(*block), kernels.head_tables(*head))
+    assert got.dtype == np.float32
+    assert got.shape == (rows,)
+    np.testing.assert_allclose(got, kernels.score_oracle(hot, block, *head), rtol=2e-5, atol=2e-5)
+
+
+def test_every_part_counts_and_nothing_is_left_from_the_call_before() -> None:
+    layout = RowLayout(precision="fp32")
+    hot, block, head = case(1, layout)
+    tables = kernels.head_tables(*head)
+    base = kernels.score(hot, kernels.user_tables(*block), tables)
+    for at in range(6):
+        changed = list(block)
+        changed[at] = block[at][::-1].copy() if at == 4 else block[at] + 1
+        other = kernels.score(hot, kernels.user_tables(*changed), tables)
+        np.testing.assert_allclose(other, kernels.score_oracle(hot, tuple(changed), *head), rtol=2e-5, atol=2e-5)
+        assert not np.allclose(other, base)
+    again = kernels.score(hot, kernels.user_tables(*block), tables)
+    assert again.tobytes() == base.tobytes()
+
+
+def test_a_row_scores_the_same_alone_and_among_others() -> None:
+    hot, block, head = case(2, RowLayout(), rows=40)
+    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    whole = kernels.score(hot, user, tables)
+    for at in (0, 1, 17, 39):
+        assert kernels.score(hot[at : at + 1], user, tables)[0] == whole[at]
+    assert kernels.score(hot[::2], user, tables).tolist() == whole[::2].tolist()
+
+
+def test_shapes_that_do_not_go_together_are_refused() -> None:
+    hot, block, head = case(3, RowLayout())
+    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    other_hot, other_block, other_head = case(3, RowLayout(width=32, bits=64))
+    with pytest.raises(kernels.KernelError):
+        kernels.score(other_hot, user, tables)
+    with pytest.raises(kernels.KernelError):
+        kernels.score(hot, kernels.user_tables(*other_block), tables)
+    with pytest.raises(kernels.KernelError):
+        kernels.score(hot, user, kernels.head_tables(*other_head))
+    with pytest.raises(kernels.KernelError):
+        kernels.user_tables(*block[:5], other_block[5])
+    with pytest.raises(kernels.KernelError):
+        kernels.head_tables(head[0][:, :3], *head[1:])
+
+
+def test_threads_score_at_the_same_time() -> None:
+    cases = [case(seed, RowLayout(), rows=300) for seed in range(4)]
+    ready = [(hot, kernels.user_tables(*block), kernels.head_tables(*head)) for hot, block, head in cases]
+    wanted = [kernels.score(*one) for one in ready]
+    wrong: list[int] = []
+
+    def work(at: int) -> None:
+        for _ in range(30):
+            if kernels.score(*ready[at]).tobytes() != wanted[at].tobytes():
+                wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 20),
+    window=st.integers(0, 200),
+    size=st.sampled_from([1, 2, 9, 16, 31, 32, 64]),
+    data=st.data(),
+)
+def test_simtier_counts_are_the_oracles(rows: int, window: int, size: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    tiers = data.draw(st.sampled_from([1, 2, 8]))
+    edges = np.array(sorted(data.draw(st.integers(-3, 8 * size + 3)) for _ in range(tiers - 1)), np.int64)
+    own = rng.integers(0, 256, (rows, size), dtype=np.uint8)
+    others = rng.integers(0, 256, (window, size), dtype=np.uint8)
+    if data.draw(st.booleans()) and rows and window:
+        others[rng.integers(window)] = own[rng.integers(rows)]
+        others[rng.integers(window)] = ~own[rng.integers(rows)]
+    got = kernels.simtier_counts(own, others, edges)
+    assert got.dtype == np.int32
+    assert got.tolist() == kernels.simtier_counts_oracle(own, others, edges).tolist()
+    assert (got.sum(axis=1) == window).all()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.5, -1.5, 2.0, 1e-40, float("inf"), -float("inf")]), max_size=40),
+    st.integers(-1, 50),
+    st.randoms(use_true_random=False),
+)
+def test_top_k_is_the_oracles(values: list[float], k: int, random: Any) -> None:
+    scores = np.array(values, np.float32)
+    ranks = list(range(len(values)))
+    random.shuffle(ranks)
+    tie_rank = np.array(ranks, np.int64)
+    got = kernels.top_k(scores, k, tie_rank)
+    assert got.tolist() == kernels.top_k_oracle(scores + np.float32(0), max(k, 0), tie_rank).tolist()
+
+
+def test_top_k_puts_nan_last_and_takes_large_ranks() -> None:
+    scores = np.array([np.nan, 1, -np.inf, 1], np.float32)
+    ranks = np.array([0, (1 << 32) - 1, 1, 7], np.uint32)
+    assert kernels.top_k(scores, 4, ranks)[:2].tolist() == [3, 1]
+    assert 0 not in kernels.top_k(scores, 2, ranks)
+
+
+def test_warm_up_leaves_nothing_to_compile() -> None:
+    layout = RowLayout(width=24, bits=40)
+    kernels.warm_up(layout, 5)
+    hot, block, head = case(5, layout, tiers=5, hidden=(8, 8))
+    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    started = time.perf_counter()
+    kernels.score(hot, user, tables)
+    assert time.perf_counter() - started < 0.05

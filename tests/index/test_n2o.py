@@ -1,0 +1,433 @@
+"""The N2O index against an oracle: replays, deletes, duplicates, kills between and inside its writes, damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from index import n2o
+from index.arena import ArenaReader
+from index.errors import N2OError, StoreLockedError, StoreMissingError
+from index.keys import digest_of, keys_of
+from index.layout import RowLayout, aligned_empty
+from index.n2o import FillProof, N2OReader, N2OWriter, RowBatch
+from tests.index.rows import LAYOUT, cold_faults, hot_faults, made
+
+ROOT = Path(__file__).parent.parent.parent
+KEY = b"hash key"
+PARTITIONS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One item event as the encoder saw it in `items`."""
+
+    item: int
+    version: int
+    offset: int
+    deleted: bool
+
+    @property
+    def item_id(self) -> str:
+        return str(self.item) if self.item % 3 else f"item {self.item}"
+
+
+def block(partition: int, changes: list[Change], covered: int, fill: FillProof | None = None) -> RowBatch:
+    ids = [change.item_id for change in changes]
+    versions = np.array([change.version for change in changes], np.uint64)
+    hot, cold = made(keys_of(ids, KEY), versions)
+    cold["event_time"] = versions
+    return RowBatch(
+        partition,
+        covered,
+        ids,
+        versions,
+        np.array([change.offset for change in changes], np.int64),
+        np.array([change.deleted for change in changes], np.bool_),
+        hot,
+        cold,
+        [json.dumps({"version": change.version}).encode() for change in changes],
+        fill,
+    )
+
+
+class Oracle:
+    """Rules 4 and 5 of the design, one row after the other."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[int, int, int]] = {}  # id -> version, offset, partition
+        self.removed: dict[str, tuple[int, int]] = {}  # within one apply: what a deletion had
+        self.covered = [-1] * PARTITIONS
+        self.next = [-1] * PARTITIONS
+        self.filled = [False] * PARTITIONS
+        self.mismatch = [False] * PARTITIONS
+
+    def proof(self, partition: int) -> FillProof:
+        mine = [(name, row[0]) for name, row in self.rows.items() if row[2] == partition]
+        keys = keys_of([name for name, _ in mine], KEY)
+        versions = np.array([version for _, version in mine], np.uint64)
+        return FillProof(len(mine), int(digest_of(keys, versions).sum(dtype=np.uint64)))
+
+    def apply(self, batches: list[tuple[RowBatch, int]]) -> None:
+        self.removed.clear()
+        for batch, rows_offset in batches:
+            p = batch.partition
+            for at, name in enumerate(batch.ids):
+                version, offset = int(batch.versions[at]), int(batch.offsets[at])
+                known = self.rows.get(name, (*self.removed.get(name, (-1, -1)), p))
+                if offset <= self.covered[p] or (version, offset) <= known[:2]:
+                    continue
+                if batch.deleted[at]:
+                    self.rows.pop(name, None)
+                    self.removed[name] = (version, offset)
+                else:
+                    self.rows[name] = (version, offset, p)
+                    self.removed.pop(name, None)
+            self.covered[p] = max(self.covered[p], batch.covered)
+            self.next[p] = max(self.next[p], rows_offset + 1)
+            if batch.fill is not None and batch.covered == self.covered[p]:
+                self.filled[p] = batch.fill == self.proof(p)
+                self.mismatch[p] = not self.filled[p]
+
+
+def check(path: Path, writer: N2OWriter, oracle: Oracle, ids: set[str]) -> None:
+    """Arena, RocksDB and progress are the oracle's."""
+    names = sorted(ids | set(oracle.rows))
+    arena = ArenaReader.open(path, LAYOUT)
+    keys = keys_of(names, KEY)
+    gathered = arena.gather(keys)
+    cold, _ = arena.gather_cold(keys)
+    assert gathered.found.tolist() == [name in oracle.rows for name in names]
+    assert cold["version"].tolist() == [oracle.rows.get(name, (0,))[0] for name in names]
+    assert hot_faults(keys[gathered.found], gathered.hot[gathered.found]) == 0
+    assert cold_faults(keys[gathered.found], cold[gathered.found]) == 0
+    assert (cold["visible_time"][gathered.found] > 0).all()
+    stored = [writer._rocks.get(n2o.ROW + name.encode()) for name in names]
+    for name, value in zip(names, stored, strict=True):
+        row = None if value is None else n2o.decode_row(value)
+        assert (None if row is None else (row.version, row.offset, row.partition)) == oracle.rows.get(name)
+    progress = writer.progress()
+    shared = arena.progress()
+    proofs = [oracle.proof(p) for p in range(PARTITIONS)]
+    for got in (progress, shared):
+        assert got.covered.tolist() == oracle.covered
+        assert got.rows_offset.tolist() == oracle.next
+        assert got.count.tolist() == [proof.count for proof in proofs]
+        assert got.digest.tolist() == [proof.digest for proof in proofs]
+        assert got.filled.tolist() == oracle.filled
+        assert got.mismatch.tolist() == oracle.mismatch
+    assert writer.rows_offsets().tolist() == oracle.next
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[list[tuple[RowBatch, int]]]:
+    """What `rows.<g>` may carry: a log of `items` per partition, cut into blocks that are sent again from earlier places."""
+    applies: list[list[tuple[RowBatch, int]]] = []
+    blocks: list[list[RowBatch]] = []
+    for partition in range(PARTITIONS):
+        changes = [
+            Change(partition + 10 * draw(st.integers(0, 5)), draw(st.integers(1, 6)), 2 * at, draw(st.booleans()))
+            for at in range(draw(st.integers(0, 14)))
+        ]
+        mine = []
+        at = 0
+        while at < len(changes):
+            size = draw(st.integers(0, 5))
+            covered = changes[at + size - 1].offset if 0 < size <= len(changes) - at else 2 * at - 1
+            covered = changes[-1].offset if at + size >= len(changes) else covered
+            mine.append(block(partition, changes[at : at + size], covered + draw(st.integers(0, 1))))
+            at += max(size, 0) if size else draw(st.integers(0, 1)) * 0
+            if draw(st.integers(0, 3)) == 0 and mine:
+                at = draw(st.integers(0, at))  # the encoder starts again from an earlier place
+            if len(mine) > 12:
+                break
+        blocks.append(mine)
+    offsets = [0] * PARTITIONS
+    while any(blocks):
+        batches = []
+        for _ in range(draw(st.integers(1, 4))):
+            ready = [p for p in range(PARTITIONS) if blocks[p]]
+            if not ready:
+                break
+            p = draw(st.sampled_from(ready))
+            batches.append((blocks[p].pop(0), offsets[p]))
+            offsets[p] += 1
+        applies.append(batches)
+    return applies
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(applies=logs(), data=st.data())
+def test_any_log_gives_the_oracles_rows(
+    tmp_path_factory: pytest.TempPathFactory, applies: list[list[tuple[RowBatch, int]]], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("n2o")
+    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY)
+    oracle = Oracle()
+    ids: set[str] = set()
+    for batches in applies:
+        ids.update(name for batch, _ in batches for name in batch.ids)
+        writer.apply(batches)
+        oracle.apply(batches)
+        if data.draw(st.integers(0, 5)) == 0:
+            writer.apply(batches)  # read again after a crash before the commit
+        if data.draw(st.integers(0, 5)) == 0:
+            writer.close()
+            if data.draw(st.booleans()):
+                shutil.rmtree(path / "arena")
+            writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY)
+    for partition in range(PARTITIONS):
+        good = data.draw(st.booleans())
+        proof = oracle.proof(partition)
+        fill = proof if good else FillProof(proof.count, proof.digest ^ 1)
+        last = [(block(partition, [], oracle.covered[partition], fill), 99)]
+        writer.apply(last)
+        oracle.apply(last)
+        assert oracle.filled[partition] == good
+    check(path, writer, oracle, ids)
+    writer.close()
+    shutil.rmtree(path)
+
+
+def test_a_deleted_item_does_not_come_back_by_a_replay(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    first = block(0, [Change(1, 5, 0, False)], 0)
+    writer.apply([(first, 0)])
+    assert writer.apply([(block(0, [Change(1, 6, 1, True)], 1), 1)]) == 1
+    assert writer.apply([(first, 2)]) == 0
+    assert writer.apply([(block(0, [Change(1, 5, 0, False)], 7), 3)]) == 0  # not in a longer block either
+    assert not ArenaReader.open(tmp_path, LAYOUT).gather(keys_of(["1"], KEY)).found.any()
+    assert writer.progress().covered.tolist() == [7, -1]
+    writer.close()
+
+
+def test_a_fill_proof_that_disagrees_is_a_mismatch_until_one_agrees(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    change = Change(1, 5, 3, False)
+    digest = int(digest_of(keys_of([change.item_id], KEY), np.array([5], np.uint64))[0])
+    writer.apply([(block(0, [change], 3, FillProof(2, digest)), 0)])
+    assert (writer.progress().filled[0], writer.progress().mismatch[0]) == (False, True)
+    writer.apply([(block(0, [], 3, FillProof(1, digest)), 1)])
+    assert (writer.progress().filled[0], writer.progress().mismatch[0]) == (True, False)
+    writer.apply([(block(0, [], 1, FillProof(9, 9)), 2)])  # of an earlier fill: says nothing about now
+    assert (writer.progress().filled[0], writer.progress().mismatch[0]) == (True, False)
+    writer.apply([(block(1, [], -1, FillProof(0, 0)), 0)])  # an empty partition
+    assert writer.progress().filled.tolist() == [True, True]
+    writer.close()
+
+
+def test_reset_empties_everything_and_a_refill_works(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    reader = ArenaReader.open(tmp_path, LAYOUT)
+    changes = [Change(at, 5, at, False) for at in range(100)]
+    writer.apply([(block(0, changes, 99), 0)])
+    keys = keys_of([change.item_id for change in changes], KEY)
+    assert reader.gather(keys).found.all()
+    writer.reset()
+    assert not reader.gather(keys).found.any()
+    assert writer.progress().covered.tolist() == [-1, -1]
+    assert writer.rows_offsets().tolist() == [-1, -1]
+    writer.close()
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    assert not reader.gather(keys).found.any()
+    assert writer.apply([(block(0, changes, 99), 0)]) == 100
+    assert reader.gather(keys).found.all()
+    writer.close()
+
+
+def test_blocks_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    good = block(0, [Change(1, 1, 1, False)], 1)
+    other = RowLayout(width=32)
+    for wrong in (
+        dataclasses.replace(good, partition=2),
+        dataclasses.replace(good, partition=-1),
+        dataclasses.replace(good, covered=0),
+        dataclasses.replace(good, ids=["1", "2"]),
+        dataclasses.replace(good, hot=aligned_empty(1, other.hot)),
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            writer.apply([(good, 0), (wrong, 1)])
+    assert writer.progress().covered.tolist() == [-1, -1]
+    assert writer.apply([]) == 0
+    writer.close()
+
+
+def test_one_writer_and_one_kind_of_rows(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    with pytest.raises(StoreLockedError):
+        N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    writer.close()
+    for layout, partitions, key in ((RowLayout(width=32), 2, KEY), (LAYOUT, 3, KEY), (LAYOUT, 2, b"other")):
+        with pytest.raises(N2OError):
+            N2OWriter(tmp_path, layout, partitions, key)
+    N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY).close()
+
+
+def test_rocksdb_that_lost_rows_is_an_error_and_no_smaller_index(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    writer.apply([(block(0, [Change(at, 5, at, False) for at in range(10)], 9), 0)])
+    writer._rocks.delete(n2o.ROW + b"4")
+    writer.close()
+    N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY).close()  # the arena still has all of them
+    shutil.rmtree(tmp_path / "arena")
+    with pytest.raises(N2OError, match="9 rows where 10"):
+        N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+
+
+def test_an_arena_that_disagrees_is_built_anew(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    changes = [Change(at, 5, at, False) for at in range(10)]
+    writer.apply([(block(0, changes, 9), 0)])
+    names = [change.item_id for change in changes]
+    hot, cold = made(keys_of(names[:1], KEY), np.array([4], np.uint64))
+    writer._arena.apply(keys_of(names[:1], KEY), np.array([1], np.uint8), hot, cold)  # an older version slipped in
+    reader = ArenaReader.open(tmp_path, LAYOUT)
+    assert reader.gather_cold(keys_of(names, KEY))[0]["version"].tolist() == [4] + [5] * 9
+    writer.close()
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    assert reader.gather_cold(keys_of(names, KEY))[0]["version"].tolist() == [5] * 10  # an open reader follows
+    writer.close()
+
+
+def test_single_rows_from_another_instance(tmp_path: Path) -> None:
+    with pytest.raises(StoreMissingError):
+        N2OReader(tmp_path)
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    reader = N2OReader(tmp_path)
+    assert reader.get(["1"]) == [None]
+    assert reader.get([]) == []
+    for version in (3, 4):
+        writer.apply([(block(0, [Change(1, version, version, False)], version), version)])
+        (row, none) = reader.get(["1", "2"])
+        assert none is None
+        assert row is not None
+        assert (row.version, row.offset, row.partition, row.event_time) == (version, version, 0, version)
+        assert row.attributes == {"version": version}
+        assert row.visible_time > 1_600_000_000_000
+    writer.apply([(block(0, [Change(1, 5, 9, True)], 9), 9)])
+    assert reader.get(["1"]) == [None]
+    own = Path(reader._own)
+    reader.close()
+    assert not own.exists()
+    writer.close()
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------------
+
+
+def history(seed: int) -> list[list[tuple[RowBatch, int]]]:
+    """A long seeded log in applies: inserts, updates and deletions of 300 items in two partitions."""
+    rng = np.random.default_rng(seed)
+    offsets, versions = [0] * PARTITIONS, [1] * 300
+    applies = []
+    for turn in range(400):
+        batches = []
+        for partition in range(PARTITIONS):
+            changes = []
+            for item in rng.integers(0, 150, rng.integers(0, 30)) * PARTITIONS + partition:
+                versions[item] += 1
+                changes.append(Change(int(item), versions[item], offsets[partition], bool(rng.random() < 0.2)))
+                offsets[partition] += 1
+            batches.append((block(partition, changes, offsets[partition] - 1), turn))
+        applies.append(batches)
+    return applies
+
+
+def run_until_killed(path: Path, seed: int, kill_step: int, kill_turn: int) -> None:
+    """The child: applies the log from where the index says, and kills itself after a step of an apply."""
+    turn = 0
+
+    def step(number: int) -> None:
+        if number == kill_step and turn >= kill_turn:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY, step)
+    applies = history(seed)
+    print("ready", flush=True)
+    for turn, batches in enumerate(applies):  # noqa: B007
+        if turn >= writer.rows_offsets().max():
+            writer.apply(batches)
+    writer.close()
+
+
+def child(path: Path, seed: int, kill_step: int, kill_turn: int) -> subprocess.Popen[str]:
+    code = "import sys; from pathlib import Path; from tests.index.test_n2o import run_until_killed as run; "
+    code += f"run(Path(sys.argv[1]), {seed}, {kill_step}, {kill_turn})"
+    command = [sys.executable, "-c", code, str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def expected(applies: list[list[tuple[RowBatch, int]]], turns: int) -> Oracle:
+    oracle = Oracle()
+    for batches in applies[:turns]:
+        oracle.apply(batches)
+    return oracle
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_killed_between_the_numbered_writes(tmp_path: Path, step: int) -> None:
+    process = child(tmp_path, step, step, 40)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    applies = history(step)
+    arena = ArenaReader.open(tmp_path, LAYOUT)
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    ids = {name for batches in applies for batch, _ in batches for name in batch.ids}
+    check(tmp_path, writer, expected(applies, 41), ids)
+    for batches in applies[38:]:  # Kafka gives some of it again
+        writer.apply(batches)
+    oracle = expected(applies, len(applies))
+    check(tmp_path, writer, oracle, ids)
+    names = sorted(ids)
+    assert arena.gather(keys_of(names, KEY)).found.tolist() == [name in oracle.rows for name in names]
+    writer.close()
+
+
+def test_killed_at_any_moment_and_started_again_until_done(tmp_path: Path) -> None:
+    applies = history(9)
+    ids = {name for batches in applies for batch, _ in batches for name in batch.ids}
+    reached = []
+    for attempt, delay in enumerate((0.004, 0.01, 0.02, 0.04, 0.06, None)):
+        process = child(tmp_path, 9, 0, 0)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if delay is None:
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+            break
+        try:
+            process.communicate(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+        turns = max(0, int(writer.rows_offsets().max()))
+        check(tmp_path, writer, expected(applies, turns), ids)
+        reached.append(turns)
+        if attempt % 2:
+            writer.close()
+        else:
+            _abandon(writer)
+    assert any(0 < turns < len(applies) for turns in reached)
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    check(tmp_path, writer, expected(applies, len(applies)), ids)
+    writer.close()
+
+
+def _abandon(writer: N2OWriter) -> Any:
+    """Gives back the locks only: the arena stays as after a kill."""
+    writer._rocks.close()
+    writer._lock.release()
