@@ -106,10 +106,10 @@ def _down(settings: Settings, _: argparse.Namespace) -> int:
 
 
 def _demo(settings: Settings, options: argparse.Namespace) -> int:
-    from api import demo
+    from api.demo import run
 
     data = options.data.removeprefix("DATA=") or os.environ.get("DATA", "")
-    return demo.run(settings, data)
+    return run(settings, data)
 
 
 _COMMANDS = {"serve": _serve, "retrieval": _retrieval, "up": _up, "down": _down, "demo": _demo}

@@ -32,6 +32,7 @@ from api.problems import ProblemError, decode, invalid
 from api.status import generations_of
 from api.users import Users, moment, user_id_of
 from index import kernels
+from index.errors import StoreError
 from infra import telemetry
 from infra.settings import Settings, load
 
@@ -48,6 +49,12 @@ _SCORE = msgspec.json.Decoder(schemas.ScoreRequest)
 _RECOMMEND = msgspec.json.Decoder(schemas.RecommendRequest)
 _PREFETCH = msgspec.json.Decoder(schemas.PrefetchRequest)
 _EXAMPLE_SCORE = {"user_id": "u1", "candidates": ["1", "2", "3"], "k": 2}
+_EXAMPLES: dict[str, Any] = {
+    "items": {"item_id": "1", "version": 1, "attributes": {"title": "a chair"}, "embedding": [0.1, 0.2]},
+    "behaviours": {"event_id": "e1", "user_id": "u1", "item_id": "1", "action": "click"},
+    "users": {"user_id": "u1", "features": {"age": 34}},
+    "models": {"action": "activate", "generation": "g1"},
+}
 _BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -309,7 +316,7 @@ def _event_routes(app: FastAPI, service: Service) -> None:
                 takes=body_type | list[body_type],
                 gives=schemas.Accepted,
                 status=202,
-                example={},
+                example=_EXAMPLES[kind],
                 also_takes={"application/x-ndjson": "one event a line"},
                 errors=(400, 413, 415, 422, 503),
             ),
@@ -390,6 +397,10 @@ def _error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         return invalid(str(first["loc"][-1]), str(first["msg"])).response()
 
+    async def store(_: Request, error: Exception) -> Response:
+        LOG.error("a store of this host cannot be read", exc_info=error)
+        return ProblemError(503, "store", str(error)).response()
+
     async def unexpected(_: Request, error: Exception) -> Response:
         LOG.error("request failed", exc_info=error)
         return ProblemError(500, "internal", "the request failed here; the log has the reason").response()
@@ -397,4 +408,5 @@ def _error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ProblemError, problem)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(StoreError, store)
     app.add_exception_handler(Exception, unexpected)

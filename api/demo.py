@@ -59,7 +59,7 @@ class Steps:
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
         self._count += 1
-        step = Step(f"  {self._count:>2}  {name:<10}", self._terminal)
+        step = Step(f"  {self._count:>2}  {name:<12}", self._terminal)
         began = time.perf_counter()
         step.now("...")
         yield step
@@ -267,8 +267,8 @@ def _recommend(client: httpx.Client, catalogue: Catalogue) -> list[str]:
     ):
         print(f"  {rank:>2}  {score:8.4f}  {attributes.get('title', ''):<52.52}  {item}")
     print(
-        f"\n  {stages['total']:.1f} ms in all: user {stages['user']:.1f} beside retrieval {stages['retrieval']:.1f}, then "
-        f"rows {stages['gather']:.2f}, score {stages['score']:.2f}, top-k {stages['top_k']:.2f}"
+        f"\n  {stages['total']:.1f} ms in all: user {stages['user']:.1f} beside retrieval {stages['retrieval']:.1f}, "
+        f"then rows {stages['gather']:.2f}, score {stages['score']:.2f}, top-k {stages['top_k']:.2f}"
     )
     return [str(item) for item in answer["ids"]]
 
@@ -288,19 +288,18 @@ def _change(client: httpx.Client, catalogue: Catalogue, best: list[str]) -> None
     item, other = (
         _checked(client.get(f"/v1/items/{name}", params={"include": "event"})) for name in (best[0], best[-1])
     )
-    before, _ = _score_of(client, catalogue, best[0])
+    before, version = _score_of(client, catalogue, best[0])
     described = {name: other["event"].get(name) for name in ("features", "crosses", "embedding")}
     print(f"\nItem {best[0]} gets the description of {best[-1]}, and then its own again:\n")
     for what, event in (("changed", item["event"] | described), ("restored", item["event"])):
-        took = _update(client, catalogue, best[0], event)
+        took = _update(client, catalogue, best[0], event, version + 1)
         after, version = _score_of(client, catalogue, best[0])
         print(f"  {what:<9} score {before:8.4f} -> {after:8.4f}   visible after {took:5.0f} ms   version {version}")
         before = after
 
 
-def _update(client: httpx.Client, catalogue: Catalogue, item: str, event: dict[str, Any]) -> float:
+def _update(client: httpx.Client, catalogue: Catalogue, item: str, event: dict[str, Any], version: int) -> float:
     """Publishes a new version; returns the milliseconds until scores are made from it."""
-    version = time.time_ns() // 1_000_000
     body = {name: value for name, value in event.items() if not name.endswith("_time") and value is not None}
     began = time.perf_counter()
     _checked(client.post("/v1/events/items", json=body | {"version": version}))

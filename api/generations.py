@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +57,8 @@ class Generations:
         self._failed: dict[str, str] = {}  # sha256 of a bundle that does not load -> why
         self.histories: HistoriesReader | None = None
         self.serving = rollout.Serving()
+        self.last_change: int | None = None  # of the served rows, ms since the epoch; None: not since they are served
+        self._seen: tuple[str, bytes] = ("", b"")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="generations", daemon=True)
 
@@ -98,6 +102,7 @@ class Generations:
             return
         self._follow(self.serving)
         if self._active is not None:
+            self._watch_rows(self._active)
             self._retrieval = RetrievalView.newer(
                 self._retrieval, self._settings, self._active.name, self._active.arena
             )
@@ -127,6 +132,12 @@ class Generations:
         self._active, self._reason = generation, ""
         LOG.info("generation served", extra={"generation": name})
 
+    def _watch_rows(self, generation: Generation) -> None:
+        seen = (generation.name, generation.arena.progress().covered.tobytes())
+        if seen != self._seen:
+            self.last_change = time.time_ns() // 1_000_000 if seen[0] == self._seen[0] else None
+            self._seen = seen
+
     def _watch(self) -> None:
         while not self._stop.wait(_POLL_S):
             try:
@@ -143,7 +154,10 @@ def load(settings: Settings, name: str, sha256: str) -> Generation:
     head = Head.of(bundle)
     tables = head_tables(head.T, head.edges, head.weights, head.biases)
     arena = ArenaReader.open(folder / "n2o", layout)
-    return Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, N2OReader(folder / "n2o"))
+    rows = N2OReader(folder / "n2o")
+    generation = Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, rows)
+    weakref.finalize(generation, rows.close)  # when the last request that pinned it has ended
+    return generation
 
 
 def _open_histories(path: Path) -> HistoriesReader | None:

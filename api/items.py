@@ -43,4 +43,4 @@ def warm_up(generation: Generation, nobody: UserSource) -> None:
     side = infer(generation, nobody)
     hot, _, _ = gather_both(generation, np.zeros((2, 2), np.uint64))
     scores = rtp.score(generation, side, hot)
-    rtp.ranked(scores, 1, np.zeros((2, 2), np.uint64), lambda: ["0", "0"])
+    rtp.ranked(scores, 1, np.zeros((2, 2), np.uint64), lambda _: ["0", "0"])

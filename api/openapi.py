@@ -16,6 +16,8 @@ from api.problems import ProblemBody
 
 _REF = "#/components/schemas/{name}"
 _MEANINGS = {
+    200: "done",
+    202: "accepted",
     400: "the body is not what its content type says",
     404: "there is no such thing",
     413: "the body is too large",
@@ -83,7 +85,7 @@ def _without_pydantic(operation: dict[str, Any]) -> None:
         problem = {"application/problem+json": {"schema": _schema(ProblemBody)}}
         answers["422"] = {"description": _MEANINGS[422], "content": problem}
     for code, answer in answers.items():
-        answer["description"] = _MEANINGS.get(int(code), "as described")
+        answer["description"] = _MEANINGS[int(code)]
 
 
 def _schema(kind: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from index.keys import keys_of, keys_of_ints
 from infra.settings import Settings
 
 ATTRIBUTES_MAX = 1_000  # items whose full attributes one request may ask for: each is a read of RocksDB
+RETRIEVED = 2_000  # candidates of a recommendation that does not say how many
 _TRIES = 8
 Names = list[Any] | NDArray[Any]
 
@@ -116,7 +117,8 @@ class Merger:
 
     def recommend(self, request: RecommendRequest) -> Answer:
         """Candidates of the built-in retrieval."""
-        self._at_most(request.retrieve, "retrieve")
+        if request.retrieve is not None:
+            self._at_most(request.retrieve, "retrieve")
         return self.prerank(request, request.k, lambda source: self._retrieve(request, source))
 
     def prerank(
@@ -172,13 +174,14 @@ class Merger:
     def _order(self, values: NDArray[np.float32], k: int | None, candidates: Candidates) -> NDArray[np.int64]:
         if k is None:
             return np.arange(len(values))
-        return rtp.ranked(values, k, candidates.keys, lambda: candidates.names(np.arange(len(candidates))))
+        return rtp.ranked(values, k, candidates.keys, candidates.names)
 
     def _retrieve(self, request: RecommendRequest, source: UserSource) -> tuple[Candidates, list[str]]:
         view = self._generations.retrieval
         if view is None:
             raise ProblemError(503, "not-ready", "the retrieval index of this generation is still being built")
-        positions = view.retrieve(source.keys[-NEWEST:], request.retrieve)
+        count = request.retrieve or min(RETRIEVED, self._settings.candidates_max)
+        positions = view.retrieve(source.keys[-NEWEST:], count)
         candidates = Candidates.retrieved(view, positions)
         if request.exclude_seen and len(source.keys):
             seen = set(map(tuple, source.keys.tolist()))

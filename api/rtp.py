@@ -85,13 +85,21 @@ def order_values(scores: NDArray[np.float32], weights: NDArray[np.float32] | Non
 
 
 def ranked(
-    values: NDArray[np.float32], k: int, keys: NDArray[np.uint64], names: Callable[[], Any]
+    values: NDArray[np.float32], k: int, keys: NDArray[np.uint64], names: Callable[[NDArray[np.int64]], Any]
 ) -> NDArray[np.int64]:
-    """Places of the best k, best first. `names` gives the ids; it is called only where some are equal and not all are
-    numbers.
-    """
-    ties = len(np.unique(values)) < len(values)
-    return kernels.top_k(values, k, tie_rank(keys, names) if ties else np.arange(len(values), dtype=np.uint32))
+    """Places of the best k, best first. `names` gives the ids at places; only those of equal values are looked at."""
+    rank = np.zeros(len(values), np.uint32)
+    places = tied(values)
+    if len(places):
+        rank[places] = tie_rank(keys[places], lambda: names(places))
+    return kernels.top_k(values, k, rank)
+
+
+def tied(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Places of values that are there more than once, in order."""
+    order = np.argsort(values)
+    equal = values[order[1:]] == values[order[:-1]]
+    return np.unique(np.concatenate([order[1:][equal], order[:-1][equal]]))
 
 
 def tie_rank(keys: NDArray[np.uint64], names: Callable[[], Any]) -> NDArray[np.uint32]:
@@ -100,11 +108,9 @@ def tie_rank(keys: NDArray[np.uint64], names: Callable[[], Any]) -> NDArray[np.u
     if numeric.all():
         order = np.argsort(keys[:, 1], kind="stable")
     else:
-        texts = names()
-        low = keys[:, 1].tolist()
-        order = np.array(
-            sorted(range(len(keys)), key=lambda at: (False, low[at], "") if numeric[at] else (True, 0, str(texts[at])))
-        )
+        texts, low = names(), keys[:, 1].tolist()
+        parts = [(False, low[at], "") if number else (True, 0, str(texts[at])) for at, number in enumerate(numeric)]
+        order = np.array(sorted(range(len(parts)), key=parts.__getitem__))  # of str as of its UTF-8
     rank = np.empty(len(keys), np.uint32)
     rank[order] = np.arange(len(keys), dtype=np.uint32)
     return rank

@@ -85,7 +85,10 @@ class ScoreRequest(Query, kw_only=True):
 
 class RecommendRequest(Query, kw_only=True):
     k: Count = 20
-    retrieve: Annotated[Count, Meta(description="how many candidates retrieval brings")] = 2000
+    retrieve: Annotated[
+        Count | None,
+        Meta(description="how many candidates retrieval brings; default 2000, or the most that is allowed"),
+    ] = None
     exclude_seen: Annotated[bool, Meta(description="leave out the items of the user's own behaviours")] = False
 
 
@@ -223,8 +226,9 @@ class GenerationStatus(Struct, kw_only=True):
     covered: Annotated[list[int], Meta(description="last `items` offset covered, per partition")]
     rows: int = 0
     arena_bytes: int = 0
-    newest_visible: int | None = None
-    update_to_visible_ms: float | None = None
+    last_change: Annotated[
+        int | None, Meta(description="when rows last changed, as this process saw it, ms; null: not since it started")
+    ] = None
     retrieval_built: int | None = None
     retrieval_items: int = 0
 

@@ -46,6 +46,8 @@ def _status(settings: Settings, generations: Generations, state: GenerationState
         out.rows = int(progress.count.sum())
         out.covered = progress.covered.tolist()
         out.arena_bytes = size.hot_bytes + size.cold_bytes + size.table_bytes
+    if loaded:
+        out.last_change = generations.last_change
     if view is not None and view.generation == name:
         out.retrieval_built, out.retrieval_items = view.built, len(view.keys)
     return out

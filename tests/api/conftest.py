@@ -80,7 +80,7 @@ class Host:
         self.bundles: dict[str, Bundle] = {}
         self.serving = rollout.Serving()
         self._histories: HistoriesWriter | None = None
-        self._behaviours = 0
+        self._behaviours = self._profiles = 0
         self._offsets: dict[str, int] = {}
         self._writers: dict[str, N2OWriter] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -166,11 +166,12 @@ class Host:
             for at, one in enumerate(behaviours)
         ]
         users = [
-            StoredProfile(name, None if features is None else _json(features), None, NOW, 0, at)
+            StoredProfile(name, None if features is None else _json(features), None, NOW, 0, self._profiles + at)
             for at, (name, features) in enumerate((profiles or {}).items())
         ]
         self._behaviours += len(behaviours)
-        offsets = {("behaviours", 0): self._behaviours, ("users", 0): len(users)}
+        self._profiles += len(users)
+        offsets = {("behaviours", 0): self._behaviours, ("users", 0): self._profiles}
         self._histories.apply(stored, users, offsets)
 
     def retrieval(self, generation: str) -> None:

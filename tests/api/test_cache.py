@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.cache import FutureCache
@@ -99,6 +99,7 @@ def test_a_replaced_entry_is_not_counted_when_it_finishes_late() -> None:
     assert len(cache) == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 60), st.floats(0, 4)), max_size=60))
 def test_bytes_and_age_hold_whatever_comes(steps: list[tuple[int, int, float]]) -> None:
     clock = Clock()

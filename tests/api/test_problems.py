@@ -6,7 +6,7 @@ import contextlib
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.problems import ProblemError, decode
@@ -49,6 +49,7 @@ def test_the_field_at_fault_is_named(body: bytes, status: int, field: str | None
     assert (caught.value.body.status, caught.value.body.field) == (status, field)
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=200)
     | st.text(alphabet='{}[]":,0123456789truefalsnNaI candidates_user', max_size=80).map(str.encode)
