@@ -31,6 +31,8 @@ _EPOCHS = 30  # at most; early stopping usually ends sooner
 _PATIENCE = 3  # epochs without a better validation slice
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 1e-3
+_TABLE_DECAY = 0.3  # of the category tables, which would otherwise learn items by heart
+_AVERAGED_STEPS = 200  # the weights kept are a moving average over about as many steps
 _VOCABULARY = 16_384  # most frequent crosses, which own slots
 _BUCKETS = 65_536  # per categorical feature, at most
 _SAMPLE = 4_000  # groups on which tiers are measured
@@ -122,16 +124,17 @@ def _fit(
 ) -> int:
     """Train until validation stops improving or the deadline, keep the best weights, give the number of epochs."""
     random = np.random.default_rng(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(_parameter_groups(model), lr=_LEARNING_RATE)
+    average = _Average(model)
     best, best_state, best_epoch, epoch = -np.inf, copy.deepcopy(model.state_dict()), 0, 0
     started = time.monotonic()
     while epoch < _EPOCHS and epoch - best_epoch < _PATIENCE and time.monotonic() < deadline:
         epoch += 1
-        loss = _epoch(model, batches, training, optimiser, random, deadline)
-        measured = figures(*predict(model, batches, validation))
+        loss = _epoch(model, average, batches, training, optimiser, random, deadline)
+        measured = figures(*predict(average.model, batches, validation))
         score = measured["gauc"] or measured["auc"] or -(measured["logloss"] or 0.0)
         if score > best:
-            best, best_state, best_epoch = score, copy.deepcopy(model.state_dict()), epoch
+            best, best_state, best_epoch = score, copy.deepcopy(average.model.state_dict()), epoch
         left = min((time.monotonic() - started) / epoch * (_EPOCHS - epoch), deadline - time.monotonic())
         report(
             f"epoch {epoch}: loss {loss:.4f}, validation GAUC {measured['gauc']}, AUC {measured['auc']}, "
@@ -141,8 +144,29 @@ def _fit(
     return epoch
 
 
+class _Average:
+    """A moving average of a model's weights, which ranks better than the weights of any one step."""
+
+    def __init__(self, model: AIF) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self._steps = 0
+
+    def update(self, model: AIF) -> None:
+        self._steps += 1
+        share = max(1 / _AVERAGED_STEPS, 9 / (10 + self._steps))  # the first steps fade fast
+        for mean, weights in zip(self.model.parameters(), model.parameters(), strict=True):
+            mean.lerp_(weights.detach(), share)
+
+
+def _parameter_groups(model: AIF) -> list[dict[str, Any]]:
+    tables = [model.item_tower.table, model.profile_tower.table]
+    rest = [weights for weights in model.parameters() if not any(weights is table for table in tables)]
+    return [{"params": rest, "weight_decay": _WEIGHT_DECAY}, {"params": tables, "weight_decay": _TABLE_DECAY}]
+
+
 def _epoch(
     model: AIF,
+    average: _Average,
     batches: Batches,
     groups: Groups,
     optimiser: torch.optim.Optimizer,
@@ -159,6 +183,7 @@ def _epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimiser.step()
+        average.update(model)
         total, count = total + float(loss.detach()) * len(logits), count + len(logits)
         if time.monotonic() > deadline:
             break

@@ -77,7 +77,7 @@ def generate(world: Marketplace | None = None, seed: int = 0) -> Dataset:
         user, time = _sessions(activity, int(count), day, random)
         item = alive[_shown(interest[user], taste[alive], random)]
         fit = np.einsum("nk,nk->n", interest[user], taste[item]) / world.interests
-        appeal = 1.2 * fit + quality[item] - 0.5 * np.abs(wallet[user] - band[item]) - 0.6
+        appeal = 2.0 * fit + quality[item] - 0.5 * np.abs(wallet[user] - band[item]) - 1.0
         clicked = random.random(len(user)) < 1 / (1 + np.exp(-appeal))
         parts.append((user, item, clicked, time))
     user, item, clicked, time = (np.concatenate(column) for column in zip(*parts, strict=True))

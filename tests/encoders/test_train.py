@@ -38,7 +38,7 @@ def trained(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("trained") / "bundle"
     lines: list[str] = []
     torch.set_num_threads(1)
-    metrics = train(data, out, seed=1, minutes=2, config=ModelConfig(window=200), report=lines.append)
+    metrics = train(data, out, seed=1, minutes=0.5, config=ModelConfig(window=200), report=lines.append)
     return out, metrics, lines
 
 
