@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", parents=[data], help="train a model and write its bundle")
     command.add_argument("--out", type=Path, required=True, help="folder of the bundle; must not exist yet")
     command.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="of the rows")
-    command.add_argument("--minutes", type=float, default=3.0, help="training ends after this time at the latest")
+    command.add_argument("--minutes", type=float, default=1.0, help="training ends after this time at the latest")
     command.set_defaults(command=_train)
 
     command = commands.add_parser("evaluate", parents=[data], help="figures of a bundle on the data's last part")

@@ -148,36 +148,41 @@ class ItemEncoder:
         self._slots = _Slots(spec.crosses)
         self._attributes = spec.attributes
         self._crosses = crosses
-        self._embedding = struct.Struct(f"={embedding_dim}d")
+        self._no_slots = [NO_CROSS] * crosses
+        self._no_numbers = [math.nan] * len(spec.attributes)
+        self._embedding = struct.Struct(
+            f"={embedding_dim}d"
+        )  # packing checks every value's type, and is the fastest way
         self._embedding_dim = embedding_dim
 
     def columns(self, items: Sequence[Item]) -> ItemColumns:
         n = len(items)
         errors: list[str | None] = [None] * n
         embedding = np.zeros((n, self._embedding_dim), dtype=np.float64)
-        crosses = np.zeros((n, self._crosses), dtype=np.uint16)
-        attributes = np.full((n, len(self._attributes)), np.nan, dtype=np.float64)
+        crosses: list[int] = []
+        attributes: list[float] = []
         batch = self._bags.batch()
         for row, item in enumerate(items):
             mark = batch.mark()
             try:
                 batch.add(item.features)
+                slots = self._slots_of(item.crosses)
+                values = self._numbers_of(item.attributes)
                 self._put_embedding(embedding, row, item.embedding)
-                if item.crosses:
-                    self._put_crosses(crosses, row, item.crosses)
-                if self._attributes and item.attributes:
-                    self._put_attributes(attributes, row, item.attributes)
             except (FeatureError, TypeError, AttributeError, OverflowError) as error:
                 errors[row] = str(error)
-                embedding[row], crosses[row], attributes[row] = 0, NO_CROSS, np.nan
                 batch.reset(mark)
                 batch.add({})
+                slots, values, embedding[row] = self._no_slots, self._no_numbers, 0
+            crosses += slots
+            attributes += values
         narrow = _narrow(embedding, np.isfinite, errors, "embedding holds a value that is not finite in 32 bits")
+        numbers = np.array(attributes, dtype=np.float64).reshape(n, len(self._attributes))
         return ItemColumns(
             features=batch.features(narrow),
             embedding=narrow,
-            crosses=crosses,
-            attributes=_narrow(attributes, lambda a: ~np.isinf(a), errors, "an attribute does not fit 32 bits"),
+            crosses=np.array(crosses, dtype=np.uint16).reshape(n, self._crosses),
+            attributes=_narrow(numbers, lambda a: ~np.isinf(a), errors, "an attribute does not fit 32 bits"),
             errors=errors,
         )
 
@@ -194,18 +199,21 @@ class ItemEncoder:
         except struct.error:
             raise FeatureError("embedding holds a value that is not a number") from None
 
-    def _put_crosses(self, out: npt.NDArray[np.uint16], row: int, names: Sequence[str]) -> None:
+    def _slots_of(self, names: Sequence[str]) -> list[int]:
+        """The item's first different slots, filled up to C with NO_CROSS."""
+        if not names:
+            return self._no_slots
         if isinstance(names, str):
             raise FeatureError("crosses are not a list of strings")
-        slots = dict.fromkeys(map(self._slots.__getitem__, names))  # equal slots once, in the item's order
-        for place, slot in zip(range(self._crosses), slots, strict=False):
-            out[row, place] = slot
+        slots = list(dict.fromkeys(map(self._slots.__getitem__, names)))[: self._crosses]
+        return slots + self._no_slots[len(slots) :]
 
-    def _put_attributes(self, out: npt.NDArray[np.float64], row: int, values: Mapping[str, Any]) -> None:
-        for place, name in enumerate(self._attributes):
-            value = values.get(name)
-            if isinstance(value, (int, float)):
-                out[row, place] = value  # OverflowError: an integer beyond 64-bit floats
+    def _numbers_of(self, values: Mapping[str, Any]) -> list[float]:
+        """The numeric attributes, NaN where absent or not a number; true and false are 1 and 0."""
+        if not values:
+            return self._no_numbers
+        found = map(values.get, self._attributes)
+        return [float(value) if isinstance(value, (float, int)) else math.nan for value in found]
 
 
 class ProfileEncoder:

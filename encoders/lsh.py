@@ -28,7 +28,7 @@ def signatures(
 
 def signs(signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Packed signatures [..., bits / 8] -> -1 and +1 [..., bits]."""
-    return _SIGNS[signatures].reshape(*signatures.shape[:-1], signatures.shape[-1] * 8)
+    return np.take(_SIGNS, signatures, axis=0).reshape(*signatures.shape[:-1], signatures.shape[-1] * 8)
 
 
 def matches(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:

@@ -46,7 +46,7 @@ def train(
     *,
     precision: Precision = "fp16",
     seed: int = 0,
-    minutes: float = 3.0,
+    minutes: float = 1.0,
     config: ModelConfig | None = None,
     report: Report = print,
 ) -> dict[str, Any]:
