@@ -125,7 +125,9 @@ class Chain:
 
     def read(self, topic: str) -> list[Any]:
         """All records of a topic, partition by partition."""
-        consumer = KafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap, group_id=None)
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.settings.kafka_bootstrap, group_id=None, enable_auto_commit=False
+        )
         name = self.settings.topic(topic)
         try:
             tps = [TopicPartition(name, partition) for partition in sorted(consumer.partitions_for_topic(name) or ())]
@@ -144,7 +146,9 @@ class Chain:
             consumer.close()
 
     def end_offsets(self, topic: str) -> list[int]:
-        consumer = KafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap, group_id=None)
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.settings.kafka_bootstrap, group_id=None, enable_auto_commit=False
+        )
         try:
             tps = [TopicPartition(self.settings.topic(topic), p) for p in range(self.settings.partitions)]
             found = consumer.end_offsets(tps)
