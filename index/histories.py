@@ -203,7 +203,8 @@ class HistoriesWriter:
         if (old["publish"] <= head["erased_at"]).any():
             for number in range(head["first"], head["next"]):
                 txn.delete(_chunk_name(name, number), db=self._tables.chunks)
-            new = np.concatenate([old[old["publish"] > head["erased_at"]], new])
+            kept = old[-self._length :]
+            new = np.concatenate([kept[kept["publish"] > head["erased_at"]], new])
             stored, old = [], old[:0]
             head["first"], head["next"], head["count"] = 0, 0, 0
         kept = old[-self._length :]

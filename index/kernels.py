@@ -16,15 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, njit, types
 from numpy.typing import NDArray
 
-from index import popcount_ir
+from index import popcount_ir, score_ir
 from index.layout import RowLayout, aligned_empty
 
 F4 = NDArray[np.float32]
 CROSS_SLOTS = 65536
+TILE = 1024  # candidates at a time
 
 
 class KernelError(ValueError):
@@ -55,7 +54,7 @@ class HeadTables:
 
     T: F4  # [tiers, h]
     edges: NDArray[np.int64]
-    sizes: NDArray[np.int64]  # width of every layer, from h to 1
+    layers: Callable[..., None]  # the compiled MLP
     weights: F4  # all layers' [in, out], one after the other
     biases: F4  # all layers' [out]
 
@@ -83,14 +82,14 @@ def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], win
 def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Sequence[F4]) -> HeadTables:
     """From T [h, tiers], ascending integer edges [tiers - 1], and the MLP after the first layer: weights[i] [out, in]
     (torch's form), biases[i] [out], ReLU between layers, the last out = 1. Raises KernelError."""
-    sizes = [T.shape[0], *(len(bias) for bias in biases)]
+    sizes = [int(T.shape[0]), *(len(bias) for bias in biases)]
     shapes = [weight.shape for weight in weights]
     if T.shape[1] != len(edges) + 1 or shapes != list(zip(sizes[1:], sizes[:-1], strict=True)) or sizes[-1] != 1:
         raise KernelError(f"T {T.shape}, {len(edges)} edges, weights {shapes}")
     return HeadTables(
         np.ascontiguousarray(T.T, np.float32),
         np.asarray(edges, np.int64),
-        np.array(sizes, np.int64),
+        score_ir.head(tuple(sizes)),
         np.concatenate([np.ascontiguousarray(weight.T, np.float32).ravel() for weight in weights]),
         np.concatenate([np.asarray(bias, np.float32).ravel() for bias in biases]),
     )
@@ -101,41 +100,23 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
     Raises KernelError when rows, user and head are of different shapes."""
     fields = hot.dtype.fields
     assert fields is not None
-    joint, bridge, signature, crosses = (fields[name] for name in ("joint", "bridge", "signature", "crosses"))
+    joint, bridge, signature = (fields[name] for name in ("joint", "bridge", "signature"))
     width, bridges, size = joint[0].shape[0], bridge[0].shape[0], signature[0].shape[0]
     if user.C.shape != (bridges, width) or len(user.D) != 2 * size or head.T.shape[1] != width:
         raise KernelError(f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, head T {head.T.shape}")
     hot = np.ascontiguousarray(hot)
-    record = hot.dtype.itemsize
-    raw = hot.view(np.uint8).reshape(len(hot), record)
-    float_size = joint[0].base.itemsize
-    address = hot.ctypes.data + signature[1]
-    tier_counts = popcount_ir.counts(address, record, len(hot), size, user.window, head.edges)
-    out = np.empty(len(hot), np.float32)
+    first, record = hot.ctypes.data, hot.dtype.itemsize
+    counts = popcount_ir.counts(first + signature[1], record, len(hot), size, user.window, head.edges)
+    z, out = np.empty((min(len(hot), TILE), width), np.float32), np.empty(len(hot), np.float32)
     slots = _cross_map()
     slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
-    _logits(
-        raw.view(np.uint16 if float_size == 2 else np.float32),
-        joint[1] // float_size,
-        bridge[1] // float_size,
-        raw,
-        signature[1],
-        raw.view(np.uint16),
-        crosses[1] // 2,
-        crosses[0].shape[0],
-        tier_counts,
-        user.P,
-        user.C,
-        user.D,
-        user.G,
-        slots,
-        user.logs,
-        head.T,
-        head.sizes,
-        head.weights,
-        head.biases,
-        out,
-    )
+    tables = [a.ctypes.data for a in (user.P, user.C, user.D, user.G, slots, user.logs, head.T, z)]
+    layers = [a.ctypes.data for a in (head.weights, head.biases)]
+    join = score_ir.join(hot.dtype, len(head.edges) + 1)
+    for start in range(0, len(hot), TILE):  # so that z stays in the cache between the two
+        rows = min(TILE, len(hot) - start)
+        join(first + start * record, rows, counts[start:].ctypes.data, *tables)
+        head.layers(z.ctypes.data, rows, *layers, out[start:].ctypes.data)
     slots[user.cross_slots] = 0
     return out
 
@@ -231,95 +212,3 @@ def _cross_map() -> NDArray[np.uint16]:
         _scratch.cross_map = np.zeros(CROSS_SLOTS, np.uint16)
     found: NDArray[np.uint16] = _scratch.cross_map
     return found
-
-
-intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic  # numba has no types for it
-
-
-@intrinsic
-def _float(_typing: Any, value: Any) -> Any:
-    """The float32 of a half float's 16 bits, or of a float32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        if isinstance(value, types.Float):
-            return arguments[0]
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(value), generate
-
-
-@njit(cache=True, nogil=True, fastmath={"contract"})
-def _logits(
-    floats: Any,
-    joint_at: int,
-    bridge_at: int,
-    raw: Any,
-    signature_at: int,
-    shorts: Any,
-    crosses_at: int,
-    crosses: int,
-    tier_counts: Any,
-    P: Any,
-    C: Any,
-    D: Any,
-    G: Any,
-    slots: Any,
-    logs: Any,
-    T: Any,
-    sizes: Any,
-    weights: Any,
-    biases: Any,
-    out: Any,
-) -> None:
-    """The equations of the module's docstring, candidate by candidate; `floats`, `raw` and `shorts` are the same
-    rows."""
-    width = P.shape[0]
-    widest = sizes.max()
-    z, y = np.empty(widest, np.float32), np.empty(widest, np.float32)
-    mean = np.empty(width, np.float32)
-    for i in range(out.shape[0]):
-        for k in range(width):
-            z[k] = P[k] + _float(floats[i, joint_at + k])
-        for j in range(C.shape[0]):
-            w = _float(floats[i, bridge_at + j])
-            for k in range(width):
-                z[k] += w * C[j, k]
-        for j in range(D.shape[0] // 2):
-            byte = raw[i, signature_at + j]
-            low, high = byte & 15, byte >> 4
-            for k in range(width):
-                z[k] += D[2 * j, low, k] + D[2 * j + 1, high, k]
-        for t in range(T.shape[0]):
-            log = logs[tier_counts[i, t]]
-            if log != 0:
-                for k in range(width):
-                    z[k] += log * T[t, k]
-        present = 0
-        mean[:] = 0
-        for c in range(crosses):
-            cross = shorts[i, crosses_at + c]
-            if cross != 0:
-                present += 1
-                row = slots[cross]
-                for k in range(width):
-                    mean[k] += G[row, k]
-        if present == 0:
-            present = 1
-            mean[:] = G[0]
-        share = np.float32(1.0) / np.float32(present)
-        for k in range(width):
-            z[k] += share * mean[k]
-        weight_at, bias_at = 0, 0
-        for layer in range(sizes.shape[0] - 1):
-            inputs, outputs = sizes[layer], sizes[layer + 1]
-            for o in range(outputs):
-                y[o] = biases[bias_at + o]
-            for k in range(inputs):
-                x = z[k]
-                if x > 0:
-                    for o in range(outputs):
-                        y[o] += x * weights[weight_at + o]
-                weight_at += outputs
-            bias_at += outputs
-            z, y = y, z
-        out[i] = z[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -70,20 +70,26 @@ def counts(
 
 @functools.lru_cache(maxsize=16)
 def compiled(size: int, tiers: int) -> Callable[..., None]:
-    """The kernel as a ctypes function, which releases the GIL."""
+    """The kernel for signatures of `size` bytes."""
+    is_number = [False, True, True, False, True, False, False]
+    return compile_function(_module(size, tiers - 1), "simtier", is_number)
+
+
+def compile_function(module: ir.Module, name: str, is_number: Sequence[bool]) -> Callable[..., None]:
+    """A function of a module as a ctypes function, which releases the GIL. Its arguments are addresses, or i8
+    numbers."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(str(_module(size, tiers - 1)))
-    module.verify()
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
     features = llvm.get_host_cpu_features().flatten()
     machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
+    builder.getModulePassManager().run(parsed, builder)
+    engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    address, number = ctypes.c_void_p, ctypes.c_int64
-    kind = ctypes.CFUNCTYPE(None, address, number, number, address, number, address, address)
-    function = kind(engine.get_function_address("simtier"))
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64 if number else ctypes.c_void_p for number in is_number])
+    function = kind(engine.get_function_address(name))
     function.engine = engine  # type: ignore[attr-defined]  # the code lives as long as its engine
     return function
 

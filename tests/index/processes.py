@@ -24,6 +24,7 @@ def until_stopped(step: Callable[[], None]) -> None:
     print("ready", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         step()
+    step()  # of what was there when it was told to stop, nothing is missed
 
 
 def writer(path: Path, ids: str) -> dict[str, Any]:

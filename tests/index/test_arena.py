@@ -1,4 +1,5 @@
-"""The arena within one process: every state against a dict; the machine's loads and stores; growth, reopening, refusals."""
+"""The arena within one process: every state against a dict; the machine's loads and stores; growth, reopening,
+refusals."""
 
 from __future__ import annotations
 

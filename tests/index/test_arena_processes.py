@@ -1,4 +1,5 @@
-"""The arena between processes: readers at full speed against a writer at full speed, paused, during growth and deletion."""
+"""The arena between processes: readers at full speed against a writer at full speed, paused, during growth and
+deletion."""
 
 from __future__ import annotations
 

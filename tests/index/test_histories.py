@@ -105,7 +105,7 @@ def applies(draw: st.DrawFn) -> list[tuple[list[StoredBehaviour], list[StoredPro
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(log=applies(), length=st.sampled_from([1, 7, 100, 120, 1000]), data=st.data())
 def test_any_log_gives_the_oracles_histories(
     tmp_path_factory: pytest.TempPathFactory,
@@ -230,12 +230,15 @@ def test_other_processes_see_a_behaviour_within_100_ms(tmp_path: Path) -> None:
 
 def test_killed_writers_leave_whole_transactions(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from index.histories import *; from tests.index.test_histories import event\n"
-        "writer = HistoriesWriter(Path(sys.argv[1]), 5000, b'hash key'); print('ready', flush=True)\n"
-        "for turn in range(writer.offsets().get(('b', 0), 0), 10**6):\n"
+        "import sys; from pathlib import Path; from index.histories import HistoriesWriter\n"
+        "from tests.index.test_histories import event\n"
+        "writer = HistoriesWriter(Path(sys.argv[1]), 5000, b'hash key')\n"
+        "first = writer.offsets().get(('b', 0), 0)\n"
+        "for turn in range(first, 10**6):\n"
         "    writer.apply([event(2 * turn, turn), event(2 * turn + 1, turn, 'v')], [], {('b', 0): turn + 1})\n"
+        "    if turn == first: print('ready', flush=True)\n"
     )
-    turns = [0]
+    turns = []
     for delay in (0.02, 0.1, 0.3):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -249,10 +252,9 @@ def test_killed_writers_leave_whole_transactions(tmp_path: Path) -> None:
         reader = HistoriesReader(tmp_path)
         with reader._env.begin() as txn:
             stored = txn.get(b"offsets", b"[]", db=reader._tables.meta)
-        ((_, _, turn),) = json.loads(stored) or [("b", 0, 0)]
+        ((_, _, turn),) = json.loads(stored)
         for user in ("u", "v"):
             assert reader.history(user, FAR).times.tolist() == list(range(turn))[-5000:]
         reader.close()
         turns.append(turn)
-    assert turns == sorted(turns)
-    assert turns[-1] > turns[0]
+    assert turns == sorted(set(turns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import Any
@@ -54,7 +55,7 @@ def case(
     edges = np.sort(rng.choice(np.arange(-1, layout.bits + 2), tiers - 1, replace=tiers - 1 > layout.bits))
     edges = np.sort(np.where(rng.random(tiers - 1) < 0.7, rng.integers(middle - 4, middle + 5, tiers - 1), edges))
     sizes = [width, *hidden, 1]
-    weights = [floats(o, i) for i, o in zip(sizes, sizes[1:], strict=False)]
+    weights = [floats(o, i) for i, o in itertools.pairwise(sizes)]
     biases = [floats(o) for o in sizes[1:]]
     return hot, (*block, signatures), (floats(width, tiers), edges, weights, biases)
 

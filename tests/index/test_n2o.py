@@ -133,7 +133,8 @@ def check(path: Path, writer: N2OWriter, oracle: Oracle, ids: set[str]) -> None:
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[list[tuple[RowBatch, int]]]:
-    """What `rows.<g>` may carry: a log of `items` per partition, cut into blocks that are sent again from earlier places."""
+    """What `rows.<g>` may carry: a log of `items` per partition, cut into blocks that are sent again from earlier
+    places."""
     applies: list[list[tuple[RowBatch, int]]] = []
     blocks: list[list[RowBatch]] = []
     for partition in range(PARTITIONS):
@@ -325,7 +326,7 @@ def test_single_rows_from_another_instance(tmp_path: Path) -> None:
     writer.close()
 
 
-# --- kills ---------------------------------------------------------------------------------------------------------------
+# --- kills
 
 
 def history(seed: int) -> list[list[tuple[RowBatch, int]]]:
@@ -357,7 +358,7 @@ def run_until_killed(path: Path, seed: int, kill_step: int, kill_turn: int) -> N
     writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY, step)
     applies = history(seed)
     print("ready", flush=True)
-    for turn, batches in enumerate(applies):  # noqa: B007
+    for turn, batches in enumerate(applies):
         if turn >= writer.rows_offsets().max():
             writer.apply(batches)
     writer.close()
