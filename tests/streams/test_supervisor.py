@@ -1,0 +1,200 @@
+"""The supervisor as a process: from stage event to serving, bad bundles, refusals, killed jobs, and an orderly end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoders.bundle import Bundle, manifest_sha256
+from infra import processes
+from infra.kafka.topics import ensure_topics
+from infra.settings import Settings, environment
+from streams import events, rollout
+from streams.publish import Publisher
+from tests.conftest import free_ports
+from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle, wait_until
+
+pytestmark = pytest.mark.e2e
+
+
+def command(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "streams", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment(settings)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def start(settings: Settings) -> subprocess.Popen[bytes]:
+    settings.state.mkdir(parents=True, exist_ok=True)
+    with (settings.state / "supervisor.out").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "streams", "supervise", "--without-retrieval"],
+            cwd=ROOT,
+            env={**os.environ, **environment(settings)},
+            stdout=log,
+            stderr=log,
+        )
+
+
+@contextmanager
+def supervised(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    process = start(settings)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        for job in processes.listing(settings.state / "logs"):
+            processes.stop(job, 0.0)
+
+
+def serving(settings: Settings) -> rollout.Serving:
+    return rollout.read(settings.serving_file)
+
+
+def state_of(settings: Settings, generation: str) -> str:
+    known = serving(settings).generations.get(generation)
+    return known.state if known else "unknown"
+
+
+def jobs(settings: Settings) -> dict[str, int]:
+    return {process.name: process.pid for process in processes.listing(settings.state / "logs")}
+
+
+def test_generations_come_and_go_and_jobs_are_kept_alive(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    host = settings(partitions=2)
+    random = np.random.default_rng(1)
+    bodies = [item_body(f"{k}", 1, random) for k in range(100)]
+    broken = _broken_bundles(bundle_path, tmp_path)
+    with supervised(host) as supervisor:
+        wait_until(lambda: {"ingest", "histories"} <= set(jobs(host)), "the jobs run")
+        refused = command(host, "supervise")
+        assert refused.returncode == 1
+        assert refused.stderr.strip() == f"Another supervisor already runs on {host.state}."
+
+        with Publisher(host) as publisher:
+            publisher.items(bodies)
+            publisher.models([{"action": "activate", "generation": "never"}])
+        done = command(host, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: serving(host).active == "a", "a is active")
+        chain = Chain(host, bundle_path)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 100, "ingest wrote items")
+        ends = chain.end_offsets("items")
+        wait_until(lambda: (chain.arena("a").progress().covered + 1).tolist() == ends, "a is up to date")
+        check_rows(chain, "a", bundle, oracle(bodies))
+        assert "never staged" in str(serving(host).refused)
+
+        # bundles that must not be used fail with their reason; what is live does not notice
+        live = {name: pid for name, pid in jobs(host).items() if name.endswith("-a")}
+        for name, (path, reason) in broken.items():
+            event = {"action": "stage", "generation": name, "uri": path.as_uri(), "activate_when_complete": True}
+            sha = manifest_sha256(path) if path.exists() else "0" * 64
+            with Publisher(host) as publisher:
+                publisher.models([event | {"sha256": sha if name != "other-manifest" else "0" * 64}])
+            wait_until(lambda name=name: state_of(host, name) == "failed", f"{name} has failed")  # type: ignore[misc]
+            assert reason in serving(host).generations[name].reason
+        assert serving(host).active == "a"
+        assert live.items() <= jobs(host).items()
+
+        # an explicit activation is refused until the generation is complete, and the name is not used again
+        with Publisher(host) as publisher:
+            stage = {"action": "stage", "generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
+            publisher.models([stage, {"action": "activate", "generation": "b"}, stage | {"sha256": "1" * 64}])
+        wait_until(lambda: state_of(host, "b") == "complete", "b is complete")
+        assert serving(host).active == "a"
+        reasons = list(serving(host).refused.values())
+        assert any("b is not complete" in reason for reason in reasons)
+        assert any("never used twice" in reason for reason in reasons)
+        assert command(host, "model", "activate", "--generation", "b").returncode == 0
+        wait_until(lambda: serving(host).active == "b", "b is active")
+        assert (serving(host).previous, state_of(host, "a")) == ("a", "former")
+        check_rows(chain, "b", bundle, oracle(bodies))
+
+        # a killed job comes back; so does the supervisor, to the same jobs
+        ingest = jobs(host)["ingest"]
+        os.kill(ingest, signal.SIGKILL)
+        wait_until(lambda: jobs(host).get("ingest", ingest) != ingest, "ingest is started again")
+        before = jobs(host)
+        supervisor.kill()
+        supervisor.wait(10)
+        with Publisher(host) as publisher:
+            publisher.models([{"action": "activate", "generation": "a"}])
+        again = start(host)
+        try:
+            wait_until(lambda: serving(host).active == "a", "the event that came meanwhile is acted upon")
+            assert jobs(host) == before
+            assert "serving: a" in command(host, "status").stdout
+            again.send_signal(signal.SIGTERM)
+            assert again.wait(30) == 0
+        finally:
+            again.kill()
+            again.wait(10)
+        assert jobs(host) == {}
+        assert command(host, "status").returncode == 1
+        reports = [events.host_report(record.value) for record in chain.read("hosts")]
+        told = [(report.generation, report.state) for report in reports]
+        assert [state for name, state in told if name == "b"][-3:] == ["complete", "active", "former"]
+        last = [report for report in reports if report.generation == "b"][-1]
+        assert sum(last.counts) == 100
+
+
+def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Bundles that must not be used, and what is said about each."""
+    out = {"missing": (folder / "nowhere", "there is no bundle"), "other-manifest": (good, "the event names")}
+    tensors = folder / "tensors"
+    shutil.copytree(good, tensors)
+    with (tensors / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    out["other-tensors"] = (tensors, "is not the file that manifest.json names")
+    future = folder / "future"
+    shutil.copytree(good, future)
+    manifest = json.loads((future / "manifest.json").read_bytes())
+    (future / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    out["future-format"] = (future, "bad bundle")
+    cut = folder / "cut"
+    shutil.copytree(good, cut)
+    raw = (cut / "model.safetensors").read_bytes()[:-100]
+    (cut / "model.safetensors").write_bytes(raw)
+    tensors_of = manifest["tensors"] | {"sha256": hashlib.sha256(raw).hexdigest()}
+    (cut / "manifest.json").write_text(json.dumps(manifest | {"tensors": tensors_of}))
+    out["cut-tensors"] = (cut, "bad bundle")
+    return out
+
+
+def test_without_a_broker_there_is_one_sentence(settings: Callable[..., Settings]) -> None:
+    (port,) = free_ports(1)
+    done = command(settings(kafka_bootstrap=f"127.0.0.1:{port}"), "supervise")
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0
+    assert f"The Kafka broker at 127.0.0.1:{port} cannot be reached" in done.stderr
+
+
+def test_state_of_another_cluster_is_refused(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    ensure_topics(host)
+    host.state.mkdir(parents=True)
+    mine = {"cluster": "another", "prefix": host.topic_prefix, "partitions": 2}
+    (host.state / "cluster.json").write_text(json.dumps(mine))
+    done = command(host, "supervise")
+    assert done.returncode == 1
+    assert "belongs to other topics" in done.stderr
