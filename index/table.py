@@ -33,7 +33,8 @@ from index.keys import DIGEST_KEY, siphash64_words
 ENTRY = 32  # bytes of a table entry
 LOAD = 0.3  # most used entries per entry
 DELETED = 1  # no row's word: a published slot_version is even and not 0
-AHEAD = 32  # how many keys ahead of its use memory is asked for, at each of two levels
+AHEAD = 32  # how many keys ahead of its use memory is asked for
+WALK_AHEAD = 64  # the same in table entries, most of which are empty
 
 intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic  # numba has no types for it
 
@@ -172,6 +173,19 @@ def _find(table: Any, mask: Any, high: Any, low: Any) -> Any:
         at = (at + uint64(1)) & mask
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _ask_ahead(table: Any, at: Any, entries: Any, hot: Any, hot_size: Any, cold: Any, cold_size: Any) -> None:
+    """For walks over the whole table: asks for the records of a later entry."""
+    if at + WALK_AHEAD < entries:
+        word = load64(table + uint64(at + WALK_AHEAD) * uint64(ENTRY) + uint64(16))
+        if word > uint64(DELETED):
+            slot = word & uint64(0xFFFFFFFF)
+            for line in range(0, int64(hot_size), 64):
+                prefetch(hot + slot * hot_size + uint64(line))
+            for line in range(0, int64(cold_size), 64):
+                prefetch(cold + slot * cold_size + uint64(line))
+
+
 @njit(cache=True, nogil=True)
 def copy_table(source: Any, source_entries: Any, target: Any, target_mask: Any) -> Any:
     """Puts all live entries into another, empty and unpublished table. Returns their number."""
@@ -295,6 +309,7 @@ def take_over(
     state[LIVE] = 0
     k0, k1 = uint64(DIGEST_KEY[0]), uint64(DIGEST_KEY[1])
     for at in range(entries):
+        _ask_ahead(table, at, entries, hot, hot_size, cold, cold_size)
         entry = table + uint64(at) * uint64(ENTRY)
         word = load64(entry + uint64(16))
         if word == uint64(0):
@@ -396,6 +411,7 @@ def scan(
     """All live keys and copies of their cold records. Returns their number, or -1 when the mapping is out of date."""
     count = 0
     for at in range(entries):
+        _ask_ahead(table, at, entries, hot, hot_size, cold, cold_size)
         entry = table + uint64(at) * uint64(ENTRY)
         word = load64(entry + uint64(16))
         tries = 0
