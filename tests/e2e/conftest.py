@@ -1,0 +1,129 @@
+"""The whole stack as a user runs it: real broker, `python -m streams supervise`, `python -m api serve`. One for each
+module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from infra.kafka.broker import Broker
+from infra.kafka.topics import ensure_topics
+from infra.settings import Settings, environment
+from tests.conftest import free_ports
+
+HISTORY_LENGTH = 60
+
+
+@dataclasses.dataclass
+class Running:
+    """Processes with their logs, and the clients of a user of the host."""
+
+    settings: Settings
+    folder: Path
+    processes: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
+
+    def start(self, name: str, *arguments: str) -> None:
+        environ = {**os.environ, **environment(self.settings), "OMP_NUM_THREADS": "1"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *arguments], env=environ, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.api_port}"
+
+    def log(self) -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()[-3_000:]}" for path in sorted(self.folder.glob("*.log")))
+
+    def wait_for(self, there: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                if there():
+                    return
+            except httpx.TransportError:
+                pass
+            for name, process in self.processes.items():
+                assert process.poll() is None, f"{name} has ended: {self.log()}"
+            assert time.monotonic() < deadline, f"{what}: not within {limit_s} s; {self.log()}"
+            time.sleep(0.05)
+
+    def records(self, topic: str, count: int, limit_s: float = 30.0) -> list[Any]:
+        """At least `count` records of a topic (without prefix), read from its beginning."""
+        name = self.settings.topic(topic)
+        consumer = KafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap, enable_auto_commit=False)
+        try:
+            places = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(places)
+            consumer.seek_to_beginning(*places)
+            found: list[Any] = []
+            deadline = time.monotonic() + limit_s
+            while len(found) < count:
+                assert time.monotonic() < deadline, f"{topic} holds {len(found)} records, not {count}"
+                for batch in consumer.poll(timeout_ms=200).values():
+                    found.extend(batch)
+            return found
+        finally:
+            consumer.close(autocommit=False)
+
+    def send_raw(self, topic: str, key: bytes | None, value: bytes | None, partition: int) -> None:
+        """A record as a client that keeps no rule would send it."""
+        producer = KafkaProducer(bootstrap_servers=self.settings.kafka_bootstrap, acks="all")
+        try:
+            producer.send(self.settings.topic(topic), value, key, None, partition).get(10)
+        finally:
+            producer.close()
+
+
+@pytest.fixture(scope="module")
+def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("stack")
+    name = uuid.uuid4().hex[:8]
+    settings = Settings(
+        kafka_bootstrap=broker.bootstrap,
+        topic_prefix=f"e{name}.",
+        partitions=3,
+        state=folder / "state",
+        host=f"host-{name}",
+        api_port=free_ports(1)[0],
+        history_length=HISTORY_LENGTH,
+        retrieval_interval_s=0.5,
+    )
+    ensure_topics(settings)
+    one = Running(settings, folder)
+    try:
+        one.start("supervise", "streams", "supervise")
+        one.start("api", "api", "serve")
+        yield one
+    finally:
+        one.stop()
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, timeout=30.0) as one:
+        running.wait_for(lambda: one.get("/healthz").is_success, "the API answers", 90.0)
+        yield one
