@@ -8,7 +8,6 @@ event that ingest would refuse is refused here, with its place and field; what w
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from tqdm import tqdm
 
+from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 from streams import events
 from streams.events import EventError
@@ -92,6 +92,8 @@ class Publisher:
         self._settings = settings
         self._source = f"/forerank/{settings.host}"
         try:
+            with admin_of(settings.kafka_bootstrap):  # quick and clear when nobody listens
+                pass
             self._producer = KafkaProducer(
                 bootstrap_servers=settings.kafka_bootstrap.split(","),
                 acks="all",
@@ -100,8 +102,8 @@ class Publisher:
                 max_block_ms=_UNREACHABLE_MS,
                 bootstrap_timeout_ms=_UNREACHABLE_MS,
             )
-        except KafkaError as error:
-            raise PublishError(f"The Kafka broker at {settings.kafka_bootstrap} cannot be reached: {error}.") from error
+        except (BrokerError, KafkaError) as error:
+            raise PublishError(str(error)) from error
 
     def items(self, rows: Iterable[Row]) -> Published:
         """Sends item updates and deletions; returns when the broker has them. Raises PublishError."""
@@ -191,7 +193,7 @@ def read_rows(kind: Kind, path: Path, stdin: IO[bytes]) -> Iterator[Row]:
     """Rows of a JSONL, CSV or Parquet file by its name's end; `-` is JSONL from `stdin`. Raises OSError, ValueError.
 
     CSV and Parquet: columns are fields; `features.<name>` and `attributes.<name>` fill the objects; empty cells are
-    absent. A CSV cell that begins with `[` or `{` is JSON.
+    absent. A CSV cell that is JSON (a number, true, a list, a quoted string) is read so, any other is text.
     """
     if str(path) == "-":
         yield from _lines(stdin)
@@ -239,12 +241,12 @@ def _nested(row: Mapping[str, Any], kind: Kind, *, from_text: bool) -> dict[str,
 
 
 def _cell(text: str) -> Any:
-    """A CSV cell: JSON where it is a number, true, false, a list or an object; otherwise text."""
+    """A CSV cell: JSON where it is some, otherwise text. The text 12 is written as a JSON string, "12"."""
     try:
-        value = json.loads(text)
+        value = msgspec.json.decode(text)
     except (ValueError, RecursionError):
         return text
-    return text if isinstance(value, str) or value is None else value
+    return text if value is None else value
 
 
 def _json(row: Mapping[str, Any]) -> bytes:
