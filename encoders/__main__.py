@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from encoders.bundle import BundleError, load_bundle, manifest_sha256
@@ -27,6 +28,7 @@ from encoders.train import train
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)  # the matrices are small: a second thread gains little, and stalls when its core is busy
     try:
         options.command(options)
     except (BundleError, DataError) as error:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from encoders import lsh
 from encoders.batches import Batches, Groups
@@ -176,7 +177,8 @@ def _epoch(
     """One pass over the groups; the mean loss per example."""
     model.train()
     total, count = 0.0, 0
-    for batch in batches.batches(groups, model, BATCH_GROUPS, random):
+    steps = batches.batches(groups, model, BATCH_GROUPS, random)
+    for batch in tqdm(steps, total=-(-len(groups) // BATCH_GROUPS), unit=" batches", leave=False, disable=None):
         logits = model(batch.users, batch.candidates)[batch.counted]
         loss = functional.binary_cross_entropy_with_logits(logits, batch.clicked[batch.counted])
         optimiser.zero_grad()
