@@ -462,7 +462,7 @@ class ArenaWriter:
     def apply(self, keys: NDArray[np.uint64], kinds: NDArray[np.uint8], hot: NDArray[Any], cold: NDArray[Any]) -> None:
         """Puts (kind 1) or removes (kind 2) the rows of keys u8[n, 2]; kind 0 does nothing. `hot` and `cold` are
         aligned arrays [n] of the layout's records; hot's `slot_version` is overwritten."""
-        self._make_room(int(np.count_nonzero(kinds == table.PUT)))
+        self.make_room(int(np.count_nonzero(kinds == table.PUT)))
         hot_base, cold_base, entries = self._files.addresses
         table.apply_rows(
             np.uint64(entries),
@@ -492,7 +492,8 @@ class ArenaWriter:
             self._control.page["clean"] = 1
             self._control.flush()
 
-    def _make_room(self, puts: int) -> None:
+    def make_room(self, puts: int) -> None:
+        """Grows where `puts` rows would not fit. Raises OSError when the disk is full; nothing has changed then."""
         files = self._files
         live, used = int(self._state[table.LIVE]), int(self._state[table.USED])
         records_short = int(self._state[table.FREE]) < puts

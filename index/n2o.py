@@ -113,6 +113,7 @@ class N2OWriter:
         progress = self._progress.copy()
         kinds = self._plan(batches, keys, offsets, cold["version"].copy(), progress)
 
+        self._arena.make_room(len(keys))  # a full disk stops here, before anything is written
         cold["visible_time"] = _now()
         changed = np.flatnonzero(kinds)
         partition_of = np.repeat([batch.partition for batch, _ in batches], [len(batch.ids) for batch, _ in batches])

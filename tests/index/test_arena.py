@@ -329,5 +329,5 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     writer = new_arena(tmp_path)
     put(writer, [1], 1)
     with pytest.raises(OSError, match=r"."):
-        writer._make_room(1 << 40)
+        writer.make_room(1 << 40)
     assert ArenaReader.open(tmp_path, LAYOUT).gather(int_keys([1])).found.all()
