@@ -78,6 +78,7 @@ def _up(settings: Settings, _: argparse.Namespace) -> int:
 
     one = stack.stack_of(settings)
     try:
+        one.check_port()
         print("Kafka", "started," if one.broker_up() else "was running,", "making topics")
         one.topics_up()
         stack.remember(one)

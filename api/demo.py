@@ -96,15 +96,18 @@ def run(settings: Settings, data: str) -> int:
 
 
 def _demo(settings: Settings, data: str) -> None:
+    if data != SYNTHETIC and not Path(data).is_dir():
+        raise DemoError(f"DATA={data} is not a folder.")
     name = "market" if data == SYNTHETIC else _slug(Path(data))
     stack = _switched(settings, data, name)
+    stack.check_port()
     steps, work = Steps(), settings.state / "demo" / name
     print(f"\nForerank on {'a synthetic marketplace' if data == SYNTHETIC else data}\n")
 
     with steps.step("Kafka") as step:
         step.said = "started" if stack.broker_up() else "is running"
         stack.topics_up()
-        step.said = f"{stack.settings.kafka_bootstrap} {step.said}, topics are there"
+        step.said = f"{stack.settings.kafka_bootstrap} {step.said}; the topics are there"
     with steps.step("data") as step:
         catalogue = _catalogue(stack, data, work)
         step.said = f"{catalogue.items:,} items, {catalogue.users:,} users, {catalogue.behaviours:,} behaviours"

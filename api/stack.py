@@ -76,13 +76,17 @@ class Stack:
         """Whether the nearline jobs had to be started."""
         return self._start(JOBS, "streams", "supervise")
 
-    def api_up(self) -> bool:
-        """Whether the API had to be started; it answers now, ready or not."""
+    def check_port(self) -> None:
+        """Raises StackError where the API does not run and its port is taken by somebody else."""
         if processes.find(API, self.folder) is None:
             try:
                 check_port(self.settings)
             except ServeError as error:
                 raise StackError(str(error)) from error
+
+    def api_up(self) -> bool:
+        """Whether the API had to be started; it answers now, ready or not."""
+        self.check_port()
         started = self._start(API, "api", "serve")
         self.wait_for(lambda: httpx.get(f"{self.url}/healthz", timeout=2.0).is_success, _START_S, "The API answers")
         return started
