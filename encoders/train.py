@@ -30,6 +30,7 @@ from encoders.model import AIF, ModelConfig
 
 _EPOCHS = 30  # at most; early stopping usually ends sooner
 _PATIENCE = 3  # epochs without a better validation slice
+_LEAST_GAIN = 5e-4  # of the validation GAUC that counts as better
 _LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 1e-3
 _TABLE_DECAY = 0.3  # of the category tables, which would otherwise learn items by heart
@@ -134,7 +135,7 @@ def _fit(
         loss = _epoch(model, average, batches, training, optimiser, random, deadline)
         measured = figures(*predict(average.model, batches, validation))
         score = measured["gauc"] or measured["auc"] or -(measured["logloss"] or 0.0)
-        if score > best:
+        if score > best + _LEAST_GAIN:
             best, best_state, best_epoch = score, copy.deepcopy(average.model.state_dict()), epoch
         left = min((time.monotonic() - started) / epoch * (_EPOCHS - epoch), deadline - time.monotonic())
         report(
