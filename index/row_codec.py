@@ -67,9 +67,10 @@ def encode_rows(
     size = HEADER.itemsize + hot.dtype.itemsize + cold.dtype.itemsize
     fixed = np.empty((count, size), np.uint8)
     start = 0
-    clean = hot.copy()
-    clean["slot_version"] = 0
-    for part in (header, clean, cold):
+    clean_hot, clean_cold = np.zeros(count, hot.dtype), np.zeros(count, cold.dtype)
+    clean_hot[:], clean_cold[:] = hot, cold  # field by field: what lies between the fields stays zero
+    clean_hot["slot_version"] = 0
+    for part in (header, clean_hot, clean_cold):
         fixed[:, start : start + part.dtype.itemsize] = part.view(np.uint8).reshape(count, part.dtype.itemsize)
         start += part.dtype.itemsize
     blob = fixed.tobytes()
