@@ -94,8 +94,28 @@ def _pip(*arguments: str) -> None:
 
 
 def _run_pip(*arguments: str) -> bool:
-    command = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=False).returncode == 0
+    """pip's own words go to `install.log`; a terminal shows the step it is at, and a failure what it said last."""
+    command = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    said: list[str] = []
+    with (
+        (ENVIRONMENT / "install.log").open("a") as log,
+        subprocess.Popen(
+            [*command, "--progress-bar", "off", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as pip,
+    ):
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            log.write(line)
+            said = [*said[-9:], line]
+            if sys.stdout.isatty() and line.lstrip().startswith(
+                ("Downloading", "Processing", "Installing", "Building")
+            ):
+                print(f"\r\x1b[K  {line.strip()[:100]}", end="", flush=True)
+    if sys.stdout.isatty():
+        print("\r\x1b[K", end="", flush=True)
+    if pip.returncode != 0:
+        print("".join(said), end="", file=sys.stderr)
+    return pip.returncode == 0
 
 
 def _room_or_raise() -> None:
