@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies in and out, and what one API process owns. Every route is a few lines around one call.
+"""The HTTP application: every route is a few lines around one call.
 
 Bodies are decoded and encoded by msgspec in request threads; the event loop only moves bytes. Guarantees: every error
 is problem+json, and nothing a caller sends becomes a 500.
@@ -7,42 +7,30 @@ is problem+json, and nothing a caller sends becomes a 500.
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 import sys
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 
 from api import binary, items, schemas
-from api.events import KINDS, Feed
+from api.events import KINDS
 from api.explain import explain
-from api.generations import Generation, Generations
 from api.openapi import add_schemas, documented
-from api.prerank import Answer, Candidates, Merger, answer_of, gather_both
+from api.prerank import Candidates, answer_of, gather_both
 from api.problems import ProblemError, decode, invalid
+from api.replies import JSON, body_of, error_handlers, reply
+from api.service import Service
 from api.status import generations_of
-from api.users import Users, moment, user_id_of
-from index import kernels
-from index.errors import StoreError
+from api.users import user_id_of
 from infra import telemetry
-from infra.settings import Settings, load
+from infra.settings import load
 
-LOG = logging.getLogger(__name__)
-T = TypeVar("T")
+__all__ = ["Service", "application", "create_app"]
 
-BODY_MAX = 16 << 20  # bytes
-_REQUEST_THREADS = 8
-_USER_THREADS = 4
-_JSON = "application/json"
 _BINARY = "application/octet-stream"
 _CONSOLE = Path(__file__).parent / "console"
 _SCORE = msgspec.json.Decoder(schemas.ScoreRequest)
@@ -55,41 +43,6 @@ _EXAMPLES: dict[str, Any] = {
     "users": {"user_id": "u1", "features": {"age": 34}},
     "models": {"action": "activate", "generation": "g1"},
 }
-_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
-
-
-class Service:
-    """What one API process owns, from start to stop."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
-        self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
-        self.generations = Generations(settings, self._warm_up)
-        self.users = Users(settings, lambda: self.generations.histories, self.inferences)
-        self.merger = Merger(settings, self.generations, self.users)
-        self.feed = Feed(settings)
-
-    def start(self) -> None:
-        torch.set_num_threads(1)
-        self.generations.start()
-        gc.collect()
-        gc.freeze()  # what is here stays; without it a collection during a request looks at all of it
-
-    def stop(self) -> None:
-        self.generations.close()
-        self.requests.shutdown()
-        self.inferences.shutdown()
-        self.feed.close()
-
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)
-
-    def _warm_up(self, generation: Generation) -> None:
-        """Compiles kernels and runs one empty user through the model before the first request pays for it."""
-        kernels.warm_up(generation.layout, len(generation.head.edges) + 1)
-        nobody = self.users.inline(schemas.InlineUser(), moment(None, "as_of"))
-        items.warm_up(generation, nobody)
 
 
 def application() -> FastAPI:
@@ -125,7 +78,7 @@ def create_app(service: Service) -> FastAPI:
     _lookup_routes(app, service)
     _event_routes(app, service)
     _operation_routes(app, service)
-    _error_handlers(app)
+    error_handlers(app)
     add_schemas(app, _TYPES)
     return app
 
@@ -163,7 +116,7 @@ def _ranking_routes(app: FastAPI, service: Service) -> None:
         ),
     )
     async def score(request: Request) -> Response:
-        body, media = await body_of(request, _JSON, _BINARY)
+        body, media = await body_of(request, JSON, _BINARY)
         work = _score_binary if media == _BINARY else _score_json
         return await service.run(work, service, body, request.query_params)
 
@@ -178,7 +131,7 @@ def _ranking_routes(app: FastAPI, service: Service) -> None:
         ),
     )
     async def recommend(request: Request) -> Response:
-        body, _ = await body_of(request, _JSON)
+        body, _ = await body_of(request, JSON)
         return await service.run(_recommend, service, body)
 
     @app.post(
@@ -195,7 +148,7 @@ def _ranking_routes(app: FastAPI, service: Service) -> None:
         ),
     )
     async def prefetch(user_id: str, request: Request) -> Response:
-        body, _ = await body_of(request, _JSON, empty=True)
+        body, _ = await body_of(request, JSON, empty=True)
         return await service.run(_prefetch, service, user_id, body)
 
 
@@ -203,7 +156,7 @@ def _score_json(service: Service, body: bytes, _: Any) -> Response:
     request = decode(_SCORE, body)
     service.merger.check(request, len(request.candidates), request.k)
     answer = service.merger.score(request)
-    _observe("score", answer)
+    service.metrics.observe("score", answer)
     return reply(answer_of(answer, request))
 
 
@@ -211,7 +164,7 @@ def _score_binary(service: Service, body: bytes, parameters: Any) -> Response:
     ids, query, k = binary.request_of(body, dict(parameters))
     service.merger.check(query, len(ids), k)
     answer = service.merger.score_integers(ids, query, k)
-    _observe("score", answer)
+    service.metrics.observe("score", answer)
     content, headers = binary.answer_of(answer, ids, ranked=k is not None)
     return Response(content, headers=headers, media_type=_BINARY)
 
@@ -220,7 +173,7 @@ def _recommend(service: Service, body: bytes) -> Response:
     request = decode(_RECOMMEND, body)
     service.merger.check(request, 0, request.k)
     answer = service.merger.recommend(request)
-    _observe("recommend", answer)
+    service.metrics.observe("recommend", answer)
     return reply(answer_of(answer, request))
 
 
@@ -229,21 +182,6 @@ def _prefetch(service: Service, user_id: str, body: bytes) -> Response:
     generation = service.generations.pin()
     state = service.users.prefetch(generation, user_id_of(user_id), request.as_of)
     return reply(schemas.Prefetching(generation.name, state, service.settings.prefetch_ttl_s), 202)
-
-
-def _observe(route: str, answer: Answer) -> None:
-    stages = answer.stages
-    seconds = telemetry.histogram(
-        "forerank_stage_seconds", "Wall time of a request's stages", ("route", "stage"), _BUCKETS
-    )
-    for stage in stages.__struct_fields__:
-        seconds.labels(route, stage).observe(getattr(stages, stage) / 1e3)
-    telemetry.counter("forerank_candidates", "Candidates that requests asked for", ("route",)).labels(route).inc(
-        len(answer.candidates)
-    )
-    telemetry.counter("forerank_candidates_missing", "Candidates without a row", ("route",)).labels(route).inc(
-        len(answer.rows.missing)
-    )
 
 
 # ---- look-ups
@@ -323,8 +261,8 @@ def _event_routes(app: FastAPI, service: Service) -> None:
             name=f"publish {kind}",
         )
         async def publish(request: Request) -> Response:
-            body, media = await body_of(request, _JSON, "application/x-ndjson")
-            accepted = await service.run(service.feed.publish, kind, body, media != _JSON)
+            body, media = await body_of(request, JSON, "application/x-ndjson")
+            accepted = await service.run(service.feed.publish, kind, body, media != JSON)
             return reply(accepted, 202)
 
     for kind, body_type in KINDS.items():
@@ -356,57 +294,3 @@ def _operation_routes(app: FastAPI, service: Service) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return Response((_CONSOLE / "docs.html").read_bytes(), media_type="text/html; charset=utf-8")
-
-
-# ---- bodies and errors
-
-
-def reply(body: msgspec.Struct, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type=_JSON)
-
-
-async def body_of(request: Request, *accepted: str, empty: bool = False) -> tuple[bytes, str]:
-    """The body and its media type. Raises ProblemError 415 for another type, 413 beyond BODY_MAX."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_MAX:
-            raise ProblemError(413, "body-too-large", f"at most {BODY_MAX} bytes are accepted")
-        parts.append(part)
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media not in accepted and not (empty and size == 0):
-        given = media or "no content type"
-        raise ProblemError(415, "unsupported-media-type", f"{given} was sent; expected {' or '.join(accepted)}")
-    return b"".join(parts), media
-
-
-def _error_handlers(app: FastAPI) -> None:
-    async def problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ProblemError)
-        return error.response()
-
-    async def http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        kind = {404: "no-such-route", 405: "method-not-allowed"}.get(error.status_code, "http")
-        response = ProblemError(error.status_code, kind, str(error.detail)).response()
-        response.headers.update(error.headers or {})
-        return response
-
-    async def validation(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return invalid(str(first["loc"][-1]), str(first["msg"])).response()
-
-    async def store(_: Request, error: Exception) -> Response:
-        LOG.error("a store of this host cannot be read", exc_info=error)
-        return ProblemError(503, "store", str(error)).response()
-
-    async def unexpected(_: Request, error: Exception) -> Response:
-        LOG.error("request failed", exc_info=error)
-        return ProblemError(500, "internal", "the request failed here; the log has the reason").response()
-
-    app.add_exception_handler(ProblemError, problem)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(StoreError, store)
-    app.add_exception_handler(Exception, unexpected)

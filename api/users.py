@@ -51,7 +51,7 @@ class UserSource:
 
 @dataclasses.dataclass(frozen=True)
 class UserSide:
-    """A user block and what it was made from. `ms`: how long the inference took."""
+    """A user block and what it was made from. `ms`: how long this request's inference, or its wait for one, took."""
 
     block: UserBlock
     tables: UserTables
@@ -217,8 +217,11 @@ def rows_of(generation: Generation, keys: NDArray[np.uint64]) -> tuple[NDArray[A
 
 
 def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, source: UserSource) -> UserSide:
-    side = prefetched.result()
-    return dataclasses.replace(side, prefetched=True) if _same_user(side.source, source) else infer(generation, source)
+    """The prefetched side, timed as the wait for it, unless it failed or is of an earlier state of the user."""
+    began = time.perf_counter()
+    if prefetched.exception() is not None or not _same_user(prefetched.result().source, source):
+        return infer(generation, source)
+    return dataclasses.replace(prefetched.result(), prefetched=True, ms=(time.perf_counter() - began) * 1e3)
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:

@@ -1,0 +1,63 @@
+"""What one API process owns: threads, the watched generation, users, the Merger, the way to Kafka.
+
+Made once; the application starts and stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from api import items
+from api.events import Feed
+from api.generations import Generation, Generations
+from api.metrics import RequestMetrics
+from api.prerank import Merger
+from api.schemas import InlineUser
+from api.users import Users, moment
+from index import kernels
+from infra.settings import Settings
+
+T = TypeVar("T")
+_REQUEST_THREADS = 8
+_USER_THREADS = 4
+
+
+class Service:
+    """What one API process owns, from start to stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = RequestMetrics()
+        self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
+        self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
+        self.generations = Generations(settings, self._warm_up)
+        self.users = Users(settings, lambda: self.generations.histories, self.inferences)
+        self.merger = Merger(settings, self.generations, self.users)
+        self.feed = Feed(settings)
+
+    def start(self) -> None:
+        torch.set_num_threads(1)
+        self.generations.start()
+
+    def stop(self) -> None:
+        self.generations.close()
+        self.requests.shutdown()
+        self.inferences.shutdown()
+        self.feed.close()
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)
+
+    def _warm_up(self, generation: Generation) -> None:
+        """Compiles kernels and runs one empty user through the model before the first request pays for it."""
+        kernels.warm_up(generation.layout, len(generation.head.edges) + 1)
+        nobody = self.users.inline(InlineUser(), moment(None, "as_of"))
+        items.warm_up(generation, nobody)
+        gc.collect()
+        gc.freeze()  # what is here stays; without it a collection during a request looks at all of it
