@@ -1,10 +1,11 @@
-"""The API with a timed stand-in for a remote retrieval: 10 ms, then 10,000 seeded ids. For the benchmark `main_path`.
+"""The API with a timed stand-in for a remote retrieval: 10 ms, then 10,000 distinct seeded ids. For the benchmark `main_path`.
 
 python -m tests.bench.stand_in ITEMS SEED
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 
@@ -20,20 +21,24 @@ from infra import telemetry
 
 CANDIDATES = 10_000
 RETRIEVAL_S = 0.010
+DIFFERENT = 32  # answers, in turn
 
 
 class StandInMerger(Merger):
     """Recommends out of ids that a remote service would have given."""
 
     def prepare(self, items: int, seed: int) -> StandInMerger:
-        self._random, self._items = np.random.default_rng(seed), items
+        random = np.random.default_rng(seed)
+        self._answers = itertools.cycle(
+            [random.permutation(items)[:CANDIDATES].astype(np.uint64) for _ in range(DIFFERENT)]
+        )
         return self
 
     def recommend(self, request: RecommendRequest) -> Answer:
         return self.prerank(request, request.k, self._remote)
 
     def _remote(self, _: UserSource) -> tuple[Candidates, list[str]]:
-        ids = self._random.integers(0, self._items, CANDIDATES, dtype=np.uint64)
+        ids = next(self._answers)
         time.sleep(RETRIEVAL_S)
         return Candidates.of_integers(ids), []
 
