@@ -1,4 +1,4 @@
-"""The API with a timed stand-in for a remote retrieval: 10 ms, then 10,000 distinct seeded ids. For the benchmark `main_path`.
+"""The API with a timed stand-in for a remote retrieval: 10 ms, then 10,000 distinct seeded ids. For `main_path`.
 
 python -m tests.bench.stand_in ITEMS SEED
 """
