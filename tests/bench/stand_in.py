@@ -12,9 +12,10 @@ import time
 import numpy as np
 import uvicorn
 
-from api.app import Service, create_app
+from api.app import create_app
 from api.prerank import Answer, Candidates, Merger
 from api.schemas import RecommendRequest
+from api.service import Service
 from api.users import UserSource
 from infra import settings as settings_module
 from infra import telemetry
