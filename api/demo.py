@@ -237,7 +237,7 @@ def _activate(stack: Stack, client: httpx.Client, bundle: Path, generation: str,
             step.now(f"{status['state']}, {100 * status['completeness']:.0f} % of the index")
         return bool(client.get("/v1/generations").json()["active"] == generation)
 
-    stack.wait_for(served, _FILL_S, f"Generation {generation} is active")
+    stack.wait_for(served, _FILL_S, f"generation {generation} is active")
     took = time.perf_counter() - began
     return f"{known()['rows']:,} rows complete and active" + (f" {took:.1f} s after its event" if took > 1 else "")
 
@@ -255,7 +255,7 @@ def _wait_for_user(stack: Stack, client: httpx.Client, catalogue: Catalogue, ste
         step.now(f"{count:,} of {wanted:,} behaviours")
         return bool(count >= wanted)
 
-    stack.wait_for(there, _FILL_S, "The user's history is complete")
+    stack.wait_for(there, _FILL_S, "the user's history is complete")
 
 
 def _recommend(client: httpx.Client, catalogue: Catalogue) -> list[str]:

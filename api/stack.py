@@ -88,7 +88,7 @@ class Stack:
         """Whether the API had to be started; it answers now, ready or not."""
         self.check_port()
         started = self._start(API, "api", "serve")
-        self.wait_for(lambda: httpx.get(f"{self.url}/healthz", timeout=2.0).is_success, _START_S, "The API answers")
+        self.wait_for(lambda: httpx.get(f"{self.url}/healthz", timeout=2.0).is_success, _START_S, "the API answers")
         return started
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Stack:
                 pass  # not listening yet
             self.check()
             if time.monotonic() > deadline:
-                raise StackError(f"{what} did not come true within {limit_s:.0f} s; the logs are in {self.folder}")
+                raise StackError(f"Not within {limit_s:.0f} s: {what}. The logs are in {self.folder}.")
             time.sleep(0.05)
 
     def down(self) -> list[str]:

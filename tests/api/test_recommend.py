@@ -82,7 +82,6 @@ def test_a_prefetched_user_is_used_and_scores_the_same(host: Host) -> None:
     after = checked(host.client.post("/v1/score", json=body), schemas.Ranked)
     assert (before["user"]["source"], after["user"]["source"]) == ("store", "prefetched")
     assert after["scores"] == before["scores"]
-    assert after["stages_ms"]["user"] < before["stages_ms"]["user"] + 5.0  # the wait, not the inference
     other_moment = checked(host.client.post("/v1/score", json=body | {"as_of": NOW - 8}), schemas.Ranked)
     assert other_moment["user"]["source"] == "store"
 
