@@ -32,7 +32,7 @@ from streams import blocks, events
 from streams.events import EventError, Item
 from streams.fill import bulk_starts, fill
 from streams.groups import group_admin
-from streams.worker import BAD_BUNDLE, Job, JobError, Plan, Record, Send, dead_letter
+from streams.worker import BAD_BUNDLE, Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 Refused = list[tuple[Record, EventError]]
 Decoded = list[tuple[Record, Item]]
@@ -90,11 +90,8 @@ class Encode:
     async def emit(self, batches: Sequence[RowBatch], refused: Refused) -> None:
         """Sends blocks and dead letters; returns when the broker has them."""
         pieces = [piece for batch in batches for piece in blocks.split(batch, self.layout)]
-        acks = [
-            await self._send(self._topic, piece.partition, None, blocks.encode(piece, self.layout)) for piece in pieces
-        ]
-        acks += [await dead_letter(self._send, self._settings, record, error) for record, error in refused]
-        await asyncio.gather(*acks)
+        out = [Outgoing(self._topic, piece.partition, None, blocks.encode(piece, self.layout)) for piece in pieces]
+        await self._send(out + [dead_letter(self._settings, record, error) for record, error in refused])
 
     def _encode(self, decoded: Decoded) -> tuple[_Live, dict[int, str]]:
         """The network's columns of the live rows, and why some have none."""
@@ -185,4 +182,4 @@ async def prepare(job: Job, generation: str, sha256: str | None = None) -> Plan:
 def run(settings: Settings, generation: str) -> None:
     """Ends the process."""
     name = f"encode-{generation}"
-    asyncio.run(Job.start(settings, name, name, lambda job: prepare(job, generation)))
+    Job.start(settings, name, name, lambda job: prepare(job, generation))

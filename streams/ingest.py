@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from streams import events
 from streams.bulk import open_reader
 from streams.events import EventError, Item
 from streams.groups import group_admin
-from streams.worker import Job, Plan, Record, Send, dead_letter
+from streams.worker import Job, Outgoing, Plan, Record, Send, dead_letter
 
 FORMAT = b"ingest-1"
 _DAY_MS = 86_400_000
@@ -155,9 +155,14 @@ class Ingest:
         async with self._writing:
             now = time.time_ns() // 1_000_000
             newer, changes = self._newer(accepted, now)
-            acks = [await self._produce(record, raw, item, now) for record, raw, item in newer]
-            acks += [await dead_letter(self.send, self.settings, *pair) for pair in refused]
-            await asyncio.gather(*acks)  # 1
+            # the events' own headers travel on, so that an event can be followed by its ce_id
+            out = [
+                Outgoing(
+                    self._items, record.partition, raw, events.encode(item), events.header_list(record.headers), now
+                )
+                for record, raw, item in newer
+            ]
+            await self.send(out + [dead_letter(self.settings, *pair) for pair in refused])  # 1
             self.store.remember(changes, {record.partition: record.offset + 1 for record in records})  # 2
         self.stale += len(accepted) - len(newer)  # 3: Faust commits after the return
 
@@ -176,27 +181,20 @@ class Ingest:
                 current[raw] = Known(item.version, now if item.deleted else 0)
         return newer, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}
 
-    async def _produce(self, record: Record, raw: bytes, item: Item, now: int) -> Awaitable[object]:
-        # the events' own headers travel on, so an event can be followed by its ce_id
-        return await self.send(
-            self._items, record.partition, raw, events.encode(item), events.header_list(record.headers), now
-        )
-
     async def expire(self, now: int) -> int:
         """Writes the tombstones that are due at `now` (ms), at most a batch of them; returns how many."""
         deadline = now - round(self.settings.tombstone_days * _DAY_MS)
         async with self._writing:
             due = self.store.deleted_before(deadline, _EXPIRY_BATCH)
-            acks = []
-            for raw, known in due:
-                partition = events.partition_of(raw, self.settings.partitions)
-                # a reader that missed the deletion itself learns its version here
-                header = ("version", str(known.version).encode())
-                acks.append(await self.send(self._items, partition, raw, None, [header], now))
-            await asyncio.gather(*acks)  # 1
             if due:
+                await self.send([self._tombstone(raw, known, now) for raw, known in due])  # 1
                 self.store.remember({raw: (known, None) for raw, known in due}, {})  # 2
         return len(due)
+
+    def _tombstone(self, raw: bytes, known: Known, now: int) -> Outgoing:
+        partition = events.partition_of(raw, self.settings.partitions)
+        version = str(known.version).encode()  # for a reader that missed the deletion itself
+        return Outgoing(self._items, partition, raw, None, [("version", version)], now)
 
     async def keep_expiring(self) -> None:
         while True:
@@ -282,4 +280,4 @@ async def prepare(job: Job) -> Plan:
 
 def run(settings: Settings) -> None:
     """Ends the process."""
-    asyncio.run(Job.start(settings, "ingest", "ingest", prepare))
+    Job.start(settings, "ingest", "ingest", prepare)

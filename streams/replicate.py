@@ -13,7 +13,6 @@ leave rows out.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from index.errors import StoreError
@@ -84,4 +83,4 @@ async def prepare(job: Job, generation: str) -> Plan:
 def run(settings: Settings, generation: str) -> None:
     """Ends the process."""
     name, group = f"replicate-{generation}", f"replicate-{settings.host}-{generation}"
-    asyncio.run(Job.start(settings, name, group, lambda job: prepare(job, generation)))
+    Job.start(settings, name, group, lambda job: prepare(job, generation))

@@ -12,7 +12,6 @@ offset being 0 and the next a later one), so the group is moved to the store's o
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from index.errors import StoreError
@@ -21,7 +20,7 @@ from infra.settings import Settings
 from streams import events
 from streams.events import EventError
 from streams.groups import group_admin
-from streams.worker import Job, JobError, Plan, Record, Send, dead_letter
+from streams.worker import Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 
 class ReplicateHistories:
@@ -34,7 +33,7 @@ class ReplicateHistories:
     async def batch(self, records: Sequence[Record]) -> None:
         behaviours: list[StoredBehaviour] = []
         profiles: list[StoredProfile] = []
-        acks = []
+        out: list[Outgoing] = []
         for record in records:
             try:
                 if record.topic != self._users:
@@ -45,10 +44,10 @@ class ReplicateHistories:
                     erased = self._erasure(record)
                     profiles.append(erased)
                     body = events.erasure(erased.user_id, record.timestamp)
-                    acks.append(await self._send(record.topic, record.partition, record.key, body))
+                    out.append(Outgoing(record.topic, record.partition, record.key, body))
             except EventError as error:
-                acks.append(await dead_letter(self._send, self._settings, record, error))
-        await asyncio.gather(*acks)  # 1
+                out.append(dead_letter(self._settings, record, error))
+        await self._send(out)  # 1
         following = {(record.topic, record.partition): record.offset + 1 for record in records}
         self._writer.apply(behaviours, profiles, following)  # 2
 
@@ -112,4 +111,4 @@ async def prepare(job: Job) -> Plan:
 
 def run(settings: Settings) -> None:
     """Ends the process."""
-    asyncio.run(Job.start(settings, "histories", f"replicate-histories-{settings.host}", prepare))
+    Job.start(settings, "histories", f"replicate-histories-{settings.host}", prepare)

@@ -116,9 +116,12 @@ def test_a_bad_item_is_malformed_and_the_field_is_named(value: bytes | None, fie
     assert error.message
 
 
-def test_an_event_of_more_than_half_a_megabyte_is_too_large() -> None:
-    assert refusal(body(ITEM, attributes={"title": "x" * (512 << 10)})).kind == "too_large"
-    assert events.item_update(body(ITEM, attributes={"title": "x" * (500 << 10)}), None, NOW).version == 17
+def test_an_event_of_more_than_a_quarter_of_a_megabyte_is_too_large() -> None:
+    assert refusal(body(ITEM, attributes={"title": "x" * (256 << 10)})).kind == "too_large"
+    # one that doubles when it is written again can still be read, and sent
+    grown = events.encode(events.item_update(body(ITEM, embedding=[1] * 80_000), None, NOW))
+    assert events.MAX_EVENT_BYTES < len(grown) < 1_000_000
+    assert events.item(grown).version == 17
 
 
 def test_of_a_key_given_twice_the_last_one_counts() -> None:

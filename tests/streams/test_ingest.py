@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import tempfile
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from infra.settings import Settings
 from streams import events
-from streams.events import Header
 from streams.ingest import Ingest, IngestStore, Known, replay
-from streams.worker import Record
+from streams.worker import Outgoing, Record
 
 PARTITIONS = 2
 SETTINGS = Settings(partitions=PARTITIONS, tombstone_days=1.0)
@@ -38,22 +37,12 @@ class Log:
     )
     crash_after: int = -1  # records until the process dies, unacknowledged ones included
 
-    async def send(
-        self,
-        topic: str,
-        partition: int,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Sequence[Header] = (),
-        timestamp: int | None = None,
-    ) -> Awaitable[object]:
-        if self.crash_after == 0:
-            raise Crash
-        self.crash_after -= 1
-        self.topics.setdefault(topic, []).append((partition, key, value, timestamp or 0, dict(headers)))
-        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+    async def send(self, records: Sequence[Outgoing]) -> None:
+        for topic, partition, key, value, headers, timestamp in records:
+            if self.crash_after == 0:
+                raise Crash
+            self.crash_after -= 1
+            self.topics.setdefault(topic, []).append((partition, key, value, timestamp or 0, dict(headers)))
 
     def items(self) -> list[tuple[bytes, int, bytes | None]]:
         return [(key or b"", time, value) for _, key, value, time, _ in self.topics.get("items", [])]
