@@ -31,6 +31,7 @@ import msgspec
 from rocksdict import Options, Rdict, WriteBatch
 
 from infra.settings import Settings
+from infra.telemetry import counter
 from streams import events
 from streams.bulk import open_reader
 from streams.events import EventError, Item
@@ -164,7 +165,10 @@ class Ingest:
             ]
             await self.send(out + [dead_letter(self.settings, *pair) for pair in refused])  # 1
             self.store.remember(changes, {record.partition: record.offset + 1 for record in records})  # 2
-        self.stale += len(accepted) - len(newer)  # 3: Faust commits after the return
+        stale = len(accepted) - len(newer)
+        self.stale += stale  # 3: Faust commits after the return
+        if stale:
+            counter("forerank_stale_updates", "Item updates that were not newer than what ingest knew").inc(stale)
 
     def _newer(
         self, accepted: Sequence[tuple[Record, bytes, Item]], now: int

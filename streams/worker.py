@@ -28,6 +28,7 @@ from faust.transport.drivers import aiokafka as aiokafka_driver
 
 from infra.kafka.broker import BrokerError
 from infra.settings import Settings
+from infra.telemetry import counter, gauge
 from streams.bulk import BulkReadError
 from streams.events import EventError, Header, dead_letter_headers, header_list
 from streams.groups import GroupError
@@ -122,6 +123,8 @@ def dead_letter(settings: Settings, record: Record, error: EventError) -> Outgoi
 class _Silent(Monitor):
     """Faust's monitor without its statistics of every message, which nobody reads and which cost 10 us each."""
 
+    logger = aiokafka_driver.logger
+
     def on_message_in(self, *_: Any) -> None: ...
 
     def on_stream_event_in(self, *_: Any) -> None: ...
@@ -132,7 +135,9 @@ class _Silent(Monitor):
 
 
 class _Consumer(aiokafka_driver.Consumer):
-    """Faust's consumer, which makes two tasks per message so that a rebalance can interrupt its delivery."""
+    """Faust's consumer without the two tasks that it makes per message, for a rebalance to interrupt its delivery."""
+
+    logger = aiokafka_driver.logger
 
     async def wait_first(self, *work: Any, **options: Any) -> Any:
         if len(work) == 2 and self.app.flow_control.is_active() and asyncio.iscoroutine(work[0]):
@@ -197,6 +202,8 @@ class Job:
                     batch = self._producer.create_batch()
             acks.append(await self._producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*acks)
+        if dead := sum(len(found) for (topic, _), found in by_place.items() if topic.endswith(".dlq")):
+            counter("forerank_dead_letters", "Records sent to dead-letter topics", ("job",)).labels(self.name).inc(dead)
 
     def handled(self, count: int) -> None:
         """Progress of whatever the job does, for the watchdogs."""
@@ -309,6 +316,7 @@ class Job:
         """Every second: the heartbeat, with the lag asked from the broker by a client of its own."""
         consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap, group_id=None)
         await consumer.start()
+        counted = 0
         try:
             while True:
                 try:
@@ -323,6 +331,13 @@ class Job:
                 if self.heartbeat.lag > 0 and time.monotonic() - self._moved > STALL_S:
                     self._end(1, f"{self.heartbeat.lag} records wait and none was handled for {STALL_S:.0f} s")
                 self.heartbeat.write(self.settings.heartbeat_dir)
+                counter("forerank_records", "Records handled by a nearline job", ("job",)).labels(self.name).inc(
+                    self.heartbeat.handled - counted
+                )
+                gauge("forerank_lag", "Records that wait for a nearline job", ("job",)).labels(self.name).set(
+                    self.heartbeat.lag
+                )
+                counted = self.heartbeat.handled
                 await asyncio.sleep(_BEAT_S)
         finally:
             await consumer.stop()
