@@ -2,6 +2,7 @@
 
 1. A row at or below its partition's covered offset was applied before: skipped.
 2. A row replaces (or removes) the item's row only when its (version, items offset) is newer, within the blocks too.
+   A removed row leaves no version behind: an item that is made again may begin with any (ingest guards the order).
 3. Count and digest of the partition follow every accepted row. 4. After a block the partition is covered to the
 block's offset. A fill proof is compared when nothing beyond it is covered.
 """
@@ -61,7 +62,7 @@ def plan(
             j = latest[at]
             if j >= 0:
                 exists, old = not deleted[j], digests[j]
-                stale = versions[i] < versions[j] or (versions[i] == versions[j] and offsets[i] <= offsets[j])
+                stale = offsets[i] <= offsets[j] or (not deleted[j] and versions[i] < versions[j])
             else:
                 exists, old = stored[i], stored_digests[i]
                 stale = exists and versions[i] < stored_versions[i]  # its offset is covered, so it is older

@@ -68,7 +68,6 @@ class Oracle:
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[int, int, int]] = {}  # id -> version, offset, partition
-        self.removed: dict[str, tuple[int, int]] = {}  # within one apply: what a deletion had
         self.covered = [-1] * PARTITIONS
         self.next = [-1] * PARTITIONS
         self.filled = [False] * PARTITIONS
@@ -81,20 +80,17 @@ class Oracle:
         return FillProof(len(mine), int(digest_of(keys, versions).sum(dtype=np.uint64)))
 
     def apply(self, batches: list[tuple[RowBatch, int]]) -> None:
-        self.removed.clear()
         for batch, rows_offset in batches:
             p = batch.partition
             for at, name in enumerate(batch.ids):
                 version, offset = int(batch.versions[at]), int(batch.offsets[at])
-                known = self.rows.get(name, (*self.removed.get(name, (-1, -1)), p))
+                known = self.rows.get(name, (-1, -1, p))
                 if offset <= self.covered[p] or (version, offset) <= known[:2]:
                     continue
                 if batch.deleted[at]:
                     self.rows.pop(name, None)
-                    self.removed[name] = (version, offset)
                 else:
                     self.rows[name] = (version, offset, p)
-                    self.removed.pop(name, None)
             self.covered[p] = max(self.covered[p], batch.covered)
             self.next[p] = max(self.next[p], rows_offset + 1)
             if batch.fill is not None and batch.covered == self.covered[p]:
@@ -211,6 +207,26 @@ def test_a_deleted_item_does_not_come_back_by_a_replay(tmp_path: Path) -> None:
     assert writer.apply([(block(0, [Change(1, 5, 0, False)], 7), 3)]) == 0  # not in a longer block either
     assert not ArenaReader.open(tmp_path, LAYOUT).gather(keys_of(["1"], KEY)).found.any()
     assert writer.progress().covered.tolist() == [7, -1]
+    writer.close()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_item_that_is_made_again_may_begin_with_a_lower_version(tmp_path: Path, together: bool) -> None:
+    """Once its tombstone is written, `items` may carry any version of it: in one apply, in several, in one block."""
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    digest = int(digest_of(keys_of(["1"], KEY), np.array([1], np.uint64))[0])
+    batches = [
+        (block(0, [Change(1, 17, 90, False)], 90), 0),
+        (block(0, [Change(1, 18, 100, True)], 100), 1),
+        (block(0, [Change(1, 1, 160, False)], 160, FillProof(1, digest)), 2),
+    ]
+    for some in [batches] if together else [[one] for one in batches]:
+        writer.apply(some)
+    assert (writer.progress().filled[0], writer.progress().mismatch[0]) == (True, False)
+    writer.apply([(block(0, [Change(1, 9, 170, True), Change(1, 2, 180, False)], 180), 3)])
+    cold, found = ArenaReader.open(tmp_path, LAYOUT).gather_cold(keys_of(["1"], KEY))
+    assert (found.tolist(), cold["version"].tolist()) == ([True], [2])
+    assert writer.progress().count[0] == 1
     writer.close()
 
 
