@@ -22,7 +22,7 @@ _KEPT_FOR_EVER = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.b
 _COMPACTED = {
     "cleanup.policy": "compact",
     "segment.bytes": str(64 << 20),  # the newest segment is never compacted, so a smaller one makes a fill shorter
-    "delete.retention.ms": str(7 * _DAY_MS),  # an outage longer than this needs a full reconcile
+    "delete.retention.ms": str(7 * _DAY_MS),  # encode away for longer may miss deletions: stage the bundle anew
 }
 _CHECKED = ("cleanup.policy", "message.timestamp.type")
 
@@ -44,7 +44,7 @@ def topics_of(settings: Settings) -> list[Topic]:
         "item-updates": {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY_MS)},
         "items": _COMPACTED,
         "behaviours": {**_KEPT_FOR_EVER, "message.timestamp.type": "LogAppendTime"},
-        "users": _COMPACTED,
+        "users": {**_COMPACTED, "message.timestamp.type": "LogAppendTime"},  # erasures are compared with `behaviours`
     }
     single = {"models": _KEPT_FOR_EVER, "hosts": _COMPACTED}
     dead = {
