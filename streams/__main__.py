@@ -21,6 +21,7 @@ from infra.kafka.topics import TopicError
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
 from infra.telemetry import configure_logging, start_metrics
+from streams.rollout import Refused
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = settings_module.load()
         return int(options.run(settings, options) or 0)
-    except (SettingsError, BrokerError, TopicError, ProcessError) as error:
+    except (SettingsError, BrokerError, TopicError, ProcessError, Refused) as error:
         print(error, file=sys.stderr)
     except OSError as error:
         print(f"A file could not be read or written: {error}.", file=sys.stderr)

@@ -198,3 +198,22 @@ def test_state_of_another_cluster_is_refused(settings: Callable[..., Settings]) 
     done = command(host, "supervise")
     assert done.returncode == 1
     assert "belongs to other topics" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["supervise"], ["ingest"]])
+def test_a_state_folder_that_cannot_be_used_is_one_sentence(
+    settings: Callable[..., Settings], arguments: list[str]
+) -> None:
+    nowhere = command(settings(state=Path("/dev/null/x")), *arguments)
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1), nowhere.stderr
+    assert "/dev/null/x" in nowhere.stderr
+
+
+def test_a_serving_file_of_another_version_is_one_sentence(settings: Callable[..., Settings]) -> None:
+    host = settings()
+    host.state.mkdir(parents=True)
+    host.serving_file.write_text('{"format": 99}')
+    for argument in ("status", "supervise"):
+        done = command(host, argument)
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"{host.serving_file} has format 99; this version reads 1"
