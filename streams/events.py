@@ -233,8 +233,11 @@ def user(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | 
 
 
 def erasure(user_id: str, erased_at: int) -> bytes:
-    """The body that a null on `users` is rewritten to."""
-    return encode({"user_id": user_id, "erased_at": to_rfc3339(erased_at)})
+    """The body that a null on `users` is rewritten to. Raises EventError where the time is none that a body can hold."""
+    try:
+        return encode({"user_id": user_id, "erased_at": to_rfc3339(erased_at)})
+    except OverflowError:
+        raise EventError("malformed", f"the record's time, {erased_at} ms, lies outside the years 1 to 9999") from None
 
 
 def model(value: bytes | None) -> ModelEvent:
@@ -293,6 +296,17 @@ def header_list(headers: Mapping[str, bytes] | Iterable[Header] | None) -> list[
     if not headers:
         return []
     return list(headers.items()) if isinstance(headers, Mapping) else list(headers)
+
+
+def fitting_headers(headers: Iterable[Header], room: int) -> list[Header]:
+    """The first of them that take at most `room` bytes in a record."""
+    out = []
+    for name, value in headers:
+        room -= len(name.encode()) + len(value or b"") + 10  # the lengths take up to five bytes each
+        if room < 0:
+            break
+        out.append((name, value))
+    return out
 
 
 def cloud_time(headers: Mapping[str, bytes] | Iterable[Header] | None, default: int) -> int:

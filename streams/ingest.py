@@ -34,7 +34,7 @@ from infra.settings import Settings
 from infra.telemetry import counter
 from streams import events
 from streams.bulk import open_reader
-from streams.events import EventError, Item
+from streams.events import EventError, Header, Item
 from streams.groups import group_admin
 from streams.worker import Job, Outgoing, Plan, Record, Send, dead_letter
 
@@ -42,6 +42,7 @@ FORMAT = b"ingest-1"
 _DAY_MS = 86_400_000
 _EXPIRY_S = 1.0  # how often due deletions are looked for
 _EXPIRY_BATCH = 1000
+_HEADER_BYTES = 4096  # of an event that may go to `items` with it: a body leaves room for no more than some
 _VALUE = struct.Struct("<QQ")  # version, deleted_at (0 = live)
 _OFFSET = struct.Struct("<q")
 
@@ -156,11 +157,8 @@ class Ingest:
         async with self._writing:
             now = time.time_ns() // 1_000_000
             newer, changes = self._newer(accepted, now)
-            # the events' own headers travel on, so that an event can be followed by its ce_id
             out = [
-                Outgoing(
-                    self._items, record.partition, raw, events.encode(item), events.header_list(record.headers), now
-                )
+                Outgoing(self._items, record.partition, raw, events.encode(item), _cloud_headers(record), now)
                 for record, raw, item in newer
             ]
             await self.send(out + [dead_letter(self.settings, *pair) for pair in refused])  # 1
@@ -215,6 +213,12 @@ def _accept(record: Record, partitions: int) -> tuple[bytes, Item]:
     raw = item.item_id.encode()
     events.check_key(record.key, raw, record.partition, partitions)
     return raw, item
+
+
+def _cloud_headers(record: Record) -> list[Header]:
+    """The event's own, which travel on, so that it can be followed by its ce_id."""
+    own = [pair for pair in events.header_list(record.headers) if pair[0].startswith("ce_")]
+    return events.fitting_headers(own, _HEADER_BYTES)
 
 
 class _ItemHead(msgspec.Struct):

@@ -42,8 +42,8 @@ class ReplicateHistories:
                     profiles.append(self._profile(record))
                 else:
                     erased = self._erasure(record)
-                    profiles.append(erased)
                     body = events.erasure(erased.user_id, record.timestamp)
+                    profiles.append(erased)
                     out.append(Outgoing(record.topic, record.partition, record.key, body))
             except EventError as error:
                 out.append(dead_letter(self._settings, record, error))

@@ -30,14 +30,14 @@ from infra.kafka.broker import BrokerError
 from infra.settings import Settings
 from infra.telemetry import counter, gauge
 from streams.bulk import BulkReadError
-from streams.events import EventError, Header, dead_letter_headers, header_list
+from streams.events import EventError, Header, dead_letter_headers, fitting_headers, header_list
 from streams.groups import GroupError
 
 LOG = logging.getLogger(__name__)
 STALL_S = 30.0  # records waiting, none handled for so long: the agent has died silently
 NEEDS_REFILL, BAD_BUNDLE = 3, 4  # exit statuses: a restart cannot help
 _BEAT_S = 1.0
-_DEAD_BYTES = 900_000  # of a dead letter's value: what a publisher got through plus our headers might not pass again
+_DEAD_BYTES = 900_000  # of a dead letter: what a publisher got through plus our headers might not pass again
 
 
 class JobError(RuntimeError):
@@ -112,12 +112,17 @@ class Handler(Protocol):
 
 
 def dead_letter(settings: Settings, record: Record, error: EventError) -> Outgoing:
-    """The original record for its topic's dead-letter topic."""
+    """The original record for its topic's dead-letter topic; where it is too large for one, value, key and headers
+    have room in this order.
+    """
     base = record.topic.removeprefix(settings.topic_prefix)
     headers = dead_letter_headers(record.topic, record.partition, record.offset, error)
     kept = [pair for pair in header_list(record.headers) if pair[0] not in dict(headers)]
     value = record.value if record.value is None else record.value[:_DEAD_BYTES]
-    return Outgoing(settings.topic(f"{base}.dlq"), 0, record.key, value, [*headers, *kept])
+    room = _DEAD_BYTES - len(value or b"")
+    key = record.key if record.key is None else record.key[:room]
+    kept = fitting_headers(kept, room - len(key or b""))
+    return Outgoing(settings.topic(f"{base}.dlq"), 0, key, value, [*headers, *kept])
 
 
 class _Silent(Monitor):

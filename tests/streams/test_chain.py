@@ -79,7 +79,7 @@ def test_bad_events_go_to_dead_letters_and_the_rest_goes_on(
     random = np.random.default_rng(2)
     good = [item_body(f"{k}", 1, random) for k in range(6)]
     with running_chain(settings(partitions=2), bundle_path) as chain:
-        producer = KafkaProducer(bootstrap_servers=chain.settings.kafka_bootstrap)
+        producer = KafkaProducer(bootstrap_servers=chain.settings.kafka_bootstrap, max_request_size=4 << 20)
         topic = chain.settings.topic("item-updates")
         right = events.partition_of(b"x", 2)
         body = json.dumps(item_body("x", 1, random)).encode()
@@ -88,6 +88,7 @@ def test_bad_events_go_to_dead_letters_and_the_rest_goes_on(
         producer.send(topic, body, b"x", partition=1 - right)
         producer.send(topic, None, b"x", partition=right)
         producer.send(topic, b'{"item_id":"x","version":1,"pad":"' + b"x" * 600_000 + b'"}', b"x", partition=right)
+        producer.send(topic, b"v" * 340_000, b"k" * 700_000, partition=right, headers=[("h", b"1")])
         producer.close()
         chain.publish(good)
         chain.add_generation("one")
@@ -98,7 +99,7 @@ def test_bad_events_go_to_dead_letters_and_the_rest_goes_on(
         assert set(dead) == {b"malformed", b"key_mismatch", b"wrong_partition", b"too_large"}
         assert dead[b"wrong_partition"].value == body
         assert b"murmur2_random" in dict(dead[b"wrong_partition"].headers)["message"]
-        assert len(chain.read("item-updates.dlq")) == 5
+        assert len(chain.read("item-updates.dlq")) == 6
 
 
 def _keys(settings: Settings, ids: list[str]):  # type: ignore[no-untyped-def]

@@ -34,6 +34,14 @@ BEHAVIOUR = {
 }
 
 
+def test_an_erasure_at_a_time_that_no_body_can_hold_is_malformed() -> None:
+    assert json.loads(events.erasure("u", NOW)) == {"user_id": "u", "erased_at": "2026-01-01T00:00:00.000Z"}
+    for time in (2**62, -(2**62)):
+        with pytest.raises(EventError, match="outside the years") as found:
+            events.erasure("u", time)
+        assert found.value.kind == "malformed"
+
+
 def body(base: dict[str, object], **changes: object) -> bytes:
     return json.dumps({k: v for k, v in {**base, **changes}.items() if v is not ...}).encode()
 

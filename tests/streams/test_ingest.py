@@ -214,6 +214,34 @@ def test_refused_events_go_to_the_dead_letter_topic_with_their_bytes_and_the_res
         assert store.source_offsets(PARTITIONS)[right] == 5
 
 
+def test_nothing_that_fits_the_source_is_too_large_for_where_it_goes(tmp_path: Path) -> None:
+    """Whatever is large about a record (key, value, headers), what is sent stays below the broker's 1 MiB."""
+    log = Log()
+    right = events.partition_of(b"a", PARTITIONS)
+    many = [(f"h{k}", b"") for k in range(60_000)]
+    bad = [
+        record(0, b"v" * 340_000, key=b"k" * 700_000, partition=right),
+        record(1, b"v" * 1_000_000, key=b"k", partition=right),
+        record(2, b"v", key=b"a", partition=right)._replace(headers=[("x" * 500_000, b"h" * 500_000), ("ce_id", b"1")]),
+        record(3, None, key=b"a", partition=right)._replace(headers=many),
+    ]
+    large = [("ce_id", b"1"), ("x", b"h" * 400_000), ("ce_source", b"s" * 400_000)]
+    good = [
+        record(4, update("a", 1))._replace(headers=large),
+        record(5, update("a", 2))._replace(headers=[("ce_id", None)]),  # type: ignore[list-item]
+    ]
+    with opened(tmp_path) as store:
+        run(log, store, bad + good)
+        for _, key, value, _, headers in log.topics["items"] + log.topics["item-updates.dlq"]:
+            size = len(key or b"") + len(value or b"")
+            assert size + sum(len(name) + len(found or b"") + 10 for name, found in headers.items()) < 910_000
+        dead = log.topics["item-updates.dlq"]
+        assert [value for _, _, value, _, _ in dead] == [b"v" * 340_000, b"v" * 900_000, b"v", None]
+        assert dead[0][1] == b"k" * 560_000
+        assert [headers["source_offset"] for *_, headers in dead] == [b"0", b"1", b"2", b"3"]
+        assert [headers for *_, headers in log.topics["items"]] == [{"ce_id": b"1"}, {"ce_id": None}]
+
+
 def test_times_and_headers_travel_on(tmp_path: Path) -> None:
     log = Log()
     headers = [("ce_id", b"x/1"), ("ce_time", b"2026-01-01T00:00:00Z")]
