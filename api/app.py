@@ -20,7 +20,7 @@ from api import binary, items, schemas
 from api.events import KINDS
 from api.explain import explain
 from api.openapi import add_schemas, documented
-from api.prerank import Candidates, answer_of, gather_both
+from api.prerank import Candidates, answer_of
 from api.problems import ProblemError, decode, invalid
 from api.replies import JSON, body_of, error_handlers, reply
 from api.service import Service
@@ -226,7 +226,7 @@ def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) ->
     generation = service.generations.pin()
     source = service.users.find(query)
     candidate = Candidates.of_ids([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())
-    hot, cold, found = gather_both(generation, candidate.keys)
+    hot, cold, found = generation.arena.gather_both(candidate.keys)
     if not found[0]:
         raise ProblemError(404, "no-such-item", "this generation has no row of the item", "item_id")
     side = service.users.begin(generation, query, source).result()

@@ -8,30 +8,40 @@ import numpy as np
 
 from api import rtp
 from api.generations import Generation
-from api.prerank import Candidates, gather_both
 from api.problems import ProblemError
 from api.schemas import ItemRow
 from api.users import UserSource, infer
+from index.keys import keys_of
+
+_AGREE_S = 1.0  # a row reaches RocksDB some milliseconds before the arena
 
 
 def row_of(generation: Generation, item_id: str, hash_key: bytes) -> ItemRow:
-    """Raises ProblemError 404 where this generation has no row of the item."""
-    stored = generation.rows.get([item_id])[0]
-    hot, _, found = gather_both(generation, Candidates.of_ids([item_id], hash_key).keys)
-    if stored is None or not found[0]:
-        raise ProblemError(404, "no-such-item", f"generation {generation.name} has no row of this item", "item_id")
+    """The row that requests see, with what RocksDB alone has of it. Raises ProblemError 404 where this generation has
+    no row of the item, 503 where arena and RocksDB do not come to agree about it."""
+    keys = keys_of([item_id], hash_key)
+    deadline = time.monotonic() + _AGREE_S
+    while True:
+        hot, cold, found = generation.arena.gather_both(keys)
+        stored = generation.rows.get([item_id])[0]
+        if not found[0]:
+            raise ProblemError(404, "no-such-item", f"generation {generation.name} has no row of this item", "item_id")
+        row = cold[0]
+        if stored is not None and (stored.version, stored.encode_time) == (row["version"], row["encode_time"]):
+            break
+        if time.monotonic() > deadline:  # RocksDB is ahead, and the writer has stopped before the arena
+            raise ProblemError(503, "changing", "the item's row is being changed")
+        time.sleep(0.005)
+    times = {name: int(row[name]) for name in ("event_time", "publish_time", "encode_time", "visible_time")}
     return ItemRow(
         generation=generation.name,
         item_id=item_id,
         version=stored.version,
         partition=stored.partition,
         offset=stored.offset,
-        event_time=stored.event_time,
-        publish_time=stored.publish_time,
-        encode_time=stored.encode_time,
-        visible_time=stored.visible_time,
-        age_ms=time.time_ns() // 1_000_000 - stored.visible_time,
-        update_to_visible_ms=stored.visible_time - stored.publish_time,
+        **times,
+        age_ms=time.time_ns() // 1_000_000 - times["visible_time"],
+        update_to_visible_ms=times["visible_time"] - times["publish_time"],
         signature=hot[0]["signature"].tobytes().hex(),
         crosses=hot[0]["crosses"].tolist(),
         attributes=stored.attributes,
@@ -41,6 +51,6 @@ def row_of(generation: Generation, item_id: str, hash_key: bytes) -> ItemRow:
 def warm_up(generation: Generation, nobody: UserSource) -> None:
     """One request's steps for a user of whom nothing is known and two items that need not be there."""
     side = infer(generation, nobody)
-    hot, _, _ = gather_both(generation, np.zeros((2, 2), np.uint64))
+    hot, _, _ = generation.arena.gather_both(np.zeros((2, 2), np.uint64))
     scores = rtp.score(generation, side, hot)
     rtp.ranked(scores, 1, np.zeros((2, 2), np.uint64), lambda _: ["0", "0"])

@@ -27,7 +27,6 @@ from infra.settings import Settings
 
 ATTRIBUTES_MAX = 1_000  # items whose full attributes one request may ask for: each is a read of RocksDB
 RETRIEVED = 2_000  # candidates of a recommendation that does not say how many
-_TRIES = 8
 Names = list[Any] | NDArray[Any]
 
 
@@ -199,33 +198,11 @@ def gather(generation: Generation, candidates: Candidates, query: Query, cold: b
         gathered = generation.arena.gather(keys)
         there, missing = np.flatnonzero(gathered.found), np.flatnonzero(~gathered.found)
         return Rows(there, missing, 0, gathered.hot[there] if len(missing) else gathered.hot, None)
-    hot, cold_rows, found = gather_both(generation, keys)
+    hot, cold_rows, found = generation.arena.gather_both(keys)
     places = np.flatnonzero(found)
     keep = rtp.passing(generation, query.filters, cold_rows[places])
     kept = places[keep]
     return Rows(kept, np.flatnonzero(~found), len(places) - len(kept), hot[kept], cold_rows[kept])
-
-
-def gather_both(
-    generation: Generation, keys: NDArray[np.uint64]
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-    """Hot [n] and cold [n] records of the same versions, and found bool[n]; what changed in between is read again."""
-    arena = generation.arena
-    cold, found = arena.gather_cold(keys)
-    gathered = arena.gather(keys)
-    hot, torn = gathered.hot, np.arange(len(keys))
-    there = gathered.found
-    for _ in range(_TRIES):
-        again, still = arena.gather_cold(keys[torn])
-        moved = (still != found[torn]) | (still != there[torn]) | (again["version"] != cold["version"][torn])
-        cold[torn], found[torn], torn = again, still, torn[moved]
-        if not len(torn):
-            break
-        renewed = arena.gather(keys[torn])
-        hot[torn], there[torn] = renewed.hot, renewed.found
-    found &= there
-    found[torn] = False  # changed at every look: as good as not there
-    return hot, cold, found
 
 
 def answer_of(answer: Answer, query: Query) -> Ranked:

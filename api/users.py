@@ -186,7 +186,8 @@ class Users:
 def infer(generation: Generation, source: UserSource) -> UserSide:
     """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
     began = time.perf_counter()
-    hot, cold, there = rows_of(generation, source.keys)
+    hot, cold, there = generation.arena.gather_both(source.keys)
+    hot, cold = hot[there], cold[there]
     codes = generation.bundle.manifest.features.action_codes(source.action_names)
     behaviours = Behaviours(
         vectors=np.ascontiguousarray(cold["vector"], np.float32),
@@ -207,13 +208,6 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
     used = int(np.count_nonzero(there))
     took = (time.perf_counter() - began) * 1e3
     return UserSide(block, tables, source, used, len(there) - used, degraded, took)
-
-
-def rows_of(generation: Generation, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-    """Hot and cold rows of the keys that have both, and which those are."""
-    gathered, (cold, found) = generation.arena.gather(keys), generation.arena.gather_cold(keys)
-    there = gathered.found & found
-    return gathered.hot[there], cold[there], there
 
 
 def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, source: UserSource) -> UserSide:

@@ -34,6 +34,7 @@ MAGIC = 0x414E455241524F46  # "FORARENA"
 FORMAT = 1
 PAGE = 4096
 LEAST_RECORDS = 1024  # capacity of an empty arena
+_TRIES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +295,29 @@ class ArenaReader:
         rows = aligned_empty(len(keys), self._layout.cold)
         words = self._copy(keys, rows, cold=True)
         return rows, words != 0
+
+    def gather_both(self, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+        """Hot [n] and cold [n] records of keys u8[n, 2], both of one publication of the row, and found bool[n]. What
+        changes in between is read again; a row that changed at every look counts as not found."""
+        keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
+        hot, cold = aligned_empty(len(keys), self._layout.hot), aligned_empty(len(keys), self._layout.cold)
+        found, torn = np.zeros(len(keys), np.bool_), np.arange(len(keys))
+        for attempt in range(_TRIES):
+            wanted = keys[torn] if attempt else keys
+            hot_out = aligned_empty(len(torn), hot.dtype) if attempt else hot
+            cold_out = aligned_empty(len(torn), cold.dtype) if attempt else cold
+            epoch = self._current().epoch
+            words = self._copy(wanted, hot_out, cold=False)
+            same = words == self._copy(wanted, cold_out, cold=True)  # slot and slot version: the same publication
+            if self._current().epoch != epoch:
+                same[:] = False  # words of an arena that was built anew may be equal by accident
+            if attempt:
+                hot[torn], cold[torn] = hot_out, cold_out
+            found[torn] = same & (words != 0)
+            torn = torn[~same]
+            if not len(torn):
+                break
+        return hot, cold, found
 
     def _copy(self, keys: NDArray[np.uint64], out: NDArray[Any], cold: bool) -> NDArray[np.uint64]:
         keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)

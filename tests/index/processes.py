@@ -77,16 +77,17 @@ def reader(path: Path, ids: str) -> dict[str, Any]:
     rng = np.random.default_rng()
     arena = ArenaReader.open(path, LAYOUT)
     newest = np.zeros(int(ids), np.uint64)
-    seen: dict[str, Any] = dict.fromkeys(("gathers", "found", "missing", "faults", "back", "longest_ms", "remaps"), 0)
-    files = arena._files
+    counts = ("gathers", "found", "missing", "faults", "back", "mixed", "longest_ms", "remaps")
+    seen: dict[str, Any] = dict.fromkeys(counts, 0)
+    files, last = arena._files, time.monotonic()
 
     def step() -> None:
-        nonlocal files
+        nonlocal files, last
+        seen["longest_ms"] = max(seen["longest_ms"], (time.monotonic() - last) * 1000)
+        last = time.monotonic()
         wanted = rng.integers(0, len(newest), 2000)
         keys = int_keys(wanted)
-        started = time.monotonic()
         gathered = arena.gather(keys)
-        seen["longest_ms"] = max(seen["longest_ms"], (time.monotonic() - started) * 1000)
         found = gathered.found
         versions = gathered.hot.view(np.uint64).reshape(len(keys), 24)[found, 0]
         seen["faults"] += hot_faults(keys[found], gathered.hot[found])
@@ -94,6 +95,9 @@ def reader(path: Path, ids: str) -> dict[str, Any]:
         np.maximum.at(newest, wanted[found], versions)
         cold, found = arena.gather_cold(keys)
         seen["faults"] += cold_faults(keys[found], cold[found])
+        hot, cold, found = arena.gather_both(keys)
+        seen["mixed"] += int((hot.view(np.uint64).reshape(len(keys), 24)[found, 0] != cold["version"][found]).sum())
+        seen["faults"] += hot_faults(keys[found], hot[found]) + cold_faults(keys[found], cold[found])
         if seen["gathers"] % 20 == 0:
             keys, cold = arena.snapshot()
             seen["faults"] += cold_faults(keys, cold)
