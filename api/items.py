@@ -32,16 +32,18 @@ def row_of(generation: Generation, item_id: str, hash_key: bytes) -> ItemRow:
         if time.monotonic() > deadline:  # RocksDB is ahead, and the writer has stopped before the arena
             raise ProblemError(503, "changing", "the item's row is being changed")
         time.sleep(0.005)
-    times = {name: int(row[name]) for name in ("event_time", "publish_time", "encode_time", "visible_time")}
     return ItemRow(
         generation=generation.name,
         item_id=item_id,
         version=stored.version,
         partition=stored.partition,
         offset=stored.offset,
-        **times,
-        age_ms=time.time_ns() // 1_000_000 - times["visible_time"],
-        update_to_visible_ms=times["visible_time"] - times["publish_time"],
+        event_time=int(row["event_time"]),
+        publish_time=int(row["publish_time"]),
+        encode_time=int(row["encode_time"]),
+        visible_time=int(row["visible_time"]),
+        age_ms=time.time_ns() // 1_000_000 - int(row["visible_time"]),
+        update_to_visible_ms=int(row["visible_time"]) - int(row["publish_time"]),
         signature=hot[0]["signature"].tobytes().hex(),
         crosses=hot[0]["crosses"].tolist(),
         attributes=stored.attributes,
