@@ -64,7 +64,7 @@ class RowBatch:
     offsets: NDArray[np.int64]  # in `items`
     deleted: NDArray[np.bool_]
     hot: NDArray[Any]  # layout.hot [n]; slot_version is the arena's and ignored
-    cold: NDArray[Any]  # layout.cold [n]; visible_time is the host's and ignored
+    cold: NDArray[Any]  # layout.cold [n]; visible_time is the host's and ignored (N2OWriter.apply sets it)
     attributes: list[bytes]  # JSON objects
     fill: FillProof | None = None
 
@@ -98,7 +98,11 @@ class N2OWriter:
 
     def apply(self, batches: Sequence[tuple[RowBatch, int]]) -> int:
         """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
-        Raises ValueError on a block that does not fit this index."""
+        Raises ValueError on a block that does not fit this index.
+
+        A row's `visible_time` in the arena is taken after RocksDB has the rows, immediately before the first of them is
+        published: requests see the row at that time at the earliest, and when `apply` returns at the latest. RocksDB's
+        copy, taken before its own write, is what the row has after the arena was built anew."""
         if not batches:
             return 0
         for batch, _ in batches:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,23 @@ def test_a_fill_proof_that_disagrees_is_a_mismatch_until_one_agrees(tmp_path: Pa
     assert (writer.progress().filled[0], writer.progress().mismatch[0]) == (True, False)
     writer.apply([(block(1, [], -1, FillProof(0, 0)), 0)])  # an empty partition
     assert writer.progress().filled.tolist() == [True, True]
+    writer.close()
+
+
+def test_visible_time_is_taken_between_rocksdb_and_the_arena(tmp_path: Path) -> None:
+    times = {}
+
+    def step(number: int) -> None:
+        if number == 1:  # RocksDB has the row; a slow disk would have taken this long
+            begin = time.time_ns() // 1_000_000
+            while time.time_ns() // 1_000_000 < begin + 20:
+                time.sleep(0.001)
+        times[number] = time.time_ns() // 1_000_000
+
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY, step)
+    writer.apply([(block(0, [Change(1, 5, 3, False)], 3), 0)])
+    seen = int(ArenaReader.open(tmp_path, LAYOUT).gather_cold(keys_of(["1"], KEY))[0]["visible_time"][0])
+    assert times[1] <= seen <= times[2]
     writer.close()
 
 
