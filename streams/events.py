@@ -233,7 +233,7 @@ def user(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | 
 
 
 def erasure(user_id: str, erased_at: int) -> bytes:
-    """The body that a null on `users` is rewritten to. Raises EventError where the time is none that a body can hold."""
+    """The body that a null on `users` is rewritten to. Raises EventError where no body can hold the time."""
     try:
         return encode({"user_id": user_id, "erased_at": to_rfc3339(erased_at)})
     except OverflowError:

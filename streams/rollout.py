@@ -111,6 +111,12 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
     return _with(serving, new)
 
 
+def wait(serving: Serving, generation: str, reason: str) -> Serving:
+    """staged -> staged, and what it waits for."""
+    known = _expect(serving, generation, ("staged",), "prepared")
+    return _with(serving, msgspec.structs.replace(known, reason=reason))
+
+
 def fill(serving: Serving, generation: str, staged_ends: list[int]) -> Serving:
     """staged -> filling, up to these end offsets of `items`."""
     known = _expect(serving, generation, ("staged",), "filled")

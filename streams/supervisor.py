@@ -49,6 +49,7 @@ _ROUND_S = 0.2
 _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
+_STAGE_AGAIN_S = 2.0
 _STEADY_S = 60.0  # a job that ran so long starts again without delay
 _STOP_S = 10.0
 _REPORT_S = 5.0
@@ -70,8 +71,11 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
             print("Nearline jobs are running; Ctrl-C or SIGTERM stops them.", flush=True)
             while not stopping:
                 supervisor.round()
-    except (SupervisorError, BrokerError, TopicError, GroupError, Refused) as error:
+    except (SupervisorError, BrokerError, TopicError, Refused) as error:
         print(error, file=sys.stderr)
+        return 1
+    except KafkaError as error:  # while starting: a round outlives it
+        print(f"The broker at {settings.kafka_bootstrap} refused to work: {error}.", file=sys.stderr)
         return 1
     print("Nearline jobs are stopped.", flush=True)
     return 0
@@ -91,6 +95,7 @@ class Supervisor:
         self._hosts = Hosts(settings)
         self._arenas: dict[str, ArenaReader] = {}
         self._complete_since: dict[str, float] = {}
+        self._stage_due: dict[str, float] = {}
         for offset in self._models.read_all():
             self._refuse_early(offset, fresh=self.serving.decided == 0)
 
@@ -104,8 +109,12 @@ class Supervisor:
 
     def round(self) -> None:
         """New events, then each generation one step on, then the jobs that this makes necessary."""
-        for offset in self._models.poll(_ROUND_S):
-            self._refuse_early(offset, fresh=False)
+        try:
+            for offset in self._models.poll(_ROUND_S):
+                self._refuse_early(offset, fresh=False)
+        except KafkaError as error:  # the jobs go on; so does this, when it can
+            LOG.warning("models cannot be read now: %s", error)
+            time.sleep(_ROUND_S)
         desired = rollout.reduce_models(self._models.events, {int(offset) for offset in self.serving.refused})
         self._put(
             msgspec.structs.replace(
@@ -114,8 +123,10 @@ class Supervisor:
                 refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
-        for name in rollout.wanted(desired, self.serving):
-            self._stage(name, desired.staged[name])
+        waiting = [name for name in rollout.running(self.serving) if self.serving.generations[name].state == "staged"]
+        for name in [*waiting, *rollout.wanted(desired, self.serving)]:
+            if time.monotonic() >= self._stage_due.get(name, 0.0):
+                self._stage(name, desired.staged[name])
         for name in rollout.running(self.serving):
             self._advance(name)
         self._activate(rollout.next_active(desired, self.serving))
@@ -138,7 +149,6 @@ class Supervisor:
             self._put(msgspec.structs.replace(self.serving, refused=self.serving.refused | {str(offset): reason}))
 
     def _stage(self, name: str, staged: rollout.Staged) -> None:
-        LOG.info("generation %s: staged", name)
         event = staged.event
         serving = rollout.stage(self.serving, staged.offset, event)
         try:
@@ -148,9 +158,14 @@ class Supervisor:
             with group_admin(self._settings) as groups:
                 ends = groups.ends(self._settings.topic("items"))
             serving = rollout.fill(serving, name, ends)
+            LOG.info("generation %s: staged", name)
         except (BundleFileError, TopicError) as error:
             LOG.error("generation %s has failed: %s", name, error)
             serving = rollout.fail(serving, name, str(error))
+        except (BrokerError, GroupError) as error:  # says nothing about the generation
+            LOG.warning("generation %s: tried again in %.0f s: %s", name, _STAGE_AGAIN_S, error)
+            serving = rollout.wait(serving, name, str(error))
+            self._stage_due[name] = time.monotonic() + _STAGE_AGAIN_S
         self._put(serving)
 
     def _advance(self, name: str) -> None:

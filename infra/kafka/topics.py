@@ -14,7 +14,7 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from infra.kafka.broker import admin_of
+from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 
 _DAY_MS = 86_400_000
@@ -28,7 +28,7 @@ _CHECKED = ("cleanup.policy", "message.timestamp.type")
 
 
 class TopicError(RuntimeError):
-    """A topic cannot be made or is not as the jobs need it; the message is one sentence for the user."""
+    """A topic is not as the jobs need it; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def rows_topic_of(settings: Settings, generation: str) -> Topic:
 
 
 def ensure_topics(settings: Settings, overrides: Mapping[str, Mapping[str, str]] | None = None) -> list[Topic]:
-    """Make what is missing. Raises BrokerError (not reachable) or TopicError (an existing one does not fit).
+    """Make what is missing. Raises BrokerError (it cannot do so now) or TopicError (an existing one does not fit).
 
     `overrides`: topic name without prefix -> settings put over those of a topic that is made.
     """
@@ -89,7 +89,8 @@ def _ensure(settings: Settings, wanted: list[Topic]) -> None:
             if len(missing) < len(wanted):
                 _check(admin, [topic for topic in wanted if topic.name in present])
         except KafkaError as error:
-            raise TopicError(f"The topics could not be made or read at {settings.kafka_bootstrap}: {error}.") from error
+            where = settings.kafka_bootstrap
+            raise BrokerError(f"The topics could not be made or read at {where}: {error}.") from error
 
 
 def _create(admin: KafkaAdminClient, topics: list[Topic], replication: int) -> None:

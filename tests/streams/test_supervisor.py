@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ import pytest
 
 from encoders.bundle import Bundle, manifest_sha256
 from infra import processes
+from infra.kafka.broker import Broker
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events, rollout
 from streams.publish import Publisher
-from tests.conftest import free_ports
+from streams.worker import read_heartbeat
+from tests.conftest import JARS, free_ports
 from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -75,6 +77,11 @@ def state_of(settings: Settings, generation: str) -> str:
 
 def jobs(settings: Settings) -> dict[str, int]:
     return {process.name: process.pid for process in processes.listing(settings.state / "logs")}
+
+
+def running(settings: Settings, job: str) -> bool:
+    beat = read_heartbeat(settings.heartbeat_dir, job)
+    return beat is not None and beat.state == "running" and beat.pid == jobs(settings).get(job)
 
 
 def test_generations_come_and_go_and_jobs_are_kept_alive(
@@ -217,3 +224,46 @@ def test_a_serving_file_of_another_version_is_one_sentence(settings: Callable[..
         done = command(host, argument)
         assert done.returncode == 1
         assert done.stderr.strip() == f"{host.serving_file} has format 99; this version reads 1"
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the_name_up(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    """The bundle's tensors are a pipe at first: while the supervisor waits at it, the broker goes away."""
+    ports = free_ports(2)
+    own = Broker(tmp_path / "kafka", ports[0], ports[1], jars=JARS)
+    host = settings(partitions=2, kafka_bootstrap=own.bootstrap, kafka_port=own.port)
+    slow, tensors = tmp_path / "slow", tmp_path / "slow" / "model.safetensors"
+    shutil.copytree(bundle_path, slow)
+    tensors.unlink()
+    os.mkfifo(tensors)
+    pipe = -1
+
+    def read_from() -> bool:
+        nonlocal pipe
+        with suppress(OSError):  # nobody reads yet
+            pipe = os.open(tensors, os.O_WRONLY | os.O_NONBLOCK)
+        return pipe >= 0
+
+    with own, supervised(host) as supervisor:
+        for job in ("ingest", "histories"):
+            wait_until(lambda job=job: running(host, job), f"{job} runs")  # type: ignore[misc]
+        before = jobs(host)
+        done = command(host, "model", "stage", str(slow), "--generation", "a", "--activate-when-complete")
+        assert done.returncode == 0, done.stderr
+        wait_until(read_from, "the supervisor reads the bundle")
+        own.down()
+        tensors.unlink()
+        shutil.copyfile(bundle_path / tensors.name, tensors)
+        os.set_blocking(pipe, True)
+        os.write(pipe, tensors.read_bytes())
+        os.close(pipe)
+        wait_until(lambda: state_of(host, "a") == "staged", "it waits for the broker")
+        assert "cannot be reached" in serving(host).generations["a"].reason
+        assert supervisor.poll() is None
+        assert jobs(host) == before
+        own.up()
+        wait_until(lambda: serving(host).active == "a", "a is active", 90)
+        assert serving(host).generations["a"].reason == ""
+        assert supervisor.poll() is None
