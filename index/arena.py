@@ -123,11 +123,10 @@ class ArenaSize:
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """Rows of n keys: `hot` aligned structured copy [n], all zero where not found; `found` bool[n]; `slots` u4[n]."""
+    """Rows of n keys: `hot` aligned structured copy [n], all zero where not found; `found` bool[n]."""
 
     hot: NDArray[Any]
     found: NDArray[np.bool_]
-    slots: NDArray[np.uint32]
 
 
 def arena_folder(path: Path) -> Path:
@@ -163,12 +162,13 @@ class _Control:
         while True:
             epoch = int(table.load_word(self.epoch_address))
             geometry = self.page["geometry"][0, epoch & 1].copy()
-            if int(table.load_word(self.epoch_address)) == epoch:
+            if int(table.load_word_after(self.epoch_address)) == epoch:
                 return epoch, geometry
 
     def publish_geometry(self, geometry: NDArray[Any]) -> int:
         """Returns the new epoch."""
         epoch = int(self.page["epoch"][0]) + 1
+        table.hold_stores()
         self.page["geometry"][0, epoch & 1] = geometry
         table.store_word(self.epoch_address, epoch)
         return epoch
@@ -180,11 +180,12 @@ class _Control:
             number = int(table.load_word(address))
             batch = int(self.page["batch"][0, number & 1])
             records = self.page["progress"][0, number & 1].copy()
-            if int(table.load_word(address)) == number:
+            if int(table.load_word_after(address)) == number:
                 return batch, Progress.from_array(records)
 
     def publish_progress(self, batch: int, progress: Progress) -> None:
         number = int(self.page["progress_number"][0]) + 1
+        table.hold_stores()
         self.page["batch"][0, number & 1] = batch
         self.page["progress"][0, number & 1] = progress.to_array()
         table.store_word(self._address("progress_number"), number)
@@ -288,7 +289,7 @@ class ArenaReader:
         """Hot records of keys u8[n, 2]."""
         hot = aligned_empty(len(keys), self._layout.hot)
         words = self._copy(keys, hot, cold=False)
-        return Gathered(hot, words != 0, words.astype(np.uint32))
+        return Gathered(hot, words != 0)
 
     def gather_cold(self, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Cold records of keys u8[n, 2], zero where not found, and found bool[n]."""

@@ -143,6 +143,20 @@ def load_word(address: Any) -> Any:
 
 
 @njit(cache=True, nogil=True)
+def load_word_after(address: Any) -> Any:
+    """`load64` that stays behind all loads before it: the second look of a double buffer's reader."""
+    fence_acquire()
+    return load64(uint64(address))
+
+
+@njit(cache=True, nogil=True)
+def hold_stores() -> None:
+    """No later store becomes visible before the stores above: the first step of a double buffer's writer, whose other
+    half readers of the word before the last may still look at."""
+    fence_release()
+
+
+@njit(cache=True, nogil=True)
 def store_word(address: Any, value: Any) -> None:
     """`store64` for Python code."""
     store64(uint64(address), uint64(value))

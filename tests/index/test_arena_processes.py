@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from index import table
 from index.arena import ArenaReader, ArenaWriter
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys
 
@@ -116,7 +117,10 @@ def test_a_writer_killed_anywhere_leaves_whole_rows(tmp_path: Path, processes: l
         assert cold_faults(keys[found], cold[found]) == 0
         free = again._free[: again._state[0]].tolist()
         assert len(set(free)) == len(free) == again._files.records - again.items
-        assert not set(free) & set(after.slots[after.found].tolist())
+        words = again._files.table.view(np.uint64).reshape(-1, 4)[:, 2]
+        live = words[words > table.DELETED] & np.uint64(0xFFFFFFFF)
+        assert len(live) == again.items
+        assert not set(free) & set(live.tolist())
 
 
 def _wait(seconds: float) -> None:
