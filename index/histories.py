@@ -5,7 +5,8 @@ An LMDB environment with four tables, keyed by the user (length byte + UTF-8 of 
     users       HEAD: the chunks in use, position, erasure
     chunks      user + chunk number u8 big-endian -> RECORDs; read in key order they are in (event_time, offset) order
     profiles    PROFILE, then the features' JSON
-    meta        length, actions (JSON list, place = code), offsets (JSON list of [topic, partition, next offset])
+    meta        length, hash_key (a key made with it), actions (JSON list, place = code), offsets (JSON list of
+                [topic, partition, next offset])
 
 Guarantees: one `apply` is one transaction, so a reader sees all of it or nothing, at once after the commit. A record
 whose offset is not above its user's newest was applied before and changes nothing (a user's records come from one
@@ -93,7 +94,8 @@ class History:
 
 
 class HistoriesWriter:
-    """The only writer (StoreLockedError otherwise); keeps the newest `length` behaviours per user."""
+    """The only writer (StoreLockedError otherwise); keeps the newest `length` behaviours per user. HistoriesError on
+    a store that was made with another `hash_key`: its item keys would name no row any more."""
 
     def __init__(self, path: Path, length: int, hash_key: bytes) -> None:
         if length < 1:
@@ -105,11 +107,18 @@ class HistoriesWriter:
             self._env = lmdb.open(str(path), map_size=MAP_SIZE, max_dbs=4, max_readers=1024, metasync=False)
             self._tables = _Tables.open(self._env, create=True)
             self._env.reader_check()  # frees the places of readers that were killed
+            mark = keys_of(["the key that these histories were stored under"], hash_key).tolist()
             with self._env.begin(write=True) as txn:
-                txn.put(b"length", json.dumps(length).encode(), db=self._tables.meta)
+                made_with = _meta(txn, self._tables, b"hash_key", mark)
+                if made_with == mark:
+                    txn.put(b"length", json.dumps(length).encode(), db=self._tables.meta)
+                    txn.put(b"hash_key", json.dumps(mark).encode(), db=self._tables.meta)
         except lmdb.Error as error:
             self._lock.release()
             raise HistoriesError(f"{path} cannot be opened: {error}") from error
+        if made_with != mark:
+            self.close()
+            raise HistoriesError(f"{path} was made with another hash_key; set that one, or remove the folder")
 
     def apply(
         self,
@@ -131,10 +140,6 @@ class HistoriesWriter:
     def offsets(self) -> dict[tuple[str, int], int]:
         with self._env.begin() as txn:
             return self._offsets(txn)
-
-    def reader(self) -> HistoriesReader:
-        """A reader inside the writer's process (LMDB allows one environment per process). Closing it does nothing."""
-        return HistoriesReader.inside(self._env, self._tables)
 
     def close(self) -> None:
         self._env.close()
@@ -277,19 +282,11 @@ class HistoriesReader:
             self._env = lmdb.open(
                 str(path), map_size=MAP_SIZE, readonly=True, max_dbs=4, max_readers=1024, readahead=False
             )  # the size given: a store that is new has recorded none yet
-            self._owner = True
             self._tables = _Tables.open(self._env, create=False)
         except (lmdb.NotFoundError, lmdb.ReadonlyError, lmdb.InvalidError) as error:
             raise StoreMissingError(f"{path} holds no histories yet: {error}") from error
         except lmdb.Error as error:
             raise HistoriesError(f"{path} cannot be opened: {error}") from error
-
-    @classmethod
-    def inside(cls, env: lmdb.Environment, tables: _Tables) -> HistoriesReader:
-        """On the writer's own environment."""
-        reader = cls.__new__(cls)
-        reader._env, reader._tables, reader._owner = env, tables, False
-        return reader
 
     def history(self, user_id: str, as_of: int) -> History:
         """The newest behaviours with event_time <= as_of; empty for an unknown user."""
@@ -313,11 +310,6 @@ class HistoriesReader:
             return None
         features: dict[str, Any] = json.loads(stored[PROFILE.itemsize :])
         return features
-
-    def position(self, user_id: str) -> int:
-        """As History.position."""
-        with self._env.begin() as txn:
-            return int(_head(txn, self._tables, _name(user_id))["position"])
 
     def actions(self) -> tuple[str, ...]:
         """Names of the action codes."""
@@ -344,8 +336,7 @@ class HistoriesReader:
         return np.stack([keys["high"], keys["low"]], axis=1), counts.astype(np.int64)
 
     def close(self) -> None:
-        if self._owner:
-            self._env.close()
+        self._env.close()
 
 
 @dataclasses.dataclass(frozen=True)

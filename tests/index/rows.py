@@ -1,4 +1,5 @@
-"""Rows whose every byte follows from their key and version, so that a torn or foreign one shows."""
+"""What tests of stores share: rows whose every byte follows from their key and version, so that a torn or foreign one
+shows; a reader beside a writer."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from index.histories import HistoriesReader, HistoriesWriter
 from index.keys import digest_of
 from index.layout import RowLayout, aligned_empty
 
@@ -52,3 +54,10 @@ def int_keys(ids: Any) -> NDArray[np.uint64]:
     keys[:, 0] = 7
     keys[:, 1] = np.asarray(ids, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return keys
+
+
+def reader_of(writer: HistoriesWriter) -> HistoriesReader:
+    """On the writer's own environment: LMDB allows one per process."""
+    reader = HistoriesReader.__new__(HistoriesReader)
+    reader._env, reader._tables = writer._env, writer._tables
+    return reader

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from index.errors import HistoriesError, StoreLockedError, StoreMissingError
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.keys import keys_of
+from tests.index.rows import reader_of
 from tests.index.test_arena_processes import Process
 
 KEY = b"hash key"
@@ -72,7 +73,7 @@ def check(reader: HistoriesReader, oracle: Oracle, as_of: int = FAR) -> None:
         assert history.times.tolist() == [event.event_time for event in events]
         assert history.keys.tolist() == keys_of([event.item_id for event in events], KEY).tolist()
         assert [actions[code] for code in history.actions] == [event.action for event in events]
-        assert history.position == reader.position(name) == user.position
+        assert history.position == user.position
         wanted = None if user.profile is None else json.loads(user.profile.features or b"")
         assert reader.profile(name) == wanted
 
@@ -126,7 +127,7 @@ def test_any_log_gives_the_oracles_histories(
         if data.draw(st.integers(0, 3)) == 0:
             writer.close()
             writer = HistoriesWriter(path, length, KEY)
-        check(writer.reader(), oracle, data.draw(st.sampled_from([FAR, 20, 100])))
+        check(reader_of(writer), oracle, data.draw(st.sampled_from([FAR, 20, 100])))
     assert writer.offsets() == {("behaviours", 0): len(log) - 1}
     writer.close()
     shutil.rmtree(path)
@@ -140,7 +141,7 @@ def event(number: int, time_: int, user: str = "u", published: int | None = None
 
 def test_erasure_outlives_what_arrives_late_and_nothing_else(tmp_path: Path) -> None:
     writer = HistoriesWriter(tmp_path, 100, KEY)
-    reader = writer.reader()
+    reader = reader_of(writer)
     writer.apply([event(at, at) for at in range(10)], [StoredProfile("u", b'{"a":1}', None, 5, 0, 0)], {})
     writer.apply([], [StoredProfile("u", None, 6, 9, 0, 1)], {})
     assert reader.history("u", FAR).times.tolist() == [7, 8, 9]
@@ -156,7 +157,7 @@ def test_erasure_outlives_what_arrives_late_and_nothing_else(tmp_path: Path) -> 
     writer.apply([event(12, 3)], [StoredProfile("v", None, 6, 9, 0, 5)], {})
     writer.apply([event(13, 3, "v")], [], {})  # erased before anything was known
     assert reader.history("v", FAR).times.tolist() == []
-    assert reader.position("v") == 13
+    assert reader.history("v", FAR).position == 13
     writer.close()
 
 
@@ -167,7 +168,7 @@ def test_chunks_that_hold_nothing_of_the_newest_are_dropped(tmp_path: Path) -> N
     with writer._env.begin() as txn:
         stored = txn.stat(writer._tables.chunks)["entries"]
     assert stored <= 4
-    assert writer.reader().history("u", FAR).times.tolist() == list(range(2750, 3000))
+    assert reader_of(writer).history("u", FAR).times.tolist() == list(range(2750, 3000))
     writer.close()
 
 
@@ -176,10 +177,17 @@ def test_more_actions_than_codes_share_the_last(tmp_path: Path) -> None:
     many = [event(at, at)._replace(action=f"a{at}") for at in range(300)]
     writer.apply(many[:200], [], {})
     writer.apply(many[200:], [], {})
-    reader = writer.reader()
+    reader = reader_of(writer)
     names = [reader.actions()[code] for code in reader.history("u", FAR).actions]
     assert names == [f"a{at}" for at in range(255)] + ["other"] * 45
     writer.close()
+
+
+def test_another_hash_key_is_refused(tmp_path: Path) -> None:
+    HistoriesWriter(tmp_path, 10, KEY).close()
+    with pytest.raises(HistoriesError, match="another hash_key"):
+        HistoriesWriter(tmp_path, 10, b"other")
+    HistoriesWriter(tmp_path, 20, KEY).close()  # nothing of the refused one remains, not even its lock
 
 
 def test_one_writer_and_no_store_yet(tmp_path: Path) -> None:
@@ -188,10 +196,10 @@ def test_one_writer_and_no_store_yet(tmp_path: Path) -> None:
     writer = HistoriesWriter(tmp_path, 10, KEY)
     with pytest.raises(StoreLockedError):
         HistoriesWriter(tmp_path, 10, KEY)
-    assert writer.reader().history("nobody", FAR).times.tolist() == []
-    assert writer.reader().position("nobody") == -1
-    assert writer.reader().profile("nobody") is None
-    assert writer.reader().actions() == ()
+    assert reader_of(writer).history("nobody", FAR).times.tolist() == []
+    assert reader_of(writer).history("nobody", FAR).position == -1
+    assert reader_of(writer).profile("nobody") is None
+    assert reader_of(writer).actions() == ()
     assert writer.offsets() == {}
     writer.close()
     reader = HistoriesReader(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 
 from index.histories import CHUNK, HistoriesWriter, StoredBehaviour
 from index.keys import keys_of
+from tests.index.rows import reader_of
 
 KEY = b"k"
 
@@ -18,7 +19,7 @@ KEY = b"k"
 def test_items_are_counted_over_the_newest_of_every_user(tmp_path: Path, newest: int) -> None:
     random, wanted, offset = np.random.default_rng(0), Counter[tuple[int, int]](), 0
     writer = HistoriesWriter(tmp_path, 1_000, KEY)
-    assert [len(column) for column in writer.reader().popular()] == [0, 0]
+    assert [len(column) for column in reader_of(writer).popular()] == [0, 0]
     for user in range(6):
         items = [
             ("i" if random.random() < 0.5 else "") + str(random.integers(30)) for _ in range(random.integers(1, 450))
@@ -31,6 +32,6 @@ def test_items_are_counted_over_the_newest_of_every_user(tmp_path: Path, newest:
             writer.apply(part, [], {})
         offset += len(items)
         wanted.update(map(tuple, keys_of(items[-newest:], KEY).tolist()))
-    keys, counts = writer.reader().popular(newest)
+    keys, counts = reader_of(writer).popular(newest)
     assert dict(zip(map(tuple, keys.tolist()), counts.tolist(), strict=True)) == wanted
     writer.close()
