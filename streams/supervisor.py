@@ -236,8 +236,8 @@ class Supervisor:
 class Jobs:
     """The host's child processes. Their pids are on disk, so that a supervisor that was killed finds them again."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._folder = settings, settings.state / "logs"
+    def __init__(self, settings: Settings, silent_s: float = _SILENT_S) -> None:
+        self._settings, self._folder, self._silent_s = settings, settings.state / "logs", silent_s
         root = str(Path(__file__).parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environ = {
@@ -248,6 +248,7 @@ class Jobs:
             "PYTHONPATH": os.pathsep.join(paths),
         }
         self._started: dict[str, float] = {}
+        self._pids: dict[str, int] = {}  # of the newest process
         self._failures: dict[str, int] = {}
         self._due: dict[str, float] = {}
         self._gave_up: dict[str, str] = {}
@@ -258,6 +259,8 @@ class Jobs:
         self._stop_all([process for name, process in alive.items() if name not in needed])
         for name, arguments in needed.items():
             process = alive.get(name)
+            if process is not None:
+                self._pids[name] = process.pid
             if process is not None and self._silent(name, process):
                 LOG.error("%s gives no sign of life; it is killed", name)
                 processes.stop(process, 0.0)
@@ -284,12 +287,13 @@ class Jobs:
         if name in self._gave_up or now < self._due.get(name, 0.0):
             return
         self._due.pop(name, None)
-        processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
-        self._started[name] = now
+        process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
-        if beat is not None and beat.state == "stopped" and beat.status in (NEEDS_REFILL, BAD_BUNDLE):
+        own = beat is not None and beat.pid == self._pids.get(name)  # an older process's says nothing about this one
+        if beat is not None and own and beat.state == "stopped" and beat.status in (NEEDS_REFILL, BAD_BUNDLE):
             self._gave_up[name] = beat.reason
         return name in self._gave_up
 
@@ -298,8 +302,8 @@ class Jobs:
             return False
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
         if beat is not None and beat.pid == process.pid:
-            return time.time() - beat.time / 1000 > _SILENT_S
-        return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * _SILENT_S
+            return time.time() - beat.time / 1000 > self._silent_s
+        return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
 
     def _stop_all(self, found: list[processes.Process]) -> None:
         if found:

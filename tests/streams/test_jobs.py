@@ -1,0 +1,85 @@
+"""The supervisor's child processes: which are killed, which start again, and which have given up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from infra import processes
+from infra.kafka.topics import ensure_topics
+from infra.settings import Settings
+from streams.supervisor import Jobs
+from streams.worker import NEEDS_REFILL, Heartbeat, read_heartbeat
+from tests.streams.chain import wait_until
+
+pytestmark = pytest.mark.e2e
+
+
+@contextmanager
+def kept(settings: Settings, **options: float) -> Iterator[Jobs]:
+    jobs = Jobs(settings, **options)
+    try:
+        yield jobs
+    finally:
+        for process in processes.listing(settings.state / "logs"):
+            processes.stop(process, 0.0)
+
+
+def pid_of(settings: Settings, name: str) -> int:
+    found = processes.find(name, settings.state / "logs")
+    return found.pid if found else 0
+
+
+def test_a_job_that_falls_silent_is_killed_and_started_again(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    ensure_topics(host)
+    with kept(host, silent_s=4.0) as jobs:
+        needed = {"ingest": ["streams", "ingest"]}
+
+        def runs(but: int = 0) -> bool:
+            jobs.keep(needed)
+            beat, pid = read_heartbeat(host.heartbeat_dir, "ingest"), pid_of(host, "ingest")
+            return beat is not None and beat.state == "running" and beat.pid == pid != but
+
+        wait_until(runs, "ingest runs")
+        first = pid_of(host, "ingest")
+        os.kill(first, signal.SIGSTOP)
+        wait_until(lambda: runs(but=first), "another ingest runs")
+        assert processes.identity_of(first) is None
+
+
+def test_an_older_heartbeat_condemns_no_new_process(settings: Callable[..., Settings]) -> None:
+    """A job that ends before its first heartbeat is started again, whatever an earlier one left behind."""
+    host = settings(partitions=2)
+    Heartbeat("encode-g", 1, state="stopped", reason="needs refill: long ago", status=NEEDS_REFILL).write(
+        host.heartbeat_dir
+    )
+    with kept(host) as jobs:
+        pids = set()
+
+        def again() -> bool:
+            jobs.keep({"encode-g": ["streams", "no-such-command"]})
+            pids.add(pid_of(host, "encode-g"))
+            return len(pids - {0}) > 1
+
+        wait_until(again, "it was started twice", 10)
+        assert jobs.gave_up("encode-g") == ""
+
+
+def test_a_job_that_says_that_it_cannot_go_on_is_not_started_again(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    with kept(host) as jobs:
+        needed = {"encode-g": ["streams", "encode", "--generation", "g"]}  # there is no bundle
+
+        def given_up() -> bool:
+            jobs.keep(needed)
+            return jobs.gave_up("encode-g") != ""
+
+        wait_until(given_up, "encode gives up")
+        assert "bad bundle" in jobs.gave_up("encode-g")
+        jobs.keep(needed)
+        assert pid_of(host, "encode-g") == 0
