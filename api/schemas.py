@@ -121,7 +121,13 @@ class UserSeen(Struct):
 
 
 class HistoryTrace(Struct):
-    position: Annotated[int, Meta(description="place in the user's history; grows with every change of it; -1 inline")]
+    position: Annotated[
+        int,
+        Meta(
+            description="highest offset of `behaviours` applied for the user; an erasure leaves it as it is; "
+            "-1 without any, -2 for a user sent along"
+        ),
+    ]
     used: int
     missing: int
 

@@ -2,8 +2,8 @@
 
 Runs beside retrieval and must not wait for it. Reads the history and the profile, gathers the rows of the history's
 items *from the pinned generation*, and folds. A user of whom nothing is known is a cold user and is served; behaviours
-whose items have no row are left out and counted. Prefetched blocks are used only while the user's history has not moved
-on.
+whose items have no row are left out and counted. Prefetched blocks are used only while the user's profile and history are what they were made
+from.
 """
 
 from __future__ import annotations
@@ -219,5 +219,11 @@ def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, sou
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:
-    """Whether a block made `then` may stand for the user `now`."""
-    return then.position == now.position and then.profile == now.profile
+    """Whether a block made `then` may stand for the user `now`. The position alone does not tell: an erasure leaves it,
+    and a behaviour of the future comes of age without it."""
+    return (
+        then.position == now.position
+        and then.profile == now.profile
+        and np.array_equal(then.times, now.times)
+        and np.array_equal(then.keys, now.keys)
+    )

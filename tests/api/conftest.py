@@ -174,6 +174,13 @@ class Host:
         offsets = {("behaviours", 0): self._behaviours, ("users", 0): self._profiles}
         self._histories.apply(stored, users, offsets)
 
+    def erase(self, user_id: str) -> None:
+        """The user and all behaviours so far."""
+        assert self._histories is not None
+        erasure = StoredProfile(user_id, None, NOW, NOW, 0, self._profiles)
+        self._profiles += 1
+        self._histories.apply([], [erasure], {("users", 0): self._profiles})
+
     def retrieval(self, generation: str) -> None:
         """One build by the command itself."""
         self.command("retrieval", "--generation", generation, "--once")

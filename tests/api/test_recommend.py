@@ -94,6 +94,33 @@ def test_prefetch_without_a_body(host: Host) -> None:
     assert found["user"]["source"] == "prefetched"
 
 
+def test_a_prefetched_user_who_is_erased_is_inferred_anew(own_host: Any) -> None:
+    """Also one without a profile, whose position stays what it was."""
+    host = own_host()
+    host.bundle("g1")
+    host.write("g1", ITEMS)
+    past = [Seen("u", one, NOW - HOUR) for one in sorted(IDS)[:5]]
+    host.behave(past)
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    body = {"user_id": "u", "candidates": sorted(IDS), "as_of": NOW, "include": ["trace"]}
+
+    def ready() -> bool:
+        return bool(client.post("/v1/users/u/prefetch", json={"as_of": NOW}).json()["state"] == "ready")
+
+    host.wait_for(ready)
+    before = client.post("/v1/score", json=body).json()
+    assert before["user"]["source"] == "prefetched"
+    host.erase("u")
+    after = client.post("/v1/score", json=body).json()
+    assert after["trace"]["history"] == before["trace"]["history"] | {"used": 0}
+    assert (after["user"]["source"], after["user"]["behaviours_used"], after["user"]["cold"]) == ("store", 0, True)
+    wanted = host.reference("g1", [], None, sorted(IDS), NOW)
+    np.testing.assert_allclose(after["scores"], wanted, rtol=0, atol=1e-5)
+    assert client.post("/v1/users/u/prefetch", json={"as_of": NOW}).json()["state"] == "started"
+
+
 def test_a_prefetched_user_who_acts_is_inferred_anew(own_host: Any) -> None:
     host = own_host()
     host.bundle("g1")
