@@ -25,7 +25,7 @@ from api.problems import ProblemError, decode, invalid
 from api.replies import JSON, body_of, error_handlers, reply
 from api.service import Service
 from api.status import generations_of
-from api.users import user_id_of
+from api.users import moment_text, user_id_of
 from infra import telemetry
 from infra.settings import load
 
@@ -221,8 +221,7 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
 
 
 def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) -> Response:
-    at = int(as_of) if as_of is not None and as_of.lstrip("-").isdecimal() else as_of
-    query = schemas.Query(user_id=user_id_of(user_id), as_of=at)
+    query = schemas.Query(user_id=user_id_of(user_id), as_of=None if as_of is None else moment_text(as_of))
     generation = service.generations.pin()
     source = service.users.find(query)
     candidate = Candidates.of_ids([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())

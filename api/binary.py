@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.prerank import Answer
-from api.problems import ProblemError, decode, invalid
+from api.problems import ProblemError, decode, integer, invalid
 from api.schemas import Comparison, Query
+from api.users import moment_text
 
 ANSWER = (
     "without k: scores f4[n], NaN = no row or filtered out; with k: ids u64[forerank-count], "
@@ -40,7 +41,7 @@ def request_of(body: bytes, parameters: dict[str, str]) -> tuple[NDArray[np.uint
         raise invalid(unknown[0], f"unknown parameter; there are {', '.join(PARAMETERS)}")
     query = Query(user_id=parameters.get("user_id"), order=parameters.get("order", "score"))
     if (as_of := parameters.get("as_of")) is not None:
-        query.as_of = int(as_of) if as_of.lstrip("-").isdecimal() else as_of
+        query.as_of = moment_text(as_of)
     if "filters" in parameters:
         try:
             query.filters = decode(_FILTERS, parameters["filters"].encode())
@@ -75,6 +76,7 @@ def answer_of(answer: Answer, ids: NDArray[np.uint64], ranked: bool) -> tuple[by
 def _count(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise invalid("k", "expected a whole number of at least 1")
-    return int(text)
+    count = integer(text)
+    if count is None or count < 1:
+        raise invalid("k", "expected a whole number of at least 1, within the limit of a request")
+    return count

@@ -23,6 +23,7 @@ _TITLES = {
     500: "Internal error",
     503: "Not ready",
 }
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FIELD_AT = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _FIELD_NAMED = re.compile(r"(?:missing required|contains unknown) field `(?P<name>[^`]+)`")
 _BYTE = re.compile(r"\(byte (\d+)\)")
@@ -53,6 +54,11 @@ class ProblemError(Exception):
 
 def invalid(field: str, detail: str) -> ProblemError:
     return ProblemError(422, "invalid-field", detail, field)
+
+
+def integer(text: str) -> int | None:
+    """The integer that a query parameter spells; None where it spells none, or one of more digits than any limit has."""
+    return int(text) if _INTEGER.fullmatch(text) else None
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

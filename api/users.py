@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from api.cache import FutureCache
 from api.generations import Generation
-from api.problems import invalid
+from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
 from encoders.fold import Behaviours, UserBlock
@@ -92,6 +92,12 @@ def moment(value: int | str | None, field: str) -> int:
         return events.to_ms(msgspec.convert(value, events.Time))
     except msgspec.ValidationError as error:
         raise invalid(field, "expected milliseconds since the epoch or an RFC 3339 time with a zone") from error
+
+
+def moment_text(text: str) -> int | str:
+    """The time of a query parameter, as `moment` takes it: a number where it is one, else text for it to judge."""
+    number = integer(text)
+    return text if number is None else number
 
 
 def user_id_of(value: Id, field: str = "user_id") -> str:
