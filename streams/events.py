@@ -135,7 +135,7 @@ class HostReport(msgspec.Struct, omit_defaults=True):
 
 
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (ItemUpdate, Item, BehaviourBody, UserBody, ModelEvent, HostReport)
+    kind: msgspec.json.Decoder(kind) for kind in (ItemUpdate, Item, BehaviourBody, UserBody, ModelEvent)
 }
 _ENCODER = msgspec.json.Encoder()
 encode = _ENCODER.encode
@@ -246,11 +246,6 @@ def model(value: bytes | None) -> ModelEvent:
         missing = "uri" if event.uri is None else "sha256"
         raise EventError("malformed", f"a stage event needs `{missing}`", missing)
     return event
-
-
-def host_report(value: bytes | None) -> HostReport:
-    report: HostReport = _decode(HostReport, value)
-    return report
 
 
 def check_key(key: bytes | None, id_bytes: bytes, partition: int, partitions: int) -> None:

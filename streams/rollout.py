@@ -161,6 +161,13 @@ def fail(serving: Serving, generation: str, reason: str) -> Serving:
     return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
 
 
+def try_again(serving: Serving) -> Serving:
+    """Forgets why the active generation is no longer kept fresh: its jobs start anew, and say it again if need be."""
+    if serving.active is None:
+        return serving
+    return _with(serving, msgspec.structs.replace(serving.generations[serving.active], reason=""))
+
+
 def wanted(desired: Desired, serving: Serving) -> list[str]:
     """Staged generations that this host does not know yet and needs: those later than the active one, or, where none is
     active, those from the newest wish on that has not failed."""

@@ -42,7 +42,7 @@ from streams.bundles import BundleFileError
 from streams.events import EventError, HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.rollout import Refused, Serving
-from streams.worker import BAD_BUNDLE, NEEDS_REFILL, read_heartbeat
+from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
 LOG = logging.getLogger(__name__)
 _ROUND_S = 0.2
@@ -53,6 +53,7 @@ _STAGE_AGAIN_S = 2.0
 _STEADY_S = 60.0  # a job that ran so long starts again without delay
 _STOP_S = 10.0
 _REPORT_S = 5.0
+_SEND_S = 5
 
 
 class SupervisorError(RuntimeError):
@@ -89,10 +90,13 @@ class Supervisor:
         ensure_topics(settings)
         _check_cluster(settings)
         clear_metrics(settings)
-        self.serving = rollout.read(settings.serving_file)
+        self.serving = rollout.try_again(rollout.read(settings.serving_file))
         self._jobs = Jobs(settings)
         self._models = Models(settings)
-        self._hosts = Hosts(settings)
+        self._producer = KafkaProducer(
+            bootstrap_servers=settings.kafka_bootstrap.split(","), acks="all", max_block_ms=_SEND_S * 1000
+        )
+        self._hosts = Hosts(settings, self._producer)
         self._arenas: dict[str, ArenaReader] = {}
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
@@ -105,7 +109,7 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self._jobs.stop()
         self._models.close()
-        self._hosts.close()
+        self._producer.close(timeout=_SEND_S)
 
     def round(self) -> None:
         """New events, then each generation one step on, then the jobs that this makes necessary."""
@@ -119,7 +123,7 @@ class Supervisor:
         self._put(
             msgspec.structs.replace(
                 self.serving,
-                decided=self._models.following,
+                decided=self._bury(),
                 refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
@@ -148,6 +152,24 @@ class Supervisor:
             LOG.warning("activation refused: %s", reason)
             self._put(msgspec.structs.replace(self.serving, refused=self.serving.refused | {str(offset): reason}))
 
+    def _bury(self) -> int:
+        """Sends what is no model event, and was not acted upon before, to `models.dlq`; gives the first offset still to
+        be acted upon.
+        """
+        refused = self._models.refused
+        while refused:
+            record, error = refused[0]
+            if record.offset >= self.serving.decided:
+                letter = dead_letter(self._settings, record, error)
+                try:
+                    sent = self._producer.send(letter.topic, letter.value, letter.key, list(letter.headers), 0)
+                    sent.get(_SEND_S)
+                except KafkaError as failed:
+                    LOG.warning("models offset %d is not in the dead-letter topic yet: %s", record.offset, failed)
+                    return record.offset
+            refused.pop(0)
+        return self._models.following
+
     def _stage(self, name: str, staged: rollout.Staged) -> None:
         event = staged.event
         serving = rollout.stage(self.serving, staged.offset, event)
@@ -170,11 +192,10 @@ class Supervisor:
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""
-        for job in (f"encode-{name}", f"replicate-{name}"):
-            reason = self._jobs.gave_up(job)
-            if reason and self.serving.generations[name].reason != reason:
-                LOG.error("generation %s: %s", name, reason)
-                self._put(rollout.fail(self.serving, name, reason))
+        reason = "; ".join(filter(None, (self._jobs.gave_up(f"{job}-{name}") for job in ("encode", "replicate"))))
+        if reason and self.serving.generations[name].reason != reason:
+            LOG.error("generation %s: %s", name, reason)
+            self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state != "filling":
             return
         progress = self._progress(name)
@@ -323,6 +344,7 @@ class Models:
         self._consumer.assign([self._tp])
         self._consumer.seek(self._tp, self._consumer.beginning_offsets([self._tp])[self._tp])
         self.events: list[tuple[int, ModelEvent]] = []
+        self.refused: list[tuple[Record, EventError]] = []  # in the order of their offsets
         self.following = 0
 
     def read_all(self) -> list[int]:
@@ -337,7 +359,7 @@ class Models:
         return out
 
     def poll(self, wait_s: float) -> list[int]:
-        """Offsets of new events. What is no model event is logged and passed over."""
+        """Offsets of new events. What is no model event is among `refused`."""
         out = []
         for record in self._consumer.poll(timeout_ms=int(wait_s * 1000)).get(self._tp, []):
             self.following = record.offset + 1
@@ -345,6 +367,8 @@ class Models:
                 event = events.model(record.value)
             except EventError as error:
                 LOG.error("models offset %d is no model event: %s", record.offset, error)
+                found = (record.topic, record.partition, record.offset, record.timestamp, record.key, record.value)
+                self.refused.append((Record(*found, record.headers), error))
                 continue
             self.events.append((record.offset, event))
             out.append(record.offset)
@@ -360,9 +384,8 @@ class Models:
 class Hosts:
     """What this host says on `hosts`: at each change of state, and every few seconds while something fills."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._producer = KafkaProducer(bootstrap_servers=settings.kafka_bootstrap.split(","), acks="all")
+    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._settings, self._producer = settings, producer
         self._said: dict[str, tuple[str, str]] = {}
         self._due = 0.0
 
@@ -394,9 +417,6 @@ class Hosts:
                 LOG.warning("no report on hosts: %s", error)
         if periodic:
             self._due = now + _REPORT_S
-
-    def close(self) -> None:
-        self._producer.close(timeout=5)
 
 
 def status(settings: Settings) -> int:

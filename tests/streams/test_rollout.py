@@ -215,3 +215,19 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"{")
     with pytest.raises(Refused, match="not a serving file"):
         rollout.read(path)
+
+
+def test_the_reason_of_an_active_generation_lasts_until_its_jobs_try_again() -> None:
+    serving = rollout.fail(rollout.activate(complete(staged("a"), "a"), "a"), "a", "needs refill")
+    assert (serving.generations["a"].state, serving.generations["a"].reason) == ("active", "needs refill")
+    assert rollout.try_again(serving).generations["a"].reason == ""
+    failed = rollout.fail(staged("b"), "b", "bad bundle")
+    assert rollout.try_again(failed) == failed
+
+
+def test_what_a_staged_generation_waits_for_is_forgotten_when_it_fills() -> None:
+    serving = rollout.wait(staged("a"), "a", "the broker is away")
+    assert (serving.generations["a"].state, serving.generations["a"].reason) == ("staged", "the broker is away")
+    assert rollout.fill(serving, "a", [1]).generations["a"].reason == ""
+    with pytest.raises(Refused):
+        rollout.wait(complete(serving, "a"), "a", "the broker is away")

@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from kafka import KafkaProducer, TopicPartition
 
 from encoders.bundle import Bundle, manifest_sha256
 from infra import processes
-from infra.kafka.broker import Broker
+from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events, rollout
@@ -122,6 +124,14 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert serving(host).active == "a"
         assert live.items() <= jobs(host).items()
 
+        # what is no model event is a dead letter, once
+        with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
+            producer.send(host.topic("models"), b'{"action": "stage"}', b"a", headers=[("ce_id", b"7")], partition=0)
+        wait_until(lambda: len(chain.read("models.dlq")) == 1, "a dead letter")
+        (dead,) = chain.read("models.dlq")
+        assert (dead.key, dead.value) == (b"a", b'{"action": "stage"}')
+        assert {"error_type": b"malformed", "ce_id": b"7"}.items() <= dict(dead.headers).items()
+
         # an explicit activation is refused until the generation is complete, and the name is not used again
         with Publisher(host) as publisher:
             stage = {"action": "stage", "generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
@@ -156,8 +166,9 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
             again.kill()
             again.wait(10)
         assert jobs(host) == {}
+        assert len(chain.read("models.dlq")) == 1
         assert command(host, "status").returncode == 1
-        reports = [events.host_report(record.value) for record in chain.read("hosts")]
+        reports = [msgspec.json.decode(record.value, type=events.HostReport) for record in chain.read("hosts")]
         told = [(report.generation, report.state) for report in reports]
         assert [state for name, state in told if name == "b"][-3:] == ["complete", "active", "former"]
         last = [report for report in reports if report.generation == "b"][-1]
@@ -267,3 +278,31 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
         wait_until(lambda: serving(host).active == "a", "a is active", 90)
         assert serving(host).generations["a"].reason == ""
         assert supervisor.poll() is None
+
+
+@pytest.mark.slow
+def test_an_active_generation_that_ages_says_why(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    """Its index is lost and its blocks are no longer in Kafka: it stays active, with the reason in serving.json."""
+    host = settings(partitions=2)
+    chain = Chain(host, bundle_path)
+    with supervised(host) as supervisor:
+        with Publisher(host) as publisher:
+            publisher.items([item_body(f"{k}", 1, np.random.default_rng(1)) for k in range(20)])
+        command(host, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
+        wait_until(lambda: serving(host).active == "a", "a is active")
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(30) == 0
+    shutil.rmtree(host.generation_dir("a") / "n2o")
+    with admin_of(host.kafka_bootstrap) as admin:
+        ends = chain.end_offsets("rows.a")
+        admin.delete_records({TopicPartition(host.topic("rows.a"), p): end for p, end in enumerate(ends)})
+    known = serving(host)
+    rollout.write(host.serving_file, rollout.fail(known, "a", "of long ago"))
+    with supervised(host):
+        wait_until(lambda: "needs refill" in serving(host).generations["a"].reason, "the reason is in serving.json")
+        found = serving(host)
+        assert (found.active, found.generations["a"].state) == ("a", "active")
+        assert "of long ago" not in found.generations["a"].reason
+        assert "needs refill" in command(host, "status").stdout
