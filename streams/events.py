@@ -21,6 +21,7 @@ import msgspec
 ID_BYTES = 128  # of a user, item or event id, in UTF-8
 MAX_EVENT_BYTES = 256 << 10  # written again it may double ("1" becomes "1.0"), and a message may have 1 MB
 _MAX_CROSSES = 256
+_SKEW_MS = 300_000  # by how much a publisher's clock may be ahead
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MS = datetime.timedelta(milliseconds=1)
@@ -95,7 +96,8 @@ class Behaviour(msgspec.Struct):
 
 
 class UserBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A profile (`features`) or an erasure (`erased_at`), never both."""
+    """A profile (`features`), or an erasure (`erased_at`): profile and all behaviours *published* until then are gone,
+    whenever they happened, and stay so. Never both; `erased_at` is not in the future."""
 
     user_id: Text
     features: Features | None = None
@@ -229,6 +231,8 @@ def user(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | 
         raise EventError("malformed", "exactly one of `features` and `erased_at` is needed", "features")
     event_time = _resolve(body.event_time, headers, publish_time)
     erased_at = None if body.erased_at is None else to_ms(body.erased_at)
+    if erased_at is not None and erased_at > publish_time + _SKEW_MS:
+        raise EventError("malformed", "`erased_at` lies in the future: it would shut the user out", "erased_at")
     return User(body.user_id, body.features, event_time, erased_at, publish_time)
 
 

@@ -80,7 +80,7 @@ def check(kind: Kind, row: Row) -> _Checked:
         behaviour = events.behaviour(value, None, 0)
         return _Checked(behaviour.user_id, behaviour.event_id, value)
     if kind == "users":
-        return _Checked(events.user(value, None, 0).user_id, events.new_event_id(), value)
+        return _Checked(events.user(value, None, time.time_ns() // 1_000_000).user_id, events.new_event_id(), value)
     return _Checked(events.model(value).generation, events.new_event_id(), value)
 
 

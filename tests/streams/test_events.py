@@ -178,6 +178,9 @@ def test_behaviours_and_users() -> None:
     for bad in (b'{"user_id":"u"}', b'{"user_id":"u","features":{},"erased_at":"2026-01-01T00:00:00Z"}'):
         with pytest.raises(EventError, match="exactly one"):
             events.user(bad, None, NOW)
+    with pytest.raises(EventError, match="future") as refused:
+        events.user(events.erasure("u", NOW + 600_000), None, NOW)
+    assert refused.value.field == "erased_at"
 
 
 def test_model_events() -> None:
