@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _PLAIN_NAMES = {"kafka_bootstrap": "KAFKA_BOOTSTRAP", "api_processes": "API_PROCESSES", "api_port": "API_PORT"}
+_LEVELS = ("debug", "info", "warning", "error")
 
 
 class SettingsError(ValueError):
@@ -115,6 +116,11 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     ):
         if getattr(settings, name) < low:
             raise SettingsError(f"{variable(name)}={getattr(settings, name)} must be at least {low}")
+    for name in ("kafka_port", "kafka_controller_port", "api_port"):
+        if not 1 <= getattr(settings, name) <= 65_535:
+            raise SettingsError(f"{variable(name)}={getattr(settings, name)} is not a port (1 to 65535)")
+    if settings.log_level.lower() not in _LEVELS:
+        raise SettingsError(f"{variable('log_level')}={settings.log_level!r} is none of {', '.join(_LEVELS)}")
     return settings
 
 

@@ -23,9 +23,16 @@ def test_defaults_without_environment() -> None:
     assert load({}) == Settings()
 
 
-@given(
-    st.builds(Settings, **{field.name: _BY_TYPE[type(field.default)] for field in dataclasses.fields(Settings)})  # type: ignore[arg-type]
-)
+_PORT = st.integers(1, 65_535)
+_BY_NAME = {field.name: _BY_TYPE[type(field.default)] for field in dataclasses.fields(Settings)} | {
+    "kafka_port": _PORT,
+    "kafka_controller_port": _PORT,
+    "api_port": _PORT,
+    "log_level": st.sampled_from(["debug", "info", "warning", "error", "INFO"]),
+}
+
+
+@given(st.builds(Settings, **_BY_NAME))  # type: ignore[arg-type]
 def test_environment_and_back(settings: Settings) -> None:
     assert load(environment(settings)) == settings
 
@@ -39,6 +46,11 @@ def test_environment_and_back(settings: Settings) -> None:
         ("FORERANK_TOMBSTONE_DAYS", "a week"),
         ("FORERANK_LOG_JSON", "maybe"),
         ("API_PROCESSES", "-1"),
+        ("API_PORT", "99999"),
+        ("API_PORT", "0"),
+        ("FORERANK_KAFKA_PORT", "65536"),
+        ("FORERANK_KAFKA_CONTROLLER_PORT", "-1"),
+        ("FORERANK_LOG_LEVEL", "foo"),
     ],
 )
 def test_an_unusable_value_names_its_variable(name: str, text: str) -> None:
