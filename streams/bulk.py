@@ -26,8 +26,10 @@ class BulkReadError(RuntimeError):
 class BulkReader:
     """`starts` and `ends` have one entry per partition; `ends` were the end offsets when it was opened."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, topic: str, starts: list[int], ends: list[int]) -> None:
-        self._consumer, self._topic = consumer, topic
+    def __init__(
+        self, consumer: AIOKafkaConsumer, topic: str, starts: list[int], ends: list[int], stall_s: float = _STALL_S
+    ) -> None:
+        self._consumer, self._topic, self._stall_s = consumer, topic, stall_s
         self.starts, self.ends = starts, ends
 
     async def batches(self) -> AsyncIterator[dict[int, list[ConsumerRecord]]]:
@@ -52,8 +54,10 @@ class BulkReader:
                     position[partition], moved = reached, time.monotonic()
                 if reached >= self.ends[partition]:
                     waiting.discard(partition)
-            if time.monotonic() - moved > _STALL_S:
-                raise BulkReadError(f"{self._topic} gave no record for {_STALL_S:.0f} s before its end was reached")
+            if time.monotonic() - moved > self._stall_s:
+                raise BulkReadError(
+                    f"{self._topic} gave no record for {self._stall_s:.0f} s before its end was reached"
+                )
 
 
 @asynccontextmanager
