@@ -161,22 +161,32 @@ def _item(record: Record) -> Item:
     return Item(item_id, version, record.timestamp, record.timestamp, True)
 
 
-async def prepare(job: Job, generation: str, sha256: str | None = None) -> Plan:
+async def prepare(job: Job, generation: str) -> Plan:
     """Loads the bundle; fills the generation if its group has no offsets, or catches up in bulk if it is far behind."""
     settings, topic = job.settings, job.settings.topic("items")
-    torch.set_num_threads(1)
     try:
-        bundle = load_bundle(settings.generation_dir(generation) / "bundle", sha256)
+        bundle = await asyncio.to_thread(load_bundle, settings.generation_dir(generation) / "bundle")
     except BundleError as error:
         raise JobError(f"bad bundle: {error}", BAD_BUNDLE) from error
+    torch.set_num_threads(1)
     encode = Encode(settings, generation, bundle, job.send)
-    with group_admin(settings) as groups:
-        committed = groups.committed(job.group, topic)
-        starts = bulk_starts(committed, groups.ends(topic))
-        if starts is not None:
-            committed = await fill(job, encode, topic, starts)
-            await asyncio.to_thread(groups.commit, job.group, topic, committed, job.instance)
+    committed, ends = await asyncio.to_thread(_offsets, job, topic)
+    starts = bulk_starts(committed, ends)
+    if starts is not None:
+        committed = await fill(job, encode, topic, starts)
+        await asyncio.to_thread(_commit, job, topic, committed)
     return Plan({topic: committed}, encode)
+
+
+def _offsets(job: Job, topic: str) -> tuple[list[int], list[int]]:
+    """Those that the group committed, and the ends of `items`."""
+    with group_admin(job.settings) as groups:
+        return groups.committed(job.group, topic), groups.ends(topic)
+
+
+def _commit(job: Job, topic: str, offsets: list[int]) -> None:
+    with group_admin(job.settings) as groups:
+        groups.commit(job.group, topic, offsets, job.instance)
 
 
 def run(settings: Settings, generation: str) -> None:

@@ -13,6 +13,7 @@ leave rows out.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from index.errors import StoreError
@@ -61,7 +62,7 @@ def needs_refill(topic: str, partition: int, expected: int, found: int) -> JobEr
     )
 
 
-async def prepare(job: Job, generation: str) -> Plan:
+def prepare(job: Job, generation: str) -> Plan:
     """Opens the index, checks that the log still has what it needs, and moves the group to the index's offsets."""
     settings, topic = job.settings, job.settings.topic(f"rows.{generation}")
     folder = settings.generation_dir(generation)
@@ -83,4 +84,4 @@ async def prepare(job: Job, generation: str) -> Plan:
 def run(settings: Settings, generation: str) -> None:
     """Ends the process."""
     name, group = f"replicate-{generation}", f"replicate-{settings.host}-{generation}"
-    Job.start(settings, name, group, lambda job: prepare(job, generation))
+    Job.start(settings, name, group, lambda job: asyncio.to_thread(prepare, job, generation))

@@ -12,6 +12,7 @@ offset being 0 and the next a later one), so the group is moved to the store's o
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from index.errors import StoreError
@@ -89,7 +90,7 @@ class ReplicateHistories:
         self._writer.close()
 
 
-async def prepare(job: Job) -> Plan:
+def prepare(job: Job) -> Plan:
     """Opens the store and moves the group to the store's offsets where they differ."""
     settings = job.settings
     try:
@@ -111,4 +112,6 @@ async def prepare(job: Job) -> Plan:
 
 def run(settings: Settings) -> None:
     """Ends the process."""
-    Job.start(settings, "histories", f"replicate-histories-{settings.host}", prepare)
+    Job.start(
+        settings, "histories", f"replicate-histories-{settings.host}", lambda job: asyncio.to_thread(prepare, job)
+    )
