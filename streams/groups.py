@@ -47,6 +47,13 @@ class Groups:
         found = self._patiently(lambda: self._admin.list_group_offsets({group: wanted}))[group]
         return [found[tp].offset if tp in found else -1 for tp in wanted]
 
+    def members(self, group: str) -> set[str]:
+        """Static ids of the members whose sessions last; "" stands for those without one."""
+        found = self._patiently(lambda: self._admin.describe_groups([group]))[group]
+        if found["error"] and "GroupIdNotFound" not in found["error"]:
+            raise GroupError(f"The members of group {group} cannot be read: {found['error']}.")
+        return {str(member["group_instance_id"] or "") for member in found["members"]}
+
     def starts(self, topic: str) -> list[int]:
         """First offset still there, per partition."""
         return self._offsets(topic, OffsetSpec.EARLIEST)

@@ -14,6 +14,9 @@ A crash after 1 repeats records with the version they had: harmless. The other o
 A deletion is remembered for `tombstone_days`; then (1) the tombstone is produced and acknowledged, (2) the item is
 forgotten. After that an old update of the item would be taken for a new one.
 
+One host's ingest runs; those of other hosts stand by until its membership of the group has ended (a store knows only
+what its own process accepted), and then take what they missed from `items`.
+
 The store can always be made again from `items`: same key, same partition, and the record's time is when it was
 accepted.
 """
@@ -21,6 +24,7 @@ accepted.
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,20 +32,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from kafka.errors import KafkaError
 from rocksdict import Options, Rdict, WriteBatch
 
+from infra.kafka.broker import BrokerError
 from infra.settings import Settings
 from infra.telemetry import counter
 from streams import events
 from streams.bulk import open_reader
 from streams.events import EventError, Header, Item
-from streams.groups import group_admin
-from streams.worker import Job, Outgoing, Plan, Record, Send, dead_letter
+from streams.groups import GroupError, group_admin
+from streams.worker import Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
+LOG = logging.getLogger(__name__)
 FORMAT = b"ingest-1"
 _DAY_MS = 86_400_000
 _EXPIRY_S = 1.0  # how often due deletions are looked for
 _EXPIRY_BATCH = 1000
+_LOOK_S = 2.0  # how often the group's members are asked for
 _HEADER_BYTES = 4096  # of an event that may go to `items` with it: a body leaves room for no more than some
 _VALUE = struct.Struct("<QQ")  # version, deleted_at (0 = live)
 _OFFSET = struct.Struct("<q")
@@ -267,23 +275,92 @@ async def rebuild(job: Job, store: IngestStore) -> None:
     store.mark_whole()
 
 
+async def stand_by(job: Job) -> bool:
+    """Returns once no other host's ingest is in the group, and whether it had to wait for that. A store follows all of
+    `item-updates`, or its versions are no measure.
+    """
+    while others := await _others(job):
+        if job.heartbeat.state != "standby":
+            job.say("standby")
+        job.heartbeat.reason = f"waits for {', '.join(sorted(others))}"
+        await asyncio.sleep(_LOOK_S)
+    waited, job.heartbeat.reason = job.heartbeat.state == "standby", ""
+    return waited
+
+
+async def keep_alone(job: Job) -> None:
+    """Ends the process when another one came into the group at the same moment: both start again, and one stands by."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        if job.heartbeat.state == "running" and (others := await _others(job)):
+            raise JobError(f"{', '.join(sorted(others))} is in the group too; ingest starts again, to stand by")
+
+
+async def _others(job: Job) -> set[str]:
+    """The group's other members, by static id. Waits for a broker that is away."""
+
+    def ask() -> set[str]:
+        with group_admin(job.settings) as groups:
+            return groups.members(job.group) - {job.instance}
+
+    while True:
+        try:
+            return await asyncio.to_thread(ask)
+        except (BrokerError, GroupError, KafkaError) as error:
+            LOG.warning("ingest: the members of its group are unknown: %s", error)
+            await asyncio.sleep(_LOOK_S)
+
+
 async def prepare(job: Job) -> Plan:
-    """Opens the store, makes it whole, and moves the group where the two disagree."""
+    """Waits for its turn, opens the store, makes it whole, and moves the group where the two disagree."""
     settings, source = job.settings, job.settings.topic("item-updates")
-    with group_admin(settings) as groups:
-        committed, starts = groups.committed(job.group, source), groups.starts(source)
-        store = IngestStore(settings.ingest_dir)
-        stored = store.source_offsets(settings.partitions)
-        behind = any(-1 < known < done for known, done in zip(stored, committed, strict=True))
-        if behind or not store.whole:
-            await rebuild(job, store)
-        if behind:  # read those again that the store never saw
-            target = [done if known < 0 else min(known, done) for known, done in zip(stored, committed, strict=True)]
-            groups.commit(job.group, source, target, job.instance)
-            committed = target
+    waited = await stand_by(job)
+    store, committed, starts = await asyncio.to_thread(_open, job, source)
+    stored = store.source_offsets(settings.partitions)
+    behind = any(
+        known < done for known, done in zip(stored, committed, strict=True)
+    )  # as when another host's ingest ran
+    # what the store never saw is read again
+    following = [known if -1 < known < done else done for known, done in zip(stored, committed, strict=True)]
+    if waited or behind or not store.whole:
+        await rebuild(job, store)
+        seen = {p: done for p, (known, done) in enumerate(zip(stored, committed, strict=True)) if known < 0 <= done}
+        store.remember({}, seen)
+    lost = sum(
+        max(0, start - max(known, done))
+        for known, done, start in zip(stored, committed, starts, strict=True)
+        if done >= 0
+    )
+    following = [offset if offset < 0 else max(offset, start) for offset, start in zip(following, starts, strict=True)]
+    if following != committed:
+        await asyncio.to_thread(_commit, job, source, following)
+    if lost:
+        _report_lost(job, source, lost)
+    if others := await _others(job):
+        raise JobError(f"{', '.join(sorted(others))} was quicker; ingest starts again, to stand by")
     ingest = Ingest(settings, store, job.send)
     job.background(ingest.keep_expiring())
-    return Plan({source: [max(pair) for pair in zip(committed, starts, strict=True)]}, ingest)
+    job.background(keep_alone(job))
+    return Plan({source: [max(pair) for pair in zip(following, starts, strict=True)]}, ingest)
+
+
+def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int]]:
+    """The store, and the offsets of `item-updates`: those that the group committed, the first there are."""
+    with group_admin(job.settings) as groups:
+        committed, starts = groups.committed(job.group, source), groups.starts(source)
+    return IngestStore(job.settings.ingest_dir), committed, starts
+
+
+def _commit(job: Job, source: str, offsets: list[int]) -> None:
+    with group_admin(job.settings) as groups:
+        groups.commit(job.group, source, offsets, job.instance)
+
+
+def _report_lost(job: Job, source: str, lost: int) -> None:
+    """Retention took updates that ingest had not read. Nobody can read them again, so ingest says so and goes on."""
+    job.heartbeat.reason = f"{lost} records of {source} were deleted unread: publish what changed meanwhile again"
+    LOG.error("ingest: %s", job.heartbeat.reason)
+    counter("forerank_lost_updates", "Item updates that Kafka deleted before ingest had read them").inc(lost)
 
 
 def run(settings: Settings) -> None:

@@ -429,7 +429,11 @@ def status(settings: Settings) -> int:
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
         beat = read_heartbeat(settings.heartbeat_dir, process.name)
-        told = f"{beat.state}, {beat.handled} records handled, {beat.lag} waiting" if beat else "no heartbeat"
+        told = (
+            f"{beat.state}, {beat.handled} records handled, {beat.lag} waiting{beat.reason and f' ({beat.reason})'}"
+            if beat
+            else "no heartbeat"
+        )
         print(f"{process.name}: pid {process.pid}, {told}")
     try:
         with _only_one(settings):
