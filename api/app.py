@@ -17,7 +17,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 
 from api import binary, items, schemas
-from api.events import KINDS
+from api.events import KINDS, checked
 from api.explain import explain
 from api.openapi import add_schemas, documented
 from api.prerank import Candidates, answer_of
@@ -28,6 +28,7 @@ from api.status import generations_of
 from api.users import moment_text, user_id_of
 from infra import telemetry
 from infra.settings import load
+from streams.publish import Kind
 
 __all__ = ["Service", "application", "create_app"]
 
@@ -209,7 +210,10 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
         include = request.query_params.get("include", "")
         if include not in ("", "event"):
             raise invalid("include", "expected `event` or nothing")
-        return await service.run(_item, service, item_id, bool(include))
+        row = await service.run(_item, service, item_id)
+        if include:
+            row.event = await service.feed.item_event(row.partition, row.offset)
+        return reply(row)
 
     @app.get(
         "/v1/generations",
@@ -232,19 +236,16 @@ def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) ->
     return reply(explain(generation, side, item_id, hot, int(cold["version"][0])))
 
 
-def _item(service: Service, item_id: str, with_event: bool) -> Response:
+def _item(service: Service, item_id: str) -> schemas.ItemRow:
     generation = service.generations.pin()
-    row = items.row_of(generation, user_id_of(item_id, "item_id"), service.settings.hash_key.encode())
-    if with_event:
-        row.event = service.feed.item_event(row.partition, row.offset)
-    return reply(row)
+    return items.row_of(generation, user_id_of(item_id, "item_id"), service.settings.hash_key.encode())
 
 
 # ---- events
 
 
 def _event_routes(app: FastAPI, service: Service) -> None:
-    def route(kind: str, body_type: Any) -> None:
+    def route(kind: Kind, body_type: Any) -> None:
         @app.post(
             f"/v1/events/{kind}",
             summary=f"publish {kind} to Kafka",
@@ -261,8 +262,8 @@ def _event_routes(app: FastAPI, service: Service) -> None:
         )
         async def publish(request: Request) -> Response:
             body, media = await body_of(request, JSON, "application/x-ndjson")
-            accepted = await service.run(service.feed.publish, kind, body, media != JSON)
-            return reply(accepted, 202)
+            rows = await service.run(checked, kind, body, media != JSON)
+            return reply(await service.feed.publish(kind, rows), 202)
 
     for kind, body_type in KINDS.items():
         route(kind, body_type)

@@ -1,11 +1,13 @@
 """Events over HTTP: validated as ingest will, published to Kafka, answered when the broker has them.
 
-Either all events of a body are sent or none. Kafka's client is made at the first use and works in threads of its own,
-so that a broker that is away keeps no ranking request waiting.
+A body with a wrong event is refused whole. Where the broker fails half way some events may have arrived; the answer is
+503, and sending the body again does no harm: items are versioned, behaviours carry their ids. Whatever waits for the
+broker does so in threads of its own, so a broker that is away keeps no ranking request waiting.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,24 +40,15 @@ class Feed:
         self._lock = threading.Lock()
         self._publisher: Publisher | None = None
 
-    def publish(self, kind: Kind, body: bytes, lines: bool) -> Accepted:
-        """Raises ProblemError: 400 or 422 where the body is wrong (nothing is sent), 503 where the broker is away."""
-        rows = _rows(body, lines)
-        single = not lines and not body.lstrip().startswith(b"[")
-        for at, row in enumerate(rows):
-            try:
-                check(kind, row)
-            except EventError as error:
-                place = "" if single else f"[{at}]"
-                field = ".".join(part for part in (place, error.field) if part) or None
-                raise ProblemError(422, "invalid-event", f"event {at}: {error.message}", field) from error
+    async def publish(self, kind: Kind, rows: list[bytes]) -> Accepted:
+        """Events that `checked` has seen. Raises ProblemError 503 where the broker is away."""
         if rows:
-            self._with_broker(lambda: self._connected().publish(kind, rows))
+            await self._with_broker(lambda: self._connected().publish(kind, rows))
         return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
 
-    def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:
+    async def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:
         """The record at this place of `items`; None where compaction has removed it. Raises ProblemError 503."""
-        return self._with_broker(lambda: _record(self._settings, partition, offset))
+        return await self._with_broker(lambda: _record(self._settings, partition, offset))
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -69,14 +62,30 @@ class Feed:
                 self._publisher = Publisher(self._settings)
             return self._publisher
 
-    def _with_broker(self, work: Callable[[], T]) -> T:
+    async def _with_broker(self, work: Callable[[], T]) -> T:
+        """`work` in the pool; given up, and not even begun where it waits for others, after _WAIT_S."""
         try:
-            return self._pool.submit(work).result(_WAIT_S)
+            async with asyncio.timeout(_WAIT_S):
+                return await asyncio.wrap_future(self._pool.submit(work))
         except TimeoutError as error:
             said = "the Kafka broker has not answered in time; events may still arrive"
             raise ProblemError(503, "broker-away", said) from error
         except (PublishError, KafkaError) as error:
             raise ProblemError(503, "broker-away", str(error)) from error
+
+
+def checked(kind: Kind, body: bytes, lines: bool) -> list[bytes]:
+    """The events of a body. Raises ProblemError 400 or 422 where one of them, or all of it, is wrong."""
+    rows = _rows(body, lines)
+    single = not lines and not body.lstrip().startswith(b"[")
+    for at, row in enumerate(rows):
+        try:
+            check(kind, row)
+        except EventError as error:
+            place = "" if single else f"[{at}]"
+            field = ".".join(part for part in (place, error.field) if part) or None
+            raise ProblemError(422, "invalid-event", f"event {at}: {error.message}", field) from error
+    return rows
 
 
 def _rows(body: bytes, lines: bool) -> list[bytes]:

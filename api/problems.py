@@ -57,7 +57,7 @@ def invalid(field: str, detail: str) -> ProblemError:
 
 
 def integer(text: str) -> int | None:
-    """The integer that a query parameter spells; None where it spells none, or one of more digits than any limit has."""
+    """The integer that a query parameter spells; None where it spells none, or one beyond all limits."""
     return int(text) if _INTEGER.fullmatch(text) else None
 
 

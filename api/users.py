@@ -2,8 +2,8 @@
 
 Runs beside retrieval and must not wait for it. Reads the history and the profile, gathers the rows of the history's
 items *from the pinned generation*, and folds. A user of whom nothing is known is a cold user and is served; behaviours
-whose items have no row are left out and counted. Prefetched blocks are used only while the user's profile and history are what they were made
-from.
+whose items have no row are left out and counted. Prefetched blocks are used only while the user's profile and history
+are what they were made from.
 """
 
 from __future__ import annotations

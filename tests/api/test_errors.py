@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
 from api.problems import ProblemBody
-from tests.api.conftest import Host
+from tests.api.conftest import Host, catalogue
 
 OK = {"user_id": "anna", "candidates": ["1"]}
 
@@ -199,6 +204,30 @@ def test_the_line_of_bad_ndjson_is_named(host: Host) -> None:
 def test_a_broker_that_is_away_is_said(host: Host) -> None:
     found = problem(host.client.post("/v1/events/items", json={"item_id": "1", "version": 1}), 503, None)
     assert found.type.endswith("broker-away")
+
+
+def test_a_broker_that_is_away_keeps_no_ranking_waiting(own_host: Callable[..., Host]) -> None:
+    """More posts of events than there are request threads wait for a broker that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as mute, ThreadPoolExecutor(24) as posts:
+        away = own_host(kafka_bootstrap=f"127.0.0.1:{mute.getsockname()[1]}")
+        away.bundle("g1")
+        away.write("g1", catalogue(10))
+        away.activate("g1")
+        client = away.start()
+        away.ready()
+        event, url = {"item_id": "1", "version": 1}, f"http://127.0.0.1:{away.settings.api_port}/v1/events/items"
+        waiting = [posts.submit(httpx.post, url, json=event, timeout=60) for _ in range(24)]
+        mute.settimeout(20)
+        first, _ = mute.accept()  # the first of them is on its way to the broker
+        for _ in range(5):
+            began = time.monotonic()
+            assert client.post("/v1/score", json=OK).status_code == 200
+            assert time.monotonic() - began < 3
+        assert not any(one.done() for one in waiting)
+        answers = [one.result() for one in waiting]
+        first.close()
+        assert {problem(answer, 503, None).type.rpartition(":")[2] for answer in answers} == {"broker-away"}
+        assert "Traceback" not in away.log
 
 
 def test_no_event_is_no_error(host: Host) -> None:
