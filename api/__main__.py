@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 
+from infra import running, telemetry
 from infra import settings as settings_module
-from infra import telemetry
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
 
@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(_COMMANDS[options.command](settings, options))
     except SettingsError as error:
         print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"`{options.command}` cannot go on: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nStopped. What was started keeps running; `make down` stops it.", file=sys.stderr)
         return 130
@@ -81,7 +83,7 @@ def _up(settings: Settings, _: argparse.Namespace) -> int:
         one.check_port()
         print("Kafka", "started," if one.broker_up() else "was running,", "making topics")
         one.topics_up()
-        stack.remember(one)
+        running.remember(one.folder, one.settings)
         print("nearline jobs", "started" if one.jobs_up() else "were running")
         print("API", "started" if one.api_up() else "was running")
         one.check()
@@ -101,7 +103,7 @@ def _down(settings: Settings, _: argparse.Namespace) -> int:
     except (stack.StackError, ProcessError) as error:
         print(error, file=sys.stderr)
         return 1
-    stack.forget(one)
+    running.forget(one.folder)
     print(f"Stopped {', '.join(stopped)}; data stay in {one.settings.state}." if stopped else "Nothing was running.")
     return 0
 
