@@ -280,6 +280,8 @@ def _operation_routes(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", summary="can requests be served", openapi_extra=documented(gives=schemas.Health, errors=(503,)))
     async def ready() -> Response:
         generation = service.generations.pin()
+        if stale := service.generations.stale:
+            raise ProblemError(503, "stale", stale)
         return reply(schemas.Health("ready", service.generations.reason, generation.name))
 
     @app.get("/metrics", summary="Prometheus metrics of all processes of the host", response_class=Response)

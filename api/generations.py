@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 from api.problems import ProblemError
-from api.retrieval import RetrievalView
+from api.retrieval import RetrievalError, RetrievalView
 from encoders.bundle import Bundle, BundleError, load_bundle
 from encoders.fold import Head, UserFold
 from index.arena import ArenaReader
@@ -30,6 +30,7 @@ from streams import rollout
 
 LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
+_AGAIN_S = 2.0  # until a generation whose stores could not be opened is tried again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Generations:
         self._active: Generation | None = None
         self._reason = "no model event has activated a generation yet"
         self._retrieval: RetrievalView | None = None
-        self._failed: dict[str, str] = {}  # sha256 of a bundle that does not load -> why
+        self._failed: dict[str, tuple[str, float]] = {}  # sha256 of what did not load -> why, when to try again
+        self._said: dict[str, str] = {}  # what was logged last about a part, so that it is logged once
         self.histories: HistoriesReader | None = None
         self.serving = rollout.Serving()
         self.last_change: int | None = None  # of the served rows, ms since the epoch; None: not since they are served
@@ -87,6 +89,14 @@ class Generations:
         return self._reason
 
     @property
+    def stale(self) -> str:
+        """Why the rows of the served generation are no longer kept up to date; empty while they are."""
+        state = self.serving.generations.get(self._active.name) if self._active is not None else None
+        if state is None or not state.reason:
+            return ""
+        return f"generation {state.generation} is served, but its rows are not kept up to date: {state.reason}"
+
+    @property
     def retrieval(self) -> RetrievalView | None:
         """Of the active generation; right after a swap, until its own is built, of the one before."""
         return self._retrieval
@@ -94,7 +104,7 @@ class Generations:
     def poll(self) -> None:
         """One look at the files of the host; what has changed is taken over."""
         if self.histories is None and self._settings.histories_dir.exists():
-            self.histories = _open_histories(self._settings.histories_dir)
+            self._open_histories()
         try:
             self.serving = rollout.read(self._settings.serving_file)
         except rollout.Refused as error:
@@ -103,9 +113,12 @@ class Generations:
         self._follow(self.serving)
         if self._active is not None:
             self._watch_rows(self._active)
-            self._retrieval = RetrievalView.newer(
-                self._retrieval, self._settings, self._active.name, self._active.arena
-            )
+            try:
+                self._retrieval = RetrievalView.newer(
+                    self._retrieval, self._settings, self._active.name, self._active.arena
+                )
+            except RetrievalError as error:  # the view before goes on
+                self._say("retrieval", str(error))
 
     def _follow(self, serving: rollout.Serving) -> None:
         name = serving.active
@@ -113,10 +126,12 @@ class Generations:
             self._active, self._reason = None, _waiting_for(serving)
             return
         if self._active is not None and self._active.name == name:
-            self._reason = ""
+            self._reason = self.stale
             return
         sha256 = serving.generations[name].sha256
-        if sha256 in self._failed:
+        why, again = self._failed.get(sha256, ("", 0.0))
+        if time.monotonic() < again:
+            self._reason = why
             return
         try:
             generation = load(self._settings, name, sha256)
@@ -125,12 +140,28 @@ class Generations:
             self._reason = f"generation {name}: {error}"  # the next poll tries again
             return
         except (BundleError, StoreError, OSError) as error:
-            self._failed[sha256] = str(error)
-            self._reason = f"generation {name} cannot be loaded: {error}"
-            LOG.error("generation not loaded", extra={"generation": name, "error": str(error)})
+            why = f"generation {name} cannot be loaded: {error}"
+            # a bundle is what its hash says and stays so; files and stores may come right
+            self._failed[sha256] = why, math.inf if isinstance(error, BundleError) else time.monotonic() + _AGAIN_S
+            self._reason = why
+            self._say("generation", why)
             return
-        self._active, self._reason = generation, ""
+        self._active = generation
+        self._reason = self.stale
         LOG.info("generation served", extra={"generation": name})
+
+    def _open_histories(self) -> None:
+        try:
+            self.histories = HistoriesReader(self._settings.histories_dir)
+        except StoreMissingError:
+            pass  # being created; the next poll sees it
+        except StoreError as error:
+            self._say("histories", str(error))  # users are served as cold ones, and told so
+
+    def _say(self, part: str, error: str) -> None:
+        if self._said.get(part) != error:
+            self._said[part] = error
+            LOG.error("a part of the host cannot be used", extra={"part": part, "error": error})
 
     def _watch_rows(self, generation: Generation) -> None:
         seen = (generation.name, generation.arena.progress().covered.tobytes())
@@ -158,13 +189,6 @@ def load(settings: Settings, name: str, sha256: str) -> Generation:
     generation = Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, rows)
     weakref.finalize(generation, rows.close)  # when the last request that pinned it has ended
     return generation
-
-
-def _open_histories(path: Path) -> HistoriesReader | None:
-    try:
-        return HistoriesReader(path)
-    except StoreMissingError:
-        return None  # being created; the next poll sees it
 
 
 def _waiting_for(serving: rollout.Serving) -> str:

@@ -108,20 +108,20 @@ class Merger:
     def score(self, request: ScoreRequest) -> Answer:
         """The caller's own candidates."""
         ids = request.candidates
-        return self.prerank(request, request.k, lambda _: (Candidates.of_ids(ids, self._hash_key), []))
+        return self.prerank(request, request.k, lambda *_: (Candidates.of_ids(ids, self._hash_key), []))
 
     def score_integers(self, ids: NDArray[np.uint64], query: Query, k: int | None) -> Answer:
         """The same for ids that came in binary form."""
-        return self.prerank(query, k, lambda _: (Candidates.of_integers(ids), []))
+        return self.prerank(query, k, lambda *_: (Candidates.of_integers(ids), []))
 
     def recommend(self, request: RecommendRequest) -> Answer:
         """Candidates of the built-in retrieval."""
         if request.retrieve is not None:
             self._at_most(request.retrieve, "retrieve")
-        return self.prerank(request, request.k, lambda source: self._retrieve(request, source))
+        return self.prerank(request, request.k, lambda pinned, source: self._retrieve(pinned, request, source))
 
     def prerank(
-        self, query: Query, k: int | None, retrieve: Callable[[UserSource], tuple[Candidates, list[str]]]
+        self, query: Query, k: int | None, retrieve: Callable[[Generation, UserSource], tuple[Candidates, list[str]]]
     ) -> Answer:
         """One request. Raises ProblemError."""
         clock = Clock()
@@ -131,7 +131,7 @@ class Merger:
         found_ms = clock.lap()
         user = self._users.begin(generation, query, source)  # runs beside the next two steps
 
-        candidates, degraded = retrieve(source)
+        candidates, degraded = retrieve(generation, source)
         retrieval_ms = clock.lap()
         rows = gather(generation, candidates, query, cold=weight is not None or "trace" in query.include)
         gather_ms = clock.lap()
@@ -175,7 +175,9 @@ class Merger:
             return np.arange(len(values))
         return rtp.ranked(values, k, candidates.keys, candidates.names)
 
-    def _retrieve(self, request: RecommendRequest, source: UserSource) -> tuple[Candidates, list[str]]:
+    def _retrieve(
+        self, generation: Generation, request: RecommendRequest, source: UserSource
+    ) -> tuple[Candidates, list[str]]:
         view = self._generations.retrieval
         if view is None:
             raise ProblemError(503, "not-ready", "the retrieval index of this generation is still being built")
@@ -186,8 +188,7 @@ class Merger:
             seen = set(map(tuple, source.keys.tolist()))
             fresh = [at for at, key in enumerate(map(tuple, candidates.keys.tolist())) if key not in seen]
             candidates = candidates.at(np.array(fresh, np.int64))
-        active = self._generations.active
-        other = active is not None and active.name != view.generation
+        other = generation.name != view.generation
         return candidates, [f"candidates were retrieved by generation {view.generation}"] if other else []
 
 

@@ -41,6 +41,10 @@ _KEPT_BUILDS = 2  # an API process may still be opening the one before
 Positions = NDArray[np.int64]
 
 
+class RetrievalError(StoreError):
+    """A build cannot be opened."""
+
+
 class Channel(Protocol):
     """One way to find candidates."""
 
@@ -96,7 +100,8 @@ class RetrievalView:
         path = folder / build
         keys = np.load(path / "keys.npy", mmap_mode="r")
         index = Index.restore(path / "index.usearch", view=True)
-        assert index is not None  # None only where the file is not an index
+        if index is None:
+            raise ValueError("index.usearch is no index")
         return cls(
             generation,
             build,
@@ -121,6 +126,8 @@ class RetrievalView:
             return RetrievalView.open(settings, generation, arena)
         except FileNotFoundError:
             return known  # replaced and removed in between; the next look finds its successor
+        except (OSError, EOFError, ValueError, RuntimeError) as error:
+            raise RetrievalError(f"the retrieval index {build} of {generation} cannot be opened: {error}") from error
 
     def retrieve(self, newest: NDArray[np.uint64], count: int) -> Positions:
         """At most `count` different positions for a user whose newest behaviours have these keys u8[n, 2]."""

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from api.generations import Generations
 from streams import rollout
 from tests.api.conftest import HOUR, NOW, Host, Seen, catalogue
 
@@ -265,3 +266,62 @@ def test_commands_that_cannot_work_say_so(own_host: Callable[..., Host], argumen
     )
     assert done.returncode == 1
     assert done.stderr.startswith("No retrieval index was built")
+
+
+@pytest.mark.parametrize("command", ["up", "down", "demo", "serve"])
+def test_a_state_folder_that_cannot_be_is_one_sentence(own_host: Callable[..., Host], command: str) -> None:
+    environ = own_host().environ() | {"FORERANK_STATE": "/dev/null/x", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "api", command], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "/dev/null/x" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    rollout.write(host.settings.serving_file, rollout.fail(host.serving, "g1", "its jobs end again and again"))
+    host.wait_for(lambda: client.get("/readyz").status_code == 503)
+    assert "its jobs end again and again" in reason(host)
+    found = client.get("/v1/generations").json()
+    assert (found["ready"], found["active"]) == (False, "g1")
+    assert "not kept up to date" in found["reason"]
+    assert client.post("/v1/score", json={"user_id": "u", "candidates": IDS}).is_success  # it serves what it has
+    rollout.write(host.settings.serving_file, host.serving)
+    host.ready()
+
+
+def test_the_watcher_outlives_damage_and_tries_again(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.settings.histories_dir.mkdir(parents=True)
+    (host.settings.histories_dir / "data.mdb").write_bytes(b"no store" * 4_096)
+    host.retrieval("g1")
+    host.activate("g1")
+    folder = host.settings.generation_dir("g1")
+    build = folder / "retrieval" / (folder / "retrieval" / "current").read_text()
+    (build / "keys.npy").write_bytes(b"no array")
+    (folder / "n2o" / "arena").rename(folder / "n2o" / "away")
+    (folder / "n2o" / "arena").write_text("no folder")  # NotADirectoryError
+    generations = Generations(host.settings)
+    generations.poll()
+    assert "cannot be loaded" in generations.reason
+    (folder / "n2o" / "arena").unlink()
+    (folder / "n2o" / "away").rename(folder / "n2o" / "arena")
+
+    def polled() -> bool:
+        generations.poll()
+        return generations.active is not None
+
+    host.wait_for(polled)
+    assert (generations.reason, generations.retrieval, generations.histories) == ("", None, None)
+    time.sleep(0.002)  # builds are named by the millisecond
+    host.retrieval("g1")
+    generations.poll()
+    assert generations.retrieval is not None
