@@ -57,12 +57,13 @@ def _serve(settings: Settings, _: argparse.Namespace) -> int:
 def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
     from api import rebuild
     from index.errors import StoreError
+    from index.layout import LayoutError
 
     telemetry.configure_logging(settings, "retrieval")
     if options.once:
         try:
             count = rebuild.once(settings, options.generation)
-        except (StoreError, OSError) as error:
+        except (StoreError, LayoutError, OSError) as error:
             print(f"No retrieval index was built: {error}", file=sys.stderr)
             return 1
         print(f"The retrieval index of {options.generation} has {count} items.")

@@ -7,15 +7,13 @@ nothing but `<generation>/retrieval`.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 
-from api.retrieval import Built, build, due, rebuild
-from index.arena import ArenaReader
+from api.retrieval import Built, arena_of, build, due, rebuild
 from index.errors import StoreError, StoreMissingError
-from index.layout import RowLayout
+from index.layout import LayoutError
 from infra.settings import Settings
 
 LOG = logging.getLogger(__name__)
@@ -23,8 +21,8 @@ _POLL_S = 0.5
 
 
 def once(settings: Settings, generation: str) -> int:
-    """Builds now; returns how many items. Raises StoreError or OSError where this host has no rows of it."""
-    return build(settings, generation, _arena(settings, generation))
+    """Builds now; returns how many items. Raises as `arena_of` does where this host has no rows of it."""
+    return build(settings, generation, arena_of(settings, generation))
 
 
 def follow(settings: Settings, generation: str, stop: threading.Event) -> None:
@@ -32,17 +30,11 @@ def follow(settings: Settings, generation: str, stop: threading.Event) -> None:
     arena, built = None, Built()
     while not stop.wait(_POLL_S):
         try:
-            arena = arena or _arena(settings, generation)
+            arena = arena or arena_of(settings, generation)
             if due(arena, built, settings.retrieval_interval_s):
                 rebuild(settings, generation, arena, built)
         except (StoreMissingError, FileNotFoundError):
             continue  # not there yet
-        except (StoreError, OSError) as error:
+        except (StoreError, LayoutError, OSError) as error:
             LOG.error("retrieval not built", extra={"generation": generation, "error": str(error)})
             built = Built(rows="failed", at=time.monotonic())  # again after the interval
-
-
-def _arena(settings: Settings, generation: str) -> ArenaReader:
-    folder = settings.generation_dir(generation)
-    row = json.loads((folder / "bundle" / "manifest.json").read_bytes())["row"]
-    return ArenaReader.open(folder / "n2o", RowLayout.from_json(row))

@@ -28,6 +28,7 @@ from index.arena import ArenaReader
 from index.errors import StoreError
 from index.histories import HistoriesReader
 from index.keys import keys_of
+from index.layout import RowLayout
 from index.n2o import N2OReader
 from infra.settings import Settings
 
@@ -147,6 +148,12 @@ class RetrievalView:
     def _query(self, newest: NDArray[np.uint64]) -> NDArray[np.float32] | None:
         cold, found = self.arena.gather_cold(newest)
         return cold["vector"][found].astype(np.float32).mean(axis=0) if found.any() else None
+
+
+def arena_of(settings: Settings, generation: str) -> ArenaReader:
+    """The arena of a generation whose bundle is not loaded. Raises OSError, LayoutError or StoreError."""
+    folder = settings.generation_dir(generation)
+    return ArenaReader.open(folder / "n2o", RowLayout.of_manifest(folder / "bundle" / "manifest.json"))
 
 
 def current(folder: Path) -> str | None:

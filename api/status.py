@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from api.generations import Generations
+from api.retrieval import arena_of
 from api.schemas import Generations as Report
 from api.schemas import GenerationStatus
 from index.arena import ArenaReader
 from index.errors import StoreError
-from index.layout import LayoutError, RowLayout
+from index.layout import LayoutError
 from infra.settings import Settings
 from streams.rollout import GenerationState
 
@@ -32,7 +30,7 @@ def _status(settings: Settings, generations: Generations, state: GenerationState
     active, view = generations.active, generations.retrieval
     name = state.generation
     loaded = active is not None and active.name == name
-    arena = active.arena if active is not None and loaded else _arena(settings.generation_dir(name))
+    arena = active.arena if active is not None and loaded else _arena(settings, name)
     out = GenerationStatus(
         name=name,
         state=state.state,
@@ -53,10 +51,9 @@ def _status(settings: Settings, generations: Generations, state: GenerationState
     return out
 
 
-def _arena(folder: Path) -> ArenaReader | None:
+def _arena(settings: Settings, generation: str) -> ArenaReader | None:
     """The arena of a generation that this process does not serve."""
     try:
-        row = json.loads((folder / "bundle" / "manifest.json").read_bytes())["row"]
-        return ArenaReader.open(folder / "n2o", RowLayout.from_json(row))
-    except (OSError, ValueError, KeyError, TypeError, StoreError, LayoutError):
+        return arena_of(settings, generation)
+    except (OSError, LayoutError, StoreError):
         return None

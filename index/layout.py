@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,15 @@ class RowLayout:
         if set(data) != names:
             raise LayoutError(f"a row layout has {sorted(names)}, not {sorted(data)}")
         return cls(**{**data, "attributes": tuple(data["attributes"])})
+
+    @classmethod
+    def of_manifest(cls, path: Path) -> RowLayout:
+        """The layout that a bundle's `manifest.json` describes. Raises OSError where it cannot be read, LayoutError
+        where it describes none."""
+        try:
+            return cls.from_json(json.loads(path.read_bytes())["row"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LayoutError(f"{path} does not describe rows: {error}") from error
 
     def fingerprint(self) -> int:
         """64 bits that differ when anything about the rows differs; stores keep it and refuse another layout's rows."""

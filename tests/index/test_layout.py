@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,3 +77,15 @@ def test_aligned_empty_is_aligned(count: int) -> None:
     assert array.ctypes.data % 64 == 0 or count == 0
     assert array.dtype == RowLayout().hot
     assert isinstance(array, np.ndarray)
+
+
+def test_the_layout_of_a_manifest(tmp_path: Path) -> None:
+    path, layout = tmp_path / "manifest.json", RowLayout(width=32, attributes=("bid",))
+    with pytest.raises(FileNotFoundError):
+        RowLayout.of_manifest(path)
+    path.write_text(json.dumps({"row": layout.to_json()}))
+    assert RowLayout.of_manifest(path) == layout
+    for wrong in ("{", "[]", "{}", '{"row": 5}', '{"row": {"width": 1}}', "\xff"):
+        path.write_text(wrong, encoding="latin-1")
+        with pytest.raises(LayoutError):
+            RowLayout.of_manifest(path)
