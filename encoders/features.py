@@ -217,7 +217,8 @@ class ItemEncoder:
 
 
 class ProfileEncoder:
-    """Profiles -> Features of the profile tower; None becomes the defaults. One per thread."""
+    """Profiles -> Features of the profile tower; None becomes the defaults. Threads may share it: what it
+    remembers follows from the string alone."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._bags = _Bags(spec.user_categories, spec.user_numerics)
