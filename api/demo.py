@@ -20,8 +20,8 @@ from typing import Any
 
 import httpx
 
-from api.stack import Stack, StackError, forget, remember, stack_of
-from infra import processes
+from api.stack import Stack, StackError, stack_of
+from infra import processes, running
 from infra.processes import ProcessError
 from infra.settings import Settings
 
@@ -147,15 +147,15 @@ def _switched(settings: Settings, data: str, name: str) -> Stack:
         own = dataclasses.replace(
             settings, topic_prefix=f"{settings.topic_prefix}{name}.", state=settings.state / "demo" / name / "state"
         )
-    wanted, running = Stack(own, settings.state / "run"), stack_of(settings)
-    if running.settings.topic_prefix != own.topic_prefix and processes.listing(running.folder):
+    wanted, other = Stack(own, running.folder_of(settings)), stack_of(settings)
+    if other.settings.topic_prefix != own.topic_prefix and processes.listing(other.folder):
         print("Stopping the stack of another data set; its data stay.")
         for name_ in ("api", "supervise"):
-            process = processes.find(name_, running.folder)
+            process = processes.find(name_, other.folder)
             if process is not None:
                 processes.stop(process, 30.0)
-        forget(running)
-    remember(wanted)
+        running.forget(other.folder)
+    running.remember(wanted.folder, own)
     return wanted
 
 

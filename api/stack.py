@@ -7,7 +7,6 @@ that `down` stops that and nothing else; data stay.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from api.serve import ServeError, check_port
-from infra import processes
+from infra import processes, running
 from infra.settings import Settings, environment
 
 API, JOBS = "api", "supervise"
@@ -141,22 +140,5 @@ class Stack:
 
 
 def stack_of(settings: Settings) -> Stack:
-    """The stack of these settings, or the one that runs now: the demo's may have a state and a prefix of its own."""
-    folder = settings.state / "run"
-    try:
-        running = json.loads((folder / "stack.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return Stack(settings, folder)
-    return Stack(
-        dataclasses.replace(settings, topic_prefix=running["topic_prefix"], state=Path(running["state"])), folder
-    )
-
-
-def remember(stack: Stack) -> None:
-    stack.folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"topic_prefix": stack.settings.topic_prefix, "state": str(stack.settings.state)})
-    (stack.folder / "stack.json").write_text(text)
-
-
-def forget(stack: Stack) -> None:
-    (stack.folder / "stack.json").unlink(missing_ok=True)
+    """The stack that runs now, which may be the demo's, or that of these settings."""
+    return Stack(running.running(settings), running.folder_of(settings))

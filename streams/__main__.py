@@ -12,15 +12,18 @@ sentences.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from infra import running
 from infra import settings as settings_module
 from infra.kafka.broker import BrokerError
 from infra.kafka.topics import TopicError
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
 from infra.telemetry import configure_logging, start_metrics
+from streams import rollout
 from streams.rollout import Refused
 
 
@@ -28,14 +31,31 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = settings_module.load()
-        return int(options.run(settings, options) or 0)
+        if options.run in (_publish, _model, _status):  # a user's commands; jobs have their stack from the environment
+            settings = running.addressed(settings)
+        result = int(options.run(settings, options) or 0)
+        sys.stdout.flush()
+        return result
     except (SettingsError, BrokerError, TopicError, ProcessError, Refused) as error:
         print(error, file=sys.stderr)
+    except BrokenPipeError:  # `| head`: nobody reads on, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"A file could not be read or written: {error}.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"A file could not be read or written: {where}{error.strerror or error}.", file=sys.stderr)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
     return 1
+
+
+_COLUMNS = """\
+JSONL has one event a line. CSV and Parquet have a column for each field, and features.<name> or attributes.<name> for
+what lies inside; an empty cell is absent. A CSV cell that is JSON is read so (12, true, ["a", "b"]); any other is text,
+and so are ids and times. "12" in a cell of its own quotes is the text 12:
+
+    item_id,version,crosses,features.year,attributes.title
+    42,7,"[""genre:Comedy"", ""genre:War""]",1997,A Day Out
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         job = commands.add_parser(name, help="one job of a generation; the supervisor starts it")
         job.add_argument("--generation", required=True)
         job.set_defaults(run=_job, job=name)
-    publish = commands.add_parser("publish", help="send events from files")
+    publish = commands.add_parser(
+        "publish",
+        help="send events from files",
+        epilog=_COLUMNS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     publish.add_argument("kind", choices=["items", "users", "behaviours", "models"])
     publish.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="JSONL, CSV or Parquet; - is JSONL from stdin"
@@ -110,7 +135,7 @@ def _publish(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _model(settings: Settings, options: argparse.Namespace) -> int:
-    from streams.bundles import BundleFileError, manifest_hash
+    from streams.bundles import BundleFileError, checked_hash
     from streams.events import EventError
     from streams.publish import Publisher, PublishError, check
 
@@ -121,7 +146,7 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
                 print("`model stage` needs the folder of a bundle.", file=sys.stderr)
                 return 2
             folder = options.bundle.resolve()
-            event |= {"uri": folder.as_uri(), "sha256": manifest_hash(folder)}
+            event |= {"uri": folder.as_uri(), "sha256": checked_hash(folder)}
             if options.activate_when_complete:
                 event["activate_when_complete"] = True
         check("models", event)
@@ -133,11 +158,20 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
     print(
         f"Published: {options.action} generation {options.generation}; `python -m streams status` shows what follows."
     )
+    if options.action == "activate" and not _known(settings, options.generation):
+        print(f"This host will refuse it: it knows no generation {options.generation}.", file=sys.stderr)
+        return 1
     return 0
 
 
+def _known(settings: Settings, generation: str) -> bool:
+    """Whether this host has it; also where this machine only publishes."""
+    path = settings.serving_file
+    return not path.exists() or generation in rollout.read(path).generations
+
+
 def _status(settings: Settings, _: argparse.Namespace) -> int:
-    from streams.supervisor import status
+    from streams.status import status
 
     return status(settings)
 

@@ -52,10 +52,14 @@ def layout_of(bundle: Path) -> RowLayout:
         raise BundleFileError(f"{bundle / MANIFEST} does not describe rows: {error}") from error
 
 
-def manifest_hash(bundle: Path) -> str:
-    """SHA-256 of `manifest.json`, which a stage event carries. Raises BundleFileError."""
-    _manifest(bundle)
-    return _hash(bundle / MANIFEST)
+def checked_hash(bundle: Path) -> str:
+    """SHA-256 of `manifest.json`, which a stage event carries. Raises BundleFileError on a bundle that `fetch` or
+    `layout_of` would refuse.
+    """
+    layout_of(bundle)
+    found = _hash(bundle / MANIFEST)
+    _check(bundle, found)
+    return found
 
 
 def _check(bundle: Path, sha256: str) -> None:
@@ -85,7 +89,9 @@ def _manifest(bundle: Path) -> dict[str, Any]:
         if (bundle / MANIFEST).stat().st_size > _MANIFEST_BYTES:
             raise BundleFileError(f"{bundle / MANIFEST} is too large for a manifest")
         found = json.loads((bundle / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleFileError(f"{bundle / MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise BundleFileError(f"{bundle / MANIFEST} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise BundleFileError(f"{bundle / MANIFEST} is not a JSON object")
@@ -99,4 +105,4 @@ def _hash(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise BundleFileError(f"{path} cannot be read: {error}") from error
+        raise BundleFileError(f"{path} cannot be read: {error.strerror}") from error

@@ -419,30 +419,6 @@ class Hosts:
             self._due = now + _REPORT_S
 
 
-def status(settings: Settings) -> int:
-    """Prints what this host serves and how its jobs are; 1 if no supervisor runs."""
-    serving = rollout.read(settings.serving_file)
-    print(f"serving: {serving.active or 'no generation'}")
-    for name, known in serving.generations.items():
-        print(f"  {name}: {known.state}, {known.progress:.0%}{f' ({known.reason})' if known.reason else ''}")
-    for offset, reason in serving.refused.items():
-        print(f"  refused (models offset {offset}): {reason}")
-    for process in processes.listing(settings.state / "logs"):
-        beat = read_heartbeat(settings.heartbeat_dir, process.name)
-        told = (
-            f"{beat.state}, {beat.handled} records handled, {beat.lag} waiting{beat.reason and f' ({beat.reason})'}"
-            if beat
-            else "no heartbeat"
-        )
-        print(f"{process.name}: pid {process.pid}, {told}")
-    try:
-        with _only_one(settings):
-            print("No supervisor is running: start it with `python -m streams supervise`.", file=sys.stderr)
-            return 1
-    except SupervisorError:
-        return 0
-
-
 @contextmanager
 def _only_one(settings: Settings) -> Iterator[None]:
     """Holds the state folder's lock; the kernel gives it back when the process ends, however it ends."""

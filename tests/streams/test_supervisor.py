@@ -261,8 +261,9 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
         for job in ("ingest", "histories"):
             wait_until(lambda job=job: running(host, job), f"{job} runs")  # type: ignore[misc]
         before = jobs(host)
-        done = command(host, "model", "stage", str(slow), "--generation", "a", "--activate-when-complete")
-        assert done.returncode == 0, done.stderr
+        stage = {"action": "stage", "generation": "a", "uri": slow.as_uri(), "sha256": bundle.sha256}
+        with Publisher(host) as publisher:  # the command would read the pipe itself
+            publisher.models([stage | {"activate_when_complete": True}])
         wait_until(read_from, "the supervisor reads the bundle")
         own.down()
         tensors.unlink()

@@ -1,0 +1,85 @@
+"""`python -m streams status`: what one host serves, whether what it needs answers, and how its jobs are.
+
+Beside the data path: reads files of the state folder, the broker's and the API's answer, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import time
+
+from infra import processes
+from infra.kafka.broker import BrokerError, admin_of
+from infra.settings import Settings
+from streams import rollout
+from streams.worker import read_heartbeat
+
+_LATE_S = 5.0  # a job writes its heartbeat each second
+_ANSWER_S = 3.0
+
+
+def status(settings: Settings) -> int:
+    """Prints it; 1 if no supervisor runs. Raises OSError, and Refused where `serving.json` is of another version."""
+    supervised, serving = _supervised(settings), rollout.read(settings.serving_file)
+    topics = f"topics {settings.topic_prefix}*" if settings.topic_prefix else "topics without prefix"
+    print(f"stack: state {settings.state}, {topics}")
+    if supervised:
+        print("supervisor: running")
+    else:
+        print("No supervisor is running: start it with `make up`, or `python -m streams supervise`.")
+    print(f"Kafka: {settings.kafka_bootstrap} {'answers' if _broker_answers(settings) else 'does not answer'}")
+    api = f"http://{settings.api_host}:{settings.api_port}"
+    print(f"API: {api} {'answers' if _api_answers(settings) else 'does not answer'}")
+    print(f"serving: {serving.active or 'no generation'}")
+    for name, known in serving.generations.items():
+        print(f"  {name}: {known.state}, {known.progress:.0%}{f' ({known.reason})' if known.reason else ''}")
+    for offset, reason in serving.refused.items():
+        print(f"  refused (models offset {offset}): {reason}")
+    for process in processes.listing(settings.state / "logs"):
+        print(f"{process.name}: pid {process.pid}{_told(settings, process)}")
+    return 0 if supervised else 1
+
+
+def _told(settings: Settings, process: processes.Process) -> str:
+    """What the job says of itself; the retrieval builder says nothing."""
+    if process.name.startswith("retrieval-"):
+        return ""
+    beat = read_heartbeat(settings.heartbeat_dir, process.name)
+    if beat is None or beat.pid != process.pid:
+        return ", starting"
+    reason = f" ({beat.reason})" if beat.reason else ""
+    silent = time.time() - beat.time / 1000
+    if silent > _LATE_S:
+        return f", silent for {silent:.0f} s, then {beat.state}{reason}"
+    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{reason}"
+
+
+def _supervised(settings: Settings) -> bool:
+    """Whether somebody holds the supervisor's lock."""
+    settings.state.mkdir(parents=True, exist_ok=True)
+    with (settings.state / "supervisor.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _broker_answers(settings: Settings) -> bool:
+    try:
+        with admin_of(settings.kafka_bootstrap, _ANSWER_S):
+            return True
+    except BrokerError:
+        return False
+
+
+def _api_answers(settings: Settings) -> bool:
+    connection = http.client.HTTPConnection(settings.api_host, settings.api_port, timeout=_ANSWER_S)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

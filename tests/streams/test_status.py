@@ -1,0 +1,191 @@
+"""`python -m streams status`, and `model` beside it: which stack is meant, what answers, and how each job is."""
+
+from __future__ import annotations
+
+import fcntl
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from infra import processes
+from infra.kafka.topics import ensure_topics
+from infra.running import folder_of, remember
+from infra.settings import Settings, environment
+from streams import rollout
+from streams.status import status
+from streams.worker import Heartbeat
+from tests.conftest import free_ports
+from tests.streams.chain import ROOT
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Settings:
+    """A host whose broker and API are away."""
+    broker, api = free_ports(2)
+    return Settings(kafka_bootstrap=f"127.0.0.1:{broker}", api_port=api, state=tmp_path / "state")
+
+
+@pytest.fixture
+def job(away: Settings) -> Iterator[Callable[[str], processes.Process]]:
+    """`job(name)`: a process with that name among the host's jobs."""
+    started: list[processes.Process] = []
+
+    def start(name: str) -> processes.Process:
+        argv = [sys.executable, "-c", "import time; time.sleep(600)"]
+        started.append(processes.start(name, argv, away.state / "logs"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        processes.stop(process, 0.0)
+
+
+@contextmanager
+def healthy(port: int) -> Iterator[None]:
+    class Healthz(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/healthz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", port), Healthz) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_host_on_which_nothing_runs(away: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(away) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"stack: state {away.state}, topics without prefix"
+    assert lines[1].startswith("No supervisor is running")
+    assert lines[2] == f"Kafka: {away.kafka_bootstrap} does not answer"
+    assert lines[3] == f"API: http://127.0.0.1:{away.api_port} does not answer"
+    assert lines[4:] == ["serving: no generation"]
+
+
+@pytest.mark.e2e
+def test_a_host_on_which_all_runs(settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]) -> None:
+    host = settings()
+    host.state.mkdir(parents=True)
+    with (host.state / "supervisor.lock").open("w") as lock, healthy(host.api_port):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert status(host) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"stack: state {host.state}, topics {host.topic_prefix}*",
+        "supervisor: running",
+        f"Kafka: {host.kafka_bootstrap} answers",
+        f"API: http://127.0.0.1:{host.api_port} answers",
+        "serving: no generation",
+    ]
+
+
+def test_what_each_job_says_and_how_old_it_is(
+    away: Settings, job: Callable[[str], processes.Process], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh, silent, new, builder = (job(name) for name in ("encode-a", "ingest", "replicate-a", "retrieval-a"))
+    for process in (fresh, silent):
+        Heartbeat(process.name, process.pid, state="running", handled=7, lag=2).write(away.heartbeat_dir)
+    Heartbeat("replicate-a", new.pid + 1, state="running").write(away.heartbeat_dir)  # of the process before
+    beat = Heartbeat("ingest", silent.pid, state="running")
+    past = time.time_ns() // 1_000_000 - 90_000
+    path = away.heartbeat_dir / "ingest.json"
+    beat.write(away.heartbeat_dir)
+    path.write_text(path.read_text().replace(f'"time":{beat.time}', f'"time":{past}'))
+    status(away)
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": pid " in line)
+    assert told["encode-a"] == f"pid {fresh.pid}, running, 7 records handled, 2 waiting"
+    assert told["ingest"].startswith(f"pid {silent.pid}, silent for 9")
+    assert "waiting" not in told["ingest"]
+    assert told["replicate-a"] == f"pid {new.pid}, starting"
+    assert told["retrieval-a"] == f"pid {builder.pid}"
+
+
+def run(folder: Path, environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A user's command, given in `folder` with these variables alone."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FORERANK_", "KAFKA_", "API_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "streams", *arguments],
+        cwd=folder,
+        env={**kept, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.e2e
+def test_a_users_commands_are_about_the_running_stack(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    demo = settings(partitions=2)
+    ensure_topics(demo)
+    environ = environment(demo) | {"KAFKA_BOOTSTRAP": demo.kafka_bootstrap}
+    for name in ("FORERANK_TOPIC_PREFIX", "FORERANK_STATE"):
+        del environ[name]
+    base = Settings(state=tmp_path / ".local" / "state")  # the default, as seen from tmp_path
+    remember(folder_of(base), demo)
+    (tmp_path / "rows.jsonl").write_text('{"item_id":"1","version":1}\n')
+    published = run(tmp_path, environ, "publish", "items", "rows.jsonl")
+    assert published.stdout == f"1 items published to {demo.topic('item-updates')}.\n", published.stderr
+    assert run(tmp_path, environ, "status").stdout.startswith(f"stack: state {demo.state}, topics {demo.topic_prefix}*")
+    named = run(tmp_path, environ | {"FORERANK_STATE": "other"}, "status")
+    assert named.stdout.startswith("stack: state other, topics without prefix")
+
+
+def test_nobody_reads_the_status_to_its_end(away: Settings) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "streams", "status"],
+            cwd=ROOT,
+            env={**os.environ, **environment(away), "KAFKA_BOOTSTRAP": away.kafka_bootstrap},
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.stderr == ""
+
+
+@pytest.mark.e2e
+def test_model_checks_the_bundle_and_knows_the_hosts_generations(
+    settings: Callable[..., Settings], bundle_path: Path, tmp_path: Path
+) -> None:
+    host = settings(partitions=2)
+    ensure_topics(host)
+    environ = environment(host) | {"KAFKA_BOOTSTRAP": host.kafka_bootstrap}
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle_path, broken)
+    with (broken / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    done = run(tmp_path, environ, "model", "stage", str(broken), "--generation", "a")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == "model.safetensors is not the file that manifest.json names"
+    done = run(tmp_path, environ, "model", "stage", "nowhere", "--generation", "a")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == f"{tmp_path / 'nowhere' / 'manifest.json'} cannot be read: No such file or directory"
+    assert run(tmp_path, environ, "model", "stage", str(bundle_path), "--generation", "a").returncode == 0
+
+    activate = ("model", "activate", "--generation", "nope")
+    assert run(tmp_path, environ, *activate).returncode == 0  # this machine serves nothing: it only publishes
+    rollout.write(host.serving_file, rollout.Serving())
+    done = run(tmp_path, environ, *activate)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "This host will refuse it: it knows no generation nope."
