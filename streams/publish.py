@@ -87,9 +87,11 @@ def check(kind: Kind, row: Row) -> _Checked:
 class Publisher:
     """A producer with acks of all replicas. Threads may share it. Close it, or use it in `with`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises PublishError if the broker cannot be reached."""
-        self._settings = settings
+    def __init__(self, settings: Settings, patience_s: float = 60.0) -> None:
+        """Raises PublishError if the broker cannot be reached. `patience_s`: how long it may take an event's ack."""
+        self._settings, self._patience_s = settings, patience_s
+        patience_ms = int(patience_s * 1000)
+        blocked_ms = min(_UNREACHABLE_MS, patience_ms)
         self._source = f"/forerank/{settings.host}"
         try:
             with admin_of(settings.kafka_bootstrap):  # quick and clear when nobody listens
@@ -99,8 +101,11 @@ class Publisher:
                 acks="all",
                 linger_ms=2,
                 batch_size=256 << 10,
-                max_block_ms=_UNREACHABLE_MS,
-                bootstrap_timeout_ms=_UNREACHABLE_MS,
+                max_block_ms=blocked_ms,
+                bootstrap_timeout_ms=blocked_ms,
+                request_timeout_ms=min(30_000, patience_ms // 2),
+                delivery_timeout_ms=patience_ms,
+                reconnect_backoff_max_ms=1_000,  # a broker that is back is found at once
             )
         except (BrokerError, KafkaError) as error:
             raise PublishError(str(error)) from error
@@ -155,7 +160,7 @@ class Publisher:
 
     def _finish(self, acks: _Acks) -> None:
         try:
-            self._producer.flush(timeout=60)
+            self._producer.flush(timeout=self._patience_s + 1)
         except KafkaError as error:
             raise PublishError(f"The Kafka broker did not acknowledge all events: {error}.") from error
         acks.check()
@@ -262,6 +267,10 @@ def publish_files(settings: Settings, kind: Kind, paths: Iterable[Path], *, stri
     Rows that are refused are reported by file and row and the rest is sent; with `strict` one refused row means that
     nothing is sent. Raises PublishError, ValueError or OSError.
     """
+    paths = list(paths)
+    for path in paths:
+        if str(path) != "-":
+            path.stat()  # before anything is sent
     files: list[tuple[Path, Iterable[Row]]] = [(path, read_rows(kind, path, sys.stdin.buffer)) for path in paths]
     if strict:
         files = [(path, list(rows)) for path, rows in files]

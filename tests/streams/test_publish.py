@@ -82,6 +82,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.xlsx").touch()
     with pytest.raises(ValueError, match="must end in"):
         list(read_rows("items", tmp_path / "rows.xlsx", io.BytesIO()))
     (tmp_path / "rows.parquet").write_bytes(b"no")
@@ -159,6 +160,21 @@ def test_the_command_counts_and_its_status_tells(settings: Callable[..., Setting
     done = publish("--strict", str(good), str(bad))
     assert done.returncode == 1
     assert "nothing was sent" in done.stderr
-    done = publish(str(tmp_path / "none.jsonl"))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("A file could not be read")
+    for name in ("none.jsonl", "none.csv", "none.xlsx"):
+        done = publish(str(good), str(tmp_path / name))
+        assert (done.returncode, done.stdout) == (1, "")
+        said = f"A file could not be read or written: {tmp_path / name}: No such file or directory."
+        assert done.stderr.strip() == said
+
+
+def test_the_help_shows_the_columns_of_a_csv_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "streams", "publish", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("    item_id,"))
+    path = tmp_path / "example.csv"
+    path.write_text("\n".join(line.strip() for line in lines[at:] if line.strip()) + "\n")
+    (item,) = decoded(path)
+    assert (item.item_id, item.version, item.crosses) == ("42", 7, ["genre:Comedy", "genre:War"])
+    assert (item.features, item.attributes) == ({"year": 1997}, {"title": "A Day Out"})
