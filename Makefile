@@ -54,7 +54,7 @@ kafka-topics: setup ## make missing topics and list all
 kafka-logs: setup ## the end of the local Kafka's log
 	@$(BIN)/python -m infra.kafka logs
 
-kafka-wipe: setup ## stop the local Kafka and delete its data
+kafka-wipe: setup ## stop the local Kafka, delete its data and what was derived from them
 	@$(BIN)/python -m infra.kafka wipe
 
 lock: setup-dev ## resolve requirements/*.in and infra/kafka/jgo.toml again

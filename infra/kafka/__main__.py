@@ -19,6 +19,7 @@ from infra.kafka.broker import Broker, BrokerError, admin_of
 from infra.kafka.jars import JarsError
 from infra.kafka.java import JavaError
 from infra.kafka.topics import TopicError, ensure_topics
+from infra.kafka.wipe import wipe
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
 
@@ -31,9 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings_module.load()
         if command == "topics":
             return _topics(settings)
-        return _external(settings, command) if os.environ.get("KAFKA_BOOTSTRAP") else _local(settings, command)
+        result = (_external if os.environ.get("KAFKA_BOOTSTRAP") else _local)(settings, command)
+        sys.stdout.flush()
+        return result
     except (BrokerError, JarsError, JavaError, TopicError, ProcessError, SettingsError) as error:
         print(error, file=sys.stderr)
+    except BrokenPipeError:  # `| head`: nobody reads on, and Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"Kafka's files could not be read or written: {error}.", file=sys.stderr)
     except KeyboardInterrupt:
@@ -54,8 +59,9 @@ def _local(settings: Settings, command: str) -> int:
     elif command == "down":
         print("Kafka is stopped; its data stay." if broker.down() else "Kafka was not running.")
     elif command == "wipe":
-        broker.wipe()
-        print(f"Kafka is stopped and {broker.data} deleted.")
+        derived = wipe(settings, broker)
+        also = f", and what was derived from it in {', '.join(map(str, derived))}" if derived else ""
+        print(f"Kafka is stopped and {broker.data} deleted{also}.")
     elif command == "logs":
         if not broker.log.exists():
             print(f"There is no log yet: {broker.log}.", file=sys.stderr)

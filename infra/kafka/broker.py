@@ -78,7 +78,7 @@ class Broker:
             (self.controller_port, "FORERANK_KAFKA_CONTROLLER_PORT"),
         ):
             if not port_is_free(port):
-                raise BrokerError(f"Port {port} is taken by another program: choose another one with {variable}.")
+                raise BrokerError(f"Port {port} is taken: set {variable} to a free one.")
         java, jars = find_java(), fetch(self.jars or self.folder, say)
         self.folder.mkdir(parents=True, exist_ok=True)
         properties = self.folder / "server.properties"
@@ -87,6 +87,7 @@ class Broker:
         if not (self.data / "meta.properties").exists():
             _format(command, properties)
         process = processes.start("kafka", [*command, "kafka.Kafka", str(properties)], self.folder)
+        say(f"Kafka is starting; waiting until it answers at {self.bootstrap} (a few seconds) ...")
         try:
             _wait_until_ready(self.bootstrap, process)
         except BaseException:
@@ -148,9 +149,8 @@ _JVM_OPTIONS = (
 @contextmanager
 def admin_of(bootstrap: str, timeout_s: float = 10.0) -> Iterator[KafkaAdminClient]:
     """An admin client of kafka-python. Raises BrokerError if the broker does not answer within the time."""
-    unreachable = (
-        f"The Kafka broker at {bootstrap} cannot be reached: start it with `make kafka-up`, or check KAFKA_BOOTSTRAP."
-    )
+    advice = "check KAFKA_BOOTSTRAP" if os.environ.get("KAFKA_BOOTSTRAP") else "start it with `make kafka-up`"
+    unreachable = f"The Kafka broker at {bootstrap} cannot be reached: {advice}."
     servers = [server.strip() for server in bootstrap.split(",")]
     if not any(_accepts(server) for server in servers):  # quick, and without kafka-python's log of every attempt
         raise BrokerError(unreachable)

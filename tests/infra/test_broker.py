@@ -41,6 +41,7 @@ def local(tmp_path: Path, broker: Broker) -> Iterator[dict[str, str]]:
         "FORERANK_KAFKA_DIR": str(folder),
         "FORERANK_KAFKA_PORT": str(port),
         "FORERANK_KAFKA_CONTROLLER_PORT": str(controller_port),
+        "FORERANK_STATE": str(tmp_path / "state"),
     }
     yield environ
     run_kafka("down", environ)
@@ -54,6 +55,7 @@ def test_up_status_topics_down_and_data_survive(local: dict[str, str]) -> None:
     up = run_kafka("up", local)
     assert up.returncode == 0, up.stderr
     assert bootstrap in up.stdout
+    assert "waiting until it answers" in up.stdout
     assert run_kafka("up", local).returncode == 0  # already running: nothing to do
     assert bootstrap in run_kafka("status", local).stdout
     listed = run_kafka("topics", local).stdout
@@ -77,7 +79,12 @@ def test_up_status_topics_down_and_data_survive(local: dict[str, str]) -> None:
     assert read(bootstrap, "item-updates", 3) == [b"kept"]
     assert "started" in run_kafka("logs", local).stdout
 
-    assert run_kafka("wipe", local).returncode == 0
+    derived = Path(local["FORERANK_STATE"]) / "serving.json"
+    derived.parent.mkdir()
+    derived.touch()
+    wiped = run_kafka("wipe", local)
+    assert (wiped.returncode, f"derived from it in {derived.parent}" in wiped.stdout) == (0, True)
+    assert not derived.exists()
     assert processes.find("kafka", folder) is None
     assert not (folder / "data").exists()
     assert (folder / "jars").exists()
@@ -146,6 +153,7 @@ def test_an_unreachable_broker_of_the_users_own(local: dict[str, str]) -> None:
         assert found.returncode == 1
         assert one_sentence(found.stderr)
         assert nowhere in found.stderr
+        assert "make kafka-up" not in found.stderr  # it would not help
 
 
 def test_no_network_for_the_first_download(tmp_path: Path) -> None:
