@@ -273,10 +273,12 @@ def _event_routes(app: FastAPI, service: Service) -> None:
 
 
 def _operation_routes(app: FastAPI, service: Service) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="is the process alive", openapi_extra=documented(gives=schemas.Health))
     async def health() -> Response:
         return reply(schemas.Health("ok"))
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="can requests be served", openapi_extra=documented(gives=schemas.Health, errors=(503,)))
     async def ready() -> Response:
         generation = service.generations.pin()
@@ -289,6 +291,7 @@ def _operation_routes(app: FastAPI, service: Service) -> None:
         text = await service.run(telemetry.render, service.settings)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def console() -> Response:
         return Response((_CONSOLE / "index.html").read_bytes(), media_type="text/html; charset=utf-8")

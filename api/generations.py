@@ -123,7 +123,8 @@ class Generations:
     def _follow(self, serving: rollout.Serving) -> None:
         name = serving.active
         if name is None:
-            self._active, self._reason = None, _waiting_for(serving)
+            gone = f"{self._settings.serving_file} has gone; what it named is still served"
+            self._reason = _waiting_for(serving) if self._active is None else gone
             return
         if self._active is not None and self._active.name == name:
             self._reason = self.stale

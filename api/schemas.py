@@ -6,6 +6,7 @@ Columns that come from NumPy are encoded beforehand (`column`) and embedded as t
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +27,10 @@ Include = Literal["trace", "attributes"]
 
 def column(values: np.ndarray[Any, Any] | list[Any]) -> Raw:
     """The JSON array of `values`; NaN becomes null."""
-    return Raw(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
+    try:
+        return Raw(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
+    except TypeError:  # a caller's integer beyond 64 bits: no item's id, but an answer names it
+        return Raw(json.dumps(values).encode())
 
 
 # ---- requests

@@ -173,6 +173,12 @@ def test_a_wrong_method_names_the_right_one(host: Host) -> None:
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
+def test_a_load_balancer_may_ask_with_head(host: Host, path: str) -> None:
+    response = host.client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
 def test_attributes_of_too_many_items(host: Host) -> None:
     body = {"user_id": "anna", "candidates": ["1"] * 1_000, "include": ["attributes"]}
     assert host.client.post("/v1/score", json=body).status_code == 200

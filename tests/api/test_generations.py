@@ -325,3 +325,7 @@ def test_the_watcher_outlives_damage_and_tries_again(own_host: Callable[..., Hos
     host.retrieval("g1")
     generations.poll()
     assert generations.retrieval is not None
+    host.settings.serving_file.unlink()
+    generations.poll()
+    assert "has gone" in generations.reason
+    assert generations.pin().name == "g1"

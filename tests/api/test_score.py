@@ -106,6 +106,11 @@ def test_all_missing(host: Host) -> None:
     assert (found["ids"], found["missing"]) == ([], unknown)
 
 
+def test_an_integer_beyond_64_bits_is_missing(host: Host) -> None:
+    found = score(host, user_id="anna", candidates=[10**40, 2**64 - 1, -(10**30)])
+    assert found["missing"] == [10**40, 2**64 - 1, -(10**30)]
+
+
 def test_missing_ones_are_named_and_the_rest_is_scored(host: Host) -> None:
     mixed = [IDS[3], "no", IDS[1], 77_777, IDS[2]]
     found = score(host, user_id="anna", candidates=mixed, as_of=NOW)
