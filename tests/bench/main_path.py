@@ -153,23 +153,26 @@ class _Watch:
 
 
 def _pipeline(report: Report, stack: BenchStack, arena: Arena, world: World, sizes: list[int]) -> None:
-    rates = []
-    for repetition, size in enumerate(sizes):
-        version = 3 + repetition
-        rows = [world.event(number, version) for number in range(size)]
-        before = arena.covered()
-        ingest = stack.job("ingest")
-        os.kill(ingest.pid, signal.SIGSTOP)
-        try:
-            stack.publisher.items(rows)
-        finally:
-            os.kill(ingest.pid, signal.SIGCONT)
-        wait("the backlog begins to arrive", lambda b=before: arena.covered() > b, 60, every_s=0.005)
-        began, first = time.perf_counter(), arena.covered()
-        wait("the backlog has arrived", lambda b=before, s=size: arena.covered() >= b + s, 120, every_s=0.01)
-        rates.append((before + size - first) / (time.perf_counter() - began))
-        assert arena.all_at(range(size), version)
+    rates = [_backlog(stack, arena, world, size, version) for version, size in enumerate(sizes, 3)]
     report.figure("pipeline_items_per_s", rates, "items/s")
+
+
+def _backlog(stack: BenchStack, arena: Arena, world: World, size: int, version: int) -> float:
+    """Rows per second out of a backlog of `size` updates."""
+    rows = [world.event(number, version) for number in range(size)]
+    before = arena.covered()
+    ingest = stack.job("ingest")
+    os.kill(ingest.pid, signal.SIGSTOP)
+    try:
+        stack.publisher.items(rows)
+    finally:
+        os.kill(ingest.pid, signal.SIGCONT)
+    wait("the backlog begins to arrive", lambda: arena.covered() > before, 60, every_s=0.005)
+    began, first = time.perf_counter(), arena.covered()
+    wait("the backlog has arrived", lambda: arena.covered() >= before + size, 120, every_s=0.01)
+    rate = (before + size - first) / (time.perf_counter() - began)
+    assert arena.all_at(range(size), version)
+    return rate
 
 
 # ---- requests

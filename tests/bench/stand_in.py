@@ -13,6 +13,7 @@ import numpy as np
 import uvicorn
 
 from api.app import create_app
+from api.generations import Generation
 from api.prerank import Answer, Candidates, Merger
 from api.schemas import RecommendRequest
 from api.service import Service
@@ -38,7 +39,7 @@ class StandInMerger(Merger):
     def recommend(self, request: RecommendRequest) -> Answer:
         return self.prerank(request, request.k, self._remote)
 
-    def _remote(self, _: UserSource) -> tuple[Candidates, list[str]]:
+    def _remote(self, _: Generation, __: UserSource) -> tuple[Candidates, list[str]]:
         ids = next(self._answers)
         time.sleep(RETRIEVAL_S)
         return Candidates.of_integers(ids), []
