@@ -16,6 +16,7 @@ from infra.settings import Settings, SettingsError
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    settings = None
     try:
         settings = settings_module.load()
         return int(_COMMANDS[options.command](settings, options))
@@ -24,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"`{options.command}` cannot go on: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nStopped. What was started keeps running; `make down` stops it.", file=sys.stderr)
+        from api.stack import stack_of
+
+        left = stack_of(settings).running() if settings else []
+        kept = f" {', '.join(left)} keep running; `make down` stops them." if left else ""
+        print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
     return 1
 
@@ -81,13 +86,14 @@ def _up(settings: Settings, _: argparse.Namespace) -> int:
 
     one = stack.stack_of(settings)
     try:
-        one.check_port()
-        print("Kafka", "started," if one.broker_up() else "was running,", "making topics")
-        one.topics_up()
-        running.remember(one.folder, one.settings)
-        print("nearline jobs", "started" if one.jobs_up() else "were running")
-        print("API", "started" if one.api_up() else "was running")
-        one.check()
+        with one.undone_on_failure():
+            one.check_port()
+            print("Kafka", "started," if one.broker_up() else "was running,", "making topics", flush=True)
+            one.topics_up()
+            running.remember(one.folder, one.settings)
+            print("nearline jobs", "started" if one.jobs_up() else "were running", flush=True)
+            print("API", "started" if one.api_up() else "was running", flush=True)
+            one.jobs_ready()
     except (stack.StackError, ProcessError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -98,27 +98,32 @@ def run(settings: Settings, data: str) -> int:
 def _demo(settings: Settings, data: str) -> None:
     if data != SYNTHETIC and not Path(data).is_dir():
         raise DemoError(f"DATA={data} is not a folder.")
+    if data != SYNTHETIC:
+        _check_form(Path(data))
     name = "market" if data == SYNTHETIC else _slug(Path(data))
     stack = _switched(settings, data, name)
     stack.check_port()
     steps, work = Steps(), settings.state / "demo" / name
     print(f"\nForerank on {'a synthetic marketplace' if data == SYNTHETIC else data}\n")
 
-    with steps.step("Kafka") as step:
-        step.said = "started" if stack.broker_up() else "is running"
-        stack.topics_up()
-        step.said = f"{stack.settings.kafka_bootstrap} {step.said}; the topics are there"
-    with steps.step("data") as step:
-        catalogue = _catalogue(stack, data, work)
-        step.said = f"{catalogue.items:,} items, {catalogue.users:,} users, {catalogue.behaviours:,} behaviours"
-    with steps.step("model") as step:
-        bundle, trained = _bundle(stack, data, work, step)
-        generation = f"{name}-{hashlib.sha256((bundle / 'manifest.json').read_bytes()).hexdigest()[:8]}"
-        step.said = f"generation {generation}, {'trained' if trained else 'trained before'}"
-    with steps.step("jobs") as step:
-        step.said = "ingest, histories and supervisor " + ("started" if stack.jobs_up() else "are running")
-    with steps.step("API") as step:
-        step.said = f"{stack.url} " + ("started" if stack.api_up() else "is running")
+    with stack.undone_on_failure():
+        with steps.step("Kafka") as step:
+            step.said = "started" if stack.broker_up() else "is running"
+            stack.topics_up()
+            step.said = f"{stack.settings.kafka_bootstrap} {step.said}; the topics are there"
+        with steps.step("data") as step:
+            catalogue = _catalogue(stack, data, work)
+            step.said = f"{catalogue.items:,} items, {catalogue.users:,} users, {catalogue.behaviours:,} behaviours"
+        with steps.step("model") as step:
+            bundle, trained = _bundle(stack, data, work, step)
+            generation = f"{name}-{hashlib.sha256((bundle / 'manifest.json').read_bytes()).hexdigest()[:8]}"
+            step.said = f"generation {generation}, {'trained' if trained else 'trained before'}"
+        with steps.step("jobs") as step:
+            running.remember(stack.folder, stack.settings)
+            step.said = "ingest, histories and supervisor " + ("started" if stack.jobs_up() else "are running")
+        with steps.step("API") as step:
+            step.said = f"{stack.url} " + ("started" if stack.api_up() else "is running")
+            stack.jobs_ready()
 
     with httpx.Client(base_url=stack.url, timeout=30.0) as client:
         with steps.step("events") as step:
@@ -140,6 +145,17 @@ def _demo(settings: Settings, data: str) -> None:
 # ---- steps
 
 
+def _check_form(folder: Path) -> None:
+    """Before anything is stopped or started for it: whether it looks like a data set."""
+    from encoders.data.dataset import DataError
+    from encoders.data.movielens import check_form
+
+    try:
+        check_form(folder)
+    except DataError as error:
+        raise DemoError(f"DATA={folder} is not a data set in MovieLens' form: {error}.") from error
+
+
 def _switched(settings: Settings, data: str, name: str) -> Stack:
     """The stack for this data set; one that runs for another is stopped first."""
     own = settings
@@ -155,7 +171,6 @@ def _switched(settings: Settings, data: str, name: str) -> Stack:
             if process is not None:
                 processes.stop(process, 30.0)
         running.forget(other.folder)
-    running.remember(wanted.folder, own)
     return wanted
 
 

@@ -35,6 +35,7 @@ from index.errors import StoreError
 from infra import processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
+from infra.kafka.wipe import DERIVED
 from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
 from streams import bundles, events, rollout
@@ -442,5 +443,6 @@ def _check_cluster(settings: Settings) -> None:
     elif msgspec.json.decode(path.read_bytes()) != mine:
         raise SupervisorError(
             f"{settings.state} belongs to other topics (another cluster, prefix or partition count): "
-            "delete it, or choose another folder with FORERANK_STATE."
+            f"delete what was derived from them ({', '.join(DERIVED)}) there, or choose another folder with "
+            "FORERANK_STATE."
         )

@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,16 +59,27 @@ class _Source:
 
 def read(folder: Path) -> Dataset:
     """Read the data set in `folder`, whichever form it has. Raises DataError."""
+    name, source = _found(folder)
+    return _dataset(name, source())
+
+
+def check_form(folder: Path) -> None:
+    """Raises DataError where `folder` has none of the forms; reads no row."""
+    _found(folder)
+
+
+def _found(folder: Path) -> tuple[str, Callable[[], _Source]]:
+    """The data set's name, and what reads it."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     typed = sorted(folder.glob("*.inter"))
     if len(typed) > 1:
         raise DataError(f"{folder} holds several data sets: {', '.join(path.name for path in typed)}")
     if typed:
-        return _dataset(typed[0].stem, _typed(typed[0]))
+        return typed[0].stem, lambda: _typed(typed[0])
     for name, form in (("u.data", _form_100k), ("ratings.dat", _form_1m), ("ratings.csv", _form_csv)):
         if (folder / name).is_file():
-            return _dataset(folder.resolve().name, form(folder))
+            return folder.resolve().name, partial(form, folder)
     raise DataError(f"{folder} holds neither *.inter nor u.data nor ratings.dat nor ratings.csv")
 
 

@@ -15,7 +15,7 @@ from infra.kafka.broker import Broker, BrokerError
 from infra.running import folder_of
 from infra.settings import Settings
 
-_DERIVED = ("ingest", "histories", "generations", "serving.json", "heartbeats", "cluster.json")  # the mark last
+DERIVED = ("ingest", "histories", "generations", "serving.json", "heartbeats", "cluster.json")  # the mark last
 
 
 def wipe(settings: Settings, broker: Broker) -> list[Path]:
@@ -36,7 +36,7 @@ def wipe(settings: Settings, broker: Broker) -> list[Path]:
 
 
 def _emptied(state: Path) -> bool:
-    found = [path for name in _DERIVED if (path := state / name).exists()]
+    found = [path for name in DERIVED if (path := state / name).exists()]
     for path in found:
         if path.is_dir():
             shutil.rmtree(path)
