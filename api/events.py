@@ -25,7 +25,8 @@ from streams.publish import TOPICS, Kind, Publisher, PublishError, check
 
 T = TypeVar("T")
 KINDS: Mapping[Kind, Any] = {"items": ItemUpdate, "behaviours": BehaviourBody, "users": UserBody, "models": ModelEvent}
-_WAIT_S = 12.0  # a little longer than the publisher waits for the broker's address
+_PATIENCE_S = 4.0  # how long the publisher waits for the broker
+_WAIT_S = 5.0
 _READ_MS = 3_000
 _BODY = msgspec.json.Decoder(msgspec.Raw)
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
@@ -59,7 +60,7 @@ class Feed:
     def _connected(self) -> Publisher:
         with self._lock:
             if self._publisher is None:
-                self._publisher = Publisher(self._settings)
+                self._publisher = Publisher(self._settings, _PATIENCE_S)
             return self._publisher
 
     async def _with_broker(self, work: Callable[[], T]) -> T:
@@ -104,6 +105,7 @@ def _record(settings: Settings, partition: int, offset: int) -> dict[str, Any] |
         enable_auto_commit=False,
         auto_offset_reset="none",
         max_poll_records=1,
+        bootstrap_timeout_ms=_READ_MS,
     )
     try:
         consumer.assign([place])

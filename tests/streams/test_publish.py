@@ -13,12 +13,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from infra.kafka.broker import Broker
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events
 from streams.events import EventError
 from streams.publish import Publisher, PublishError, check, read_rows
-from tests.conftest import free_ports
+from tests.conftest import JARS, free_ports
 from tests.streams.chain import ROOT, Chain
 
 ROWS = [
@@ -128,6 +129,61 @@ def test_everything_arrives_with_key_partition_and_cloud_events_headers(
             assert headers["ce_id"]
             assert abs(events.cloud_time(record.headers, 0) - record.timestamp) < 5_000
     assert {record.key for record in chain.read("item-updates")} == {b"007", b"8", b"9"}
+
+
+# publishes once for each line that it reads, and says what became of it; alone, because kafka-python leaves the sockets
+# of refused connections to the garbage collector
+_PUBLISHES = """
+import sys, time
+from infra.settings import load
+from streams.publish import Publisher, PublishError
+with Publisher(load(), patience_s=4.0) as publisher:
+    for _ in sys.stdin:
+        began = time.monotonic()
+        try:
+            said = publisher.items([{"item_id": "1", "version": 1}]).sent
+        except PublishError:
+            said = "refused"
+        print(said, time.monotonic() - began, flush=True)
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_broker_that_goes_away_is_said_soon_and_found_again_soon(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    ports = free_ports(2)
+    own = Broker(tmp_path / "kafka", ports[0], ports[1], jars=JARS)
+    host = settings(partitions=2, kafka_bootstrap=own.bootstrap, kafka_port=own.port)
+
+    def publish() -> tuple[str, float]:
+        assert publisher.stdin is not None
+        assert publisher.stdout is not None
+        publisher.stdin.write("\n")
+        publisher.stdin.flush()
+        said, took = publisher.stdout.readline().split()
+        return said, float(took)
+
+    with own:
+        ensure_topics(host)
+        with subprocess.Popen(
+            [sys.executable, "-c", _PUBLISHES],
+            cwd=ROOT,
+            env={**os.environ, **environment(host)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as publisher:
+            assert publish()[0] == "1"
+            own.down()
+            for _ in range(3):  # the client's pauses between its attempts grow meanwhile
+                said, took = publish()
+                assert (said, took < 6.0) == ("refused", True)
+            own.up()
+            said, took = publish()
+            assert (said, took < 3.0) == ("1", True)
 
 
 @pytest.mark.e2e
