@@ -52,7 +52,8 @@ def _told(settings: Settings, process: processes.Process) -> str:
     silent = time.time() - beat.time / 1000
     if silent > _LATE_S:
         return f", silent for {silent:.0f} s, then {beat.state}{reason}"
-    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{reason}"
+    dead = f", {beat.dead} dead letters" if beat.dead else ""
+    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{dead}{reason}"
 
 
 def _supervised(settings: Settings) -> bool:

@@ -30,7 +30,7 @@ from infra.kafka.broker import BrokerError
 from infra.settings import Settings
 from infra.telemetry import counter, gauge
 from streams.bulk import BulkReadError
-from streams.events import EventError, Header, dead_letter_headers, fitting_headers, header_list
+from streams.events import EventError, Header, dead_letter_headers, fitting_headers, header, header_list
 from streams.groups import GroupError
 
 LOG = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Heartbeat(msgspec.Struct):
     state: str = "starting"
     handled: int = 0
     lag: int = 0
+    dead: int = 0  # records sent to a dead-letter topic since the process started
     reason: str = ""
     status: int = 0  # exit status, once stopped
 
@@ -207,8 +208,20 @@ class Job:
                     batch = self._producer.create_batch()
             acks.append(await self._producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*acks)
-        if dead := sum(len(found) for (topic, _), found in by_place.items() if topic.endswith(".dlq")):
-            counter("forerank_dead_letters", "Records sent to dead-letter topics", ("job",)).labels(self.name).inc(dead)
+        if dead := [record for record in records if record.topic.endswith(".dlq")]:
+            self.heartbeat.dead += len(dead)
+            counter("forerank_dead_letters", "Records sent to dead-letter topics", ("job",)).labels(self.name).inc(
+                len(dead)
+            )
+            kind, message = (header(dead[0].headers, name) or b"" for name in ("error_type", "message"))
+            LOG.warning(
+                "%s: %d to %s, the first: %s, %s",
+                self.name,
+                len(dead),
+                dead[0].topic,
+                kind.decode(),
+                message.decode(errors="replace"),
+            )
 
     def handled(self, count: int) -> None:
         """Progress of whatever the job does, for the watchdogs."""

@@ -14,6 +14,7 @@ import pytest
 from encoders.bundle import Bundle
 from infra.settings import Settings
 from streams import events
+from streams.worker import read_heartbeat
 from tests.streams.chain import check_rows, item_body, oracle, running_chain, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -48,6 +49,8 @@ def test_items_become_rows_through_a_fill_and_then_live(
         assert headers["error_type"] == b"not_encodable"
         assert b"embedding" in headers["message"]
         assert dead.key == b"item 9"
+        folder = chain.settings.heartbeat_dir
+        wait_until(lambda: getattr(read_heartbeat(folder, "encode-one"), "dead", 0) == 1, "its heartbeat tells")
 
         before = chain.end_offsets("items")
         chain.publish([*first, *second])  # everything twice changes nothing
