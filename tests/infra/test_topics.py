@@ -93,9 +93,15 @@ def test_a_topic_without_what_its_readers_rely_on_is_refused(
         ensure_topics(mine)
 
 
-def test_a_broker_that_is_not_there_is_one_sentence(settings: MakeSettings) -> None:
+@pytest.mark.parametrize(("own", "advice"), [(False, "make kafka-up"), (True, "check KAFKA_BOOTSTRAP")])
+def test_a_broker_that_is_not_there_is_one_sentence(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, own: bool, advice: str
+) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
-    with pytest.raises(BrokerError, match=f"{nowhere} cannot be reached.*KAFKA_BOOTSTRAP"):
+    monkeypatch.delenv("KAFKA_BOOTSTRAP", raising=False)
+    if own:
+        monkeypatch.setenv("KAFKA_BOOTSTRAP", nowhere)
+    with pytest.raises(BrokerError, match=f"{nowhere} cannot be reached: .*{advice}"):
         ensure_topics(settings(kafka_bootstrap=nowhere))
 
 
