@@ -331,7 +331,11 @@ def _draw(canvas: Any, latencies: np.ndarray, stages: list[dict[str, object]]) -
     for limit, percentile in ((50, 50), (250, 99)):
         left.plot([limit], [percentile], marker="x", color="#b33a2f")
         left.annotate(
-            f"goal p{percentile} {limit} ms", (limit, percentile), textcoords="offset points", xytext=(6, -12)
+            f"goal p{percentile} {limit} ms ",
+            (limit, percentile),
+            textcoords="offset points",
+            xytext=(6 if percentile == 50 else 0, -12),
+            ha="left" if percentile == 50 else "right",
         )
     left.set(xlabel="due to visible, ms", ylabel="% of updates", title=f"Freshness at {RATE} updates/s", xlim=(0, 300))
     names = [str(row["stage"]) for row in stages][::-1]
