@@ -25,7 +25,9 @@ def row_of(generation: Generation, item_id: str, hash_key: bytes) -> ItemRow:
         hot, cold, found = generation.arena.gather_both(keys)
         stored = generation.rows.get([item_id])[0]
         if not found[0]:
-            raise ProblemError(404, "no-such-item", f"generation {generation.name} has no row of this item", "item_id")
+            why = "it was never published, is deleted, or its newest version could not be encoded (see items.dlq)"
+            where = f"generation {generation.name} has no row of this item"
+            raise ProblemError(404, "no-such-item", f"{where}: {why}", "item_id")
         row = cold[0]
         if stored is not None and (stored.version, stored.encode_time) == (row["version"], row["encode_time"]):
             break
