@@ -35,8 +35,9 @@ import numpy as np
 from encoders.bundle import load_bundle, seeded_bundle
 from encoders.fold import Behaviours, ItemFold, reference_scores
 from tests.bench.report import Report
-from tests.bench.stack import ROOT, Arena, BenchStack, free_ports, wait
+from tests.bench.stack import Arena, BenchStack, wait
 from tests.bench.world import World, as_of
+from tests.conftest import ROOT, free_ports
 
 RATE = 1_000  # updates per second
 STAGES = ("user", "retrieval", "gather", "score", "top_k", "total")
@@ -179,11 +180,10 @@ def _backlog(stack: BenchStack, arena: Arena, world: World, size: int, version: 
 
 
 def _recommend(report: Report, client: httpx.Client, users: int, requests: int) -> None:
-    trips, stages = _ask(client, users, requests, {"k": 100})
+    trips, spent = _ask(client, users, requests)
     for percentile in (50, 99):
         windows = [float(np.percentile(window, percentile)) for window in np.array_split(trips, 5)]
         report.figure(f"recommend_p{percentile}_ms", windows, "ms", float(np.percentile(trips, percentile)))
-    spent = {stage: np.array([each[stage] for each in stages]) for stage in STAGES}
     serial = sum(spent[stage] for stage in STAGES if stage != "total")
     report.figure("parallel_gain", (serial / spent["total"]).tolist(), "x")
     report.table("recommend_stages", _stage_table(spent, trips))
@@ -196,22 +196,19 @@ def _built_in(report: Report, client: httpx.Client, users: int, requests: int) -
         120,
         every_s=0.2,
     )
-    trips, stages = _ask(client, users, requests, {"k": 100})
+    trips, spent = _ask(client, users, requests)
     report.figure("recommend_built_in_p50_ms", float(np.percentile(trips, 50)), "ms")
     report.figure("recommend_built_in_p99_ms", float(np.percentile(trips, 99)), "ms")
-    spent = {stage: np.array([each[stage] for each in stages]) for stage in STAGES}
     report.table("recommend_built_in_stages", _stage_table(spent, trips))
 
 
-def _ask(
-    client: httpx.Client, users: int, requests: int, options: dict[str, Any]
-) -> tuple[np.ndarray, list[dict[str, float]]]:
+def _ask(client: httpx.Client, users: int, requests: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Round trips in ms over one kept connection, and the stages of each; the first twenty do not count."""
     url = client.base_url
     connection = http.client.HTTPConnection(url.host, url.port or 80, timeout=30)
     trips, stages = [], []
     for place in range(requests + 20):
-        body = json.dumps({"user_id": f"u{place % users}", "as_of": as_of(), **options})
+        body = json.dumps({"user_id": f"u{place % users}", "as_of": as_of(), "k": 100})
         began = time.perf_counter()
         connection.request("POST", "/v1/recommend", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -222,7 +219,7 @@ def _ask(
             raise RuntimeError(f"recommend answered {response.status}: {answer}")
         stages.append(answer["stages_ms"])
     connection.close()
-    return np.array(trips[20:]), stages[20:]
+    return np.array(trips[20:]), {stage: np.array([each[stage] for each in stages[20:]]) for stage in STAGES}
 
 
 def _stage_table(spent: dict[str, np.ndarray], trips: np.ndarray) -> list[dict[str, object]]:

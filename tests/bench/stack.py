@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -27,14 +26,7 @@ from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import rollout
 from streams.publish import Publisher
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
+from tests.conftest import JARS, free_ports
 
 
 def wait(what: str, there: Callable[[], bool], limit_s: float, every_s: float = 0.02) -> None:
@@ -56,7 +48,7 @@ class BenchStack:
         with contextlib.ExitStack() as starting:
             folder = Path(starting.enter_context(tempfile.TemporaryDirectory(prefix="forerank-bench-")))
             port, controller, api = free_ports(3)
-            broker = Broker(folder / "kafka", port, controller, jars=ROOT / ".local" / "kafka")
+            broker = Broker(folder / "kafka", port, controller, jars=JARS)
             starting.enter_context(broker)
             self.settings = Settings(
                 kafka_bootstrap=broker.bootstrap, state=folder / "state", host="bench", api_port=api
