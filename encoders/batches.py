@@ -2,8 +2,8 @@
 
 Examples of one user that lie close in time form a group, as the candidates of one request do: all of them are scored
 with the history strictly before the first, at its time. So no example sees itself or anything later, and the user side
-is computed once per group. Histories are slices of arrays sorted by (user, time); signatures and features are computed
-once.
+is computed once per group. Histories are slices of the data's columns, which are not copied: they may be memory maps.
+Signatures and features are computed once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ I8 = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Groups of examples; a group's examples are places in the log sorted by (user, time)."""
+    """Groups of examples: consecutive places in the data's examples, and the history that all of a group see."""
 
     user: I8  # [g]
     first: I8  # [g], place of the first example
     size: I8  # [g]
-    history: I8  # [g], place behind the last behaviour strictly before the first example
+    history: I8  # [g], place in the log behind the last behaviour strictly before the first example
 
     def __len__(self) -> int:
         return len(self.user)
@@ -70,13 +70,9 @@ class Batches:
         except ValueError as error:
             raise DataError(f"a profile does not fit the bundle: {error}") from error
         self._known = np.array([bool(features) for features in data.profiles.features], dtype=bool)
-        order = np.argsort(data.log.user, kind="stable")
-        self.user = data.log.user[order].astype(np.int64)
-        self.item = data.log.item[order].astype(np.int64)
-        self.time = data.log.time[order]
-        self.clicked = data.log.clicked[order]
-        self._action = spec.action_codes(data.actions)[data.log.action[order]].astype(np.int64)
-        self._begin = np.searchsorted(self.user, np.arange(len(data.profiles.ids)))  # first behaviour of each user
+        self.log, self.examples = data.log, data.examples
+        self._codes = spec.action_codes(data.actions).astype(np.int64)
+        self._begin = np.searchsorted(data.log.user, np.arange(len(data.profiles.ids) + 1))  # each user's behaviours
         self._signs = np.zeros((len(data.items.ids), config.bits), dtype=np.float32)
 
     def sign(self, signatures: npt.NDArray[np.uint8]) -> None:
@@ -85,24 +81,24 @@ class Batches:
 
     def groups(self, since: int, until: int) -> Groups:
         """Groups of the examples with `since` <= time < `until` (ms)."""
-        places = np.flatnonzero((self.time >= since) & (self.time < until))
-        first: list[int] = []
-        size: list[int] = []
-        user, time = self.user[places].tolist(), self.time[places].tolist()
-        for at, place in enumerate(places.tolist()):
-            begin = at - size[-1] if size else at
-            same = size and user[begin] == user[at] and time[at] - time[begin] <= GROUP_SPAN and size[-1] < GROUP_SIZE
-            if same:
-                size[-1] += 1
-            else:
-                first.append(place)
-                size.append(1)
-        start = np.array(first, dtype=np.int64)
+        examples = self.examples
+        places = np.flatnonzero((examples.time >= since) & (examples.time < until))
+        user, time = examples.user[places], examples.time[places]
+        # Where the next group begins if one begins here: another user, a full group, or a later request.
+        here = np.arange(len(places))
+        end = np.minimum(np.searchsorted(user, user, side="right"), here + GROUP_SIZE)
+        behind = _search(time, here, end, time + GROUP_SPAN + 1)
+        starts, at = [], 0
+        while at < len(places):
+            starts.append(at)
+            at = int(behind[at])
+        start = np.array(starts, dtype=np.int64)
+        whose = user[start].astype(np.int64)
         return Groups(
-            user=self.user[start],
-            first=start,
-            size=np.array(size, dtype=np.int64),
-            history=self._before(start),
+            user=whose,
+            first=places[start],
+            size=behind[start] - start,
+            history=_search(self.log.time, self._begin[whose], self._begin[whose + 1], time[start]),
         )
 
     def batches(
@@ -127,22 +123,16 @@ class Batches:
         out = []
         for user, first, end in zip(groups.user, groups.first, groups.history, strict=True):
             begin = max(int(self._begin[user]), int(end) - self._config.window)
-            candidate = signatures[self.item[first]][None, :]
-            out.append(lsh.matches(candidate, signatures[self.item[begin:end]])[0])
+            candidate = signatures[self.examples.item[first]][None, :]
+            out.append(lsh.matches(candidate, signatures[self.log.item[begin:end]])[0])
         return np.concatenate(out) if out else np.empty(0, dtype=np.int32)
-
-    def _before(self, first: I8) -> I8:
-        """Place behind the last behaviour of the same user with an earlier time."""
-        tied = np.flatnonzero((np.diff(self.user, prepend=-1) != 0) | (np.diff(self.time, prepend=-1) != 0))
-        out: I8 = tied[np.searchsorted(tied, first, side="right") - 1]
-        return out
 
     def _batch(self, groups: Groups, model: AIF) -> Batch:
         K = int(groups.size.max())
         places = groups.first[:, None] + np.arange(K)  # [B, K]
         counted = np.arange(K) < groups.size[:, None]
         places = np.where(counted, places, groups.first[:, None])
-        distinct, index = np.unique(self.item[places], return_inverse=True)
+        distinct, index = np.unique(self.examples.item[places], return_inverse=True)
         return Batch(
             users=self._users(groups, model),
             candidates=Candidates(
@@ -151,7 +141,7 @@ class Batches:
                 crosses=torch.from_numpy(self._crosses[distinct]),
                 index=torch.from_numpy(index.reshape(places.shape)),
             ),
-            clicked=torch.from_numpy(self.clicked[places].astype(np.float32)),
+            clicked=torch.from_numpy(self.examples.clicked[places].astype(np.float32)),
             counted=torch.from_numpy(counted),
             groups=groups,
         )
@@ -162,21 +152,31 @@ class Batches:
         places = groups.history[:, None] - L + np.arange(L)  # [B, L], padded on the left
         valid = places >= begin[:, None]
         places = np.where(valid, places, 0)
-        item = self.item[places]
+        item = self.log.item[places]
         distinct, index = np.unique(item, return_inverse=True)
         with torch.no_grad():
             vectors = model.item_vectors(self._items.take(distinct))
-        as_of = self.time[groups.first]
+        as_of = self.examples.time[groups.first]
         return Users(
             profile=self._profiles.take(groups.user),
             known=torch.from_numpy(self._known[groups.user]),
             vectors=vectors[torch.from_numpy(index.reshape(item.shape))],
             signatures=torch.from_numpy(self._signs[item]),
             crosses=torch.from_numpy(self._crosses[item]),
-            actions=torch.from_numpy(self._action[places]),
-            ages=torch.from_numpy(np.where(valid, as_of[:, None] - self.time[places], 0)),
+            actions=torch.from_numpy(self._codes[self.log.action[places]]),
+            ages=torch.from_numpy(np.where(valid, as_of[:, None] - self.log.time[places], 0)),
             valid=torch.from_numpy(valid),
         )
+
+
+def _search(values: npt.NDArray[np.int64], begin: I8, end: I8, wanted: I8) -> I8:
+    """For each k the first place in begin[k]..end[k] whose value, ascending there, is >= wanted[k]; end[k] if none."""
+    low, high = begin.astype(np.int64), end.astype(np.int64)
+    while (open_ := low < high).any():
+        middle = np.where(open_, (low + high) // 2, 0)
+        below = open_ & (values[middle] < wanted)
+        low, high = np.where(below, middle + 1, low), np.where(open_ & ~below, middle, high)
+    return low
 
 
 class _Bags:

@@ -22,13 +22,14 @@ Labels = npt.NDArray[np.bool_]
 Figures = dict[str, float | None]
 
 BATCH_GROUPS = 64
-TRAIN_PART, VALIDATION_PART = 0.8, 0.1  # of the behaviours in time order; the rest is the test slice
+TRAIN_PART, VALIDATION_PART = 0.8, 0.1  # of the examples in time order; the rest is the test slice
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Times (ms) that part the data: training before `validation` <= validation before `test` <= test."""
 
+    start: int  # the first example
     validation: int
     test: int
     end: int  # behind the last behaviour
@@ -36,12 +37,12 @@ class Split:
 
 def split_of(data: Dataset) -> Split:
     """The global time split. Raises DataError where a part would be empty."""
-    time = data.log.time
+    time = np.sort(data.examples.time)
     if not len(time):
-        raise DataError("the data hold no behaviours")
+        raise DataError("the data hold no examples")
     cuts = [int(time[int(len(time) * part)]) for part in (TRAIN_PART, TRAIN_PART + VALIDATION_PART)]
-    split = Split(cuts[0], cuts[1], int(time[-1]) + 1)
-    if not int(time[0]) < split.validation < split.test < split.end:
+    split = Split(int(time[0]), cuts[0], cuts[1], int(time[-1]) + 1)
+    if not split.start < split.validation < split.test < split.end:
         raise DataError("the data's times do not part into training, validation and test")
     return split
 
@@ -124,7 +125,7 @@ def baselines(data: Dataset, since: int, until: int) -> dict[str, Figures]:
     """Figures of popularity (smoothed click rate of the item before `since`) and of chance on `since` <= time <
     `until`.
     """
-    log = data.log
+    log = data.examples
     past, now = log.time < since, (log.time >= since) & (log.time < until)
     rate = max(1e-6, min(1 - 1e-6, float(log.clicked[past].mean()) if past.any() else 0.5))
     M, weight = len(data.items.ids), 20.0

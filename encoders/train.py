@@ -62,7 +62,7 @@ def train(
     batches.sign(signatures)
     model = new_model(config, spec, seed)
     model.centre.copy_(torch.from_numpy(centre))
-    training = batches.groups(int(data.log.time[0]), split.validation)
+    training = batches.groups(split.start, split.validation)
     validation = batches.groups(split.validation, split.test)
     report(
         f"training on {int(training.size.sum())} examples in {len(training)} requests, "
@@ -106,7 +106,7 @@ def _measured(
     centre = embeddings[data.items.added < split.validation].mean(axis=0)
     signatures = lsh.signatures(embeddings, centre, lsh.projection(config.embedding_dim, config.bits, seed))
     batches = Batches(data, spec, config)
-    groups = batches.groups(int(data.log.time[0]), split.validation)
+    groups = batches.groups(split.start, split.validation)
     chosen = np.random.default_rng(seed).permutation(len(groups))[:_SAMPLE]
     sample = batches.matches_sample(groups.select(chosen), signatures)
     if not sample.size:

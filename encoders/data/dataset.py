@@ -1,8 +1,10 @@
-"""One in-memory data set: items, users, and behaviours in time order. Every reader gives this; training, evaluation and
-the publisher's files all take it.
+"""One data set: items, users, their behaviours, and the examples to learn from. Every reader gives this; training,
+evaluation and the publisher's files all take it.
 
-Behaviours are columns (NumPy); ties in time keep the order of the source. Each behaviour is also an example: `clicked`
-is its label. `item_updates`, `behaviours` and `users` give it in the JSON form of the topics (DESIGN.md section 4).
+Behaviours are what enters histories; examples are impressions with their labels, and never enter a history. (Where a
+source has ratings only, each is both.) Both are columns sorted by user, then time, ties in the order of the source;
+columns may be memory maps. `item_updates`, `behaviours` and `users` give the data in the JSON form of the topics
+(DESIGN.md section 4).
 """
 
 from __future__ import annotations
@@ -61,13 +63,26 @@ class UserProfiles:
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourLog:
-    """N behaviours, ascending in time."""
+    """N behaviours, ascending in (user, time)."""
 
     user: npt.NDArray[np.int32]  # place in UserProfiles
     item: npt.NDArray[np.int32]  # place in Items
     action: npt.NDArray[np.uint8]  # place in `Dataset.actions`
+    time: npt.NDArray[np.int64]  # ms
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """n impressions with their labels, ascending in (user, time)."""
+
+    user: npt.NDArray[np.int32]  # place in UserProfiles
+    item: npt.NDArray[np.int32]  # place in Items
     clicked: npt.NDArray[np.bool_]  # the label
     time: npt.NDArray[np.int64]  # ms
+    probability: npt.NDArray[np.float32] | None = None  # of a click, where a generator knows it
 
     def __len__(self) -> int:
         return len(self.time)
@@ -79,6 +94,7 @@ class Dataset:
     items: Items
     profiles: UserProfiles
     log: BehaviourLog
+    examples: Examples
     actions: tuple[str, ...]
 
     def item_updates(self) -> Iterator[dict[str, Any]]:
@@ -103,10 +119,10 @@ class Dataset:
                 }
 
     def behaviours(self) -> Iterator[dict[str, Any]]:
-        """`behaviours` in time order. Event ids follow from the place in the data set."""
-        log = self.log
+        """`behaviours` in time order. Event ids follow from the place in that order."""
+        log, order = self.log, np.argsort(self.log.time, kind="stable")
         for at in range(0, len(log), _PART):
-            part = slice(at, at + _PART)
+            part = order[at : at + _PART]
             times = np.datetime_as_string(log.time[part].astype("datetime64[ms]")).tolist()
             columns = zip(
                 log.user[part].tolist(), log.item[part].tolist(), log.action[part].tolist(), times, strict=True
@@ -122,14 +138,19 @@ class Dataset:
 
     def users(self) -> Iterator[dict[str, Any]]:
         """`users`: every profile, dated by the beginning of the data."""
-        start = iso(self.log.time[0]) if len(self.log) else iso(0)
+        start = iso(self.log.time.min()) if len(self.log) else iso(0)
         for user_id, features in zip(self.profiles.ids, self.profiles.features, strict=True):
             yield {"user_id": user_id, "features": features, "event_time": start}
 
     @property
     def end(self) -> int:
         """Time of the last behaviour, ms; what a demo on old data uses as `as_of`."""
-        return int(self.log.time[-1]) if len(self.log) else 0
+        return int(self.log.time.max()) if len(self.log) else 0
+
+
+def by_user(user: npt.NDArray[np.integer], time: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The order of a `BehaviourLog` and of `Examples`: by user, then time, ties as they stand."""
+    return np.lexsort((time, user))
 
 
 def iso(time: int | np.int64) -> str:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from encoders.data import text
-from encoders.data.dataset import NEVER, BehaviourLog, DataError, Dataset, Items, UserProfiles
+from encoders.data.dataset import NEVER, BehaviourLog, DataError, Dataset, Examples, Items, UserProfiles, by_user
 
 ACTIONS = ("rate", "click")
 CLICK_FROM = 4.0  # stars
@@ -101,20 +101,16 @@ def _dataset(name: str, source: _Source) -> Dataset:
         movies.append(movie_places[movie])
         stars.append(_number(rating, "rating", where))
         times.append(int(_number(seconds, "timestamp", where) * 1000))
-    time = np.array(times, dtype=np.int64)
-    order = np.argsort(time, kind="stable")
+    columns = np.array(users, dtype=np.int32), np.array(times, dtype=np.int64)
+    order = by_user(*columns)
+    by, item, time = columns[0][order], np.array(movies, dtype=np.int32)[order], columns[1][order]
     clicked = np.array(stars)[order] >= CLICK_FROM
     return Dataset(
         name=name,
         items=_items(source.movies, int(time.min()) if len(time) else 0),
         profiles=UserProfiles(user_ids, [source.users.get(user, {}) for user in user_ids]),
-        log=BehaviourLog(
-            user=np.array(users, dtype=np.int32)[order],
-            item=np.array(movies, dtype=np.int32)[order],
-            action=clicked.astype(np.uint8),
-            clicked=clicked,
-            time=time[order],
-        ),
+        log=BehaviourLog(by, item, clicked.astype(np.uint8), time),
+        examples=Examples(by, item, clicked, time),
         actions=ACTIONS,
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from encoders.data import text
-from encoders.data.dataset import NEVER, BehaviourLog, Dataset, Items, UserProfiles
+from encoders.data.dataset import NEVER, BehaviourLog, Dataset, Examples, Items, UserProfiles, by_user
 
 ACTIONS = ("view", "click")
 START = 1_767_225_600_000  # 2026-01-01T00:00:00Z, ms
@@ -81,7 +81,8 @@ def generate(world: Marketplace | None = None, seed: int = 0) -> Dataset:
         clicked = random.random(len(user)) < 1 / (1 + np.exp(-appeal))
         parts.append((user, item, clicked, time))
     user, item, clicked, time = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(time, kind="stable")
+    order = by_user(user, time)
+    by, of, clicked, time = user[order].astype(np.int32), item[order].astype(np.int32), clicked[order], time[order]
     return Dataset(
         name=f"market-{seed}",
         items=_items(world, category, brand, band, taste, added, removed, random),
@@ -92,13 +93,8 @@ def generate(world: Marketplace | None = None, seed: int = 0) -> Dataset:
                 for k, age in enumerate(random.integers(18, 80, world.users))
             ],
         ),
-        log=BehaviourLog(
-            user=user[order].astype(np.int32),
-            item=item[order].astype(np.int32),
-            action=clicked[order].astype(np.uint8),
-            clicked=clicked[order],
-            time=time[order],
-        ),
+        log=BehaviourLog(by, of, clicked.astype(np.uint8), time),
+        examples=Examples(by, of, clicked, time),
         actions=ACTIONS,
     )
 

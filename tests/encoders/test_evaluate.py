@@ -65,21 +65,21 @@ def test_by_hand() -> None:
 def test_split_and_baselines() -> None:
     data = generate(Marketplace(users=50, items=80, behaviours=4_000, days=10), seed=1)
     split = split_of(data)
-    parts = [data.log.time < split.validation, data.log.time >= split.test]
+    parts = [data.examples.time < split.validation, data.examples.time >= split.test]
     assert [round(part.mean(), 2) for part in parts] == [0.8, 0.1]
     found = baselines(data, split.test, split.end)
     assert found["chance"]["examples"] == int(parts[1].sum())
     assert abs(found["chance"]["auc"] - 0.5) < 0.06
     # Popularity must not know the labels it is measured on: flipping those of the test slice mirrors its AUC.
-    data.log.clicked[parts[1]] ^= True
+    data.examples.clicked[parts[1]] ^= True
     flipped = baselines(data, split.test, split.end)["popularity"]["auc"]
     assert flipped == pytest.approx(1 - found["popularity"]["auc"], abs=1e-4)
 
 
 def test_data_that_cannot_be_split() -> None:
     data = generate(Marketplace(users=5, items=30, behaviours=40, days=1), seed=1)
-    data.log.time[:] = 5
+    data.examples.time[:] = 5
     with pytest.raises(DataError, match="do not part"):
         split_of(data)
-    with pytest.raises(DataError, match="no behaviours"):
+    with pytest.raises(DataError, match="no examples"):
         split_of(generate(Marketplace(users=5, items=30, behaviours=0, days=1), seed=1))

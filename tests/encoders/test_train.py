@@ -16,7 +16,7 @@ from encoders import lsh
 from encoders.__main__ import main
 from encoders.batches import GROUP_SIZE, GROUP_SPAN, Batches
 from encoders.bundle import load_bundle, new_model
-from encoders.data.dataset import Dataset
+from encoders.data.dataset import NEVER, Dataset
 from encoders.data.source import open_dataset
 from encoders.data.synthetic import Marketplace, generate
 from encoders.evaluate import evaluate, split_of
@@ -97,7 +97,7 @@ def test_trained_weights_keep_the_fold_exact(trained: tuple[Path, dict[str, Any]
         for row, (user, first, size) in enumerate(
             zip(batch.groups.user, batch.groups.first, batch.groups.size, strict=True)
         ):
-            as_of = int(batches.time[first])
+            as_of = int(batches.examples.time[first])
             mine = np.flatnonzero((data.log.user == user) & (data.log.time < as_of))[-config.window :]
             past = data.log.item[mine]
             behaviours = Behaviours(
@@ -108,7 +108,7 @@ def test_trained_weights_keep_the_fold_exact(trained: tuple[Path, dict[str, Any]
                 times=data.log.time[mine],
             )
             served = join_scores(fold.block(data.profiles.features[user], behaviours, as_of), head, rows)
-            items = batches.item[first : first + size]
+            items = batches.examples.item[first : first + size]
             np.testing.assert_allclose(served[items], wanted[row, :size], atol=1e-5)
             lengths.add(len(mine))
     assert len(lengths) > 10
@@ -117,25 +117,30 @@ def test_trained_weights_keep_the_fold_exact(trained: tuple[Path, dict[str, Any]
 def test_groups_hold_every_example_once_and_never_see_the_future(data: Dataset) -> None:
     spec = spec_of(data, split_of(data))
     batches = Batches(data, spec, SMALL)
-    groups = batches.groups(int(data.log.time[0]), int(data.log.time[-1]) + 1)
+    groups = batches.groups(0, NEVER)
     places = np.concatenate([np.arange(f, f + s) for f, s in zip(groups.first, groups.size, strict=True)])
-    np.testing.assert_array_equal(np.sort(places), np.arange(len(data.log)))
+    np.testing.assert_array_equal(np.sort(places), np.arange(len(data.examples)))
     for user, first, size, history in zip(groups.user, groups.first, groups.size, groups.history, strict=True):
         assert 1 <= size <= GROUP_SIZE
-        assert (batches.user[first : first + size] == user).all()
-        assert batches.time[first + size - 1] - batches.time[first] <= GROUP_SPAN
-        mine = np.flatnonzero((batches.user == user) & (batches.time < batches.time[first]))
-        assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.user, user))
+        assert (batches.examples.user[first : first + size] == user).all()
+        assert batches.examples.time[first + size - 1] - batches.examples.time[first] <= GROUP_SPAN
+        mine = np.flatnonzero((batches.log.user == user) & (batches.log.time < batches.examples.time[first]))
+        assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.log.user, user))
 
 
 def test_ties_are_not_history(data: Dataset) -> None:
     """Behaviours of the same millisecond as the first example are left out, whatever their order."""
-    tied = dataclasses.replace(data, log=dataclasses.replace(data.log, time=data.log.time // 3_600_000 * 3_600_000))
+    hours = [column // 3_600_000 * 3_600_000 for column in (data.log.time, data.examples.time)]
+    tied = dataclasses.replace(
+        data,
+        log=dataclasses.replace(data.log, time=hours[0]),
+        examples=dataclasses.replace(data.examples, time=hours[1]),
+    )
     batches = Batches(tied, spec_of(tied, split_of(tied)), SMALL)
-    groups = batches.groups(int(tied.log.time[0]), int(tied.log.time[-1]) + 1)
+    groups = batches.groups(0, NEVER)
     for user, first, history in zip(groups.user, groups.first, groups.history, strict=True):
-        mine = np.flatnonzero((batches.user == user) & (batches.time < batches.time[first]))
-        assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.user, user))
+        mine = np.flatnonzero((batches.log.user == user) & (batches.log.time < batches.examples.time[first]))
+        assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.log.user, user))
     assert (groups.history < groups.first).any()  # there are ties
 
 
@@ -143,15 +148,15 @@ def test_batches_show_the_newest_history(data: Dataset) -> None:
     spec = spec_of(data, split_of(data))
     batches = Batches(data, spec, SMALL)
     model = new_model(SMALL, spec, 0)
-    groups = batches.groups(int(data.log.time[0]), int(data.log.time[-1]) + 1)
-    long = groups.select(np.flatnonzero(groups.history - np.searchsorted(batches.user, groups.user) > 25)[:5])
+    groups = batches.groups(0, NEVER)
+    long = groups.select(np.flatnonzero(groups.history - np.searchsorted(batches.log.user, groups.user) > 25)[:5])
     (batch,) = batches.batches(long, model, size=8)
     assert batch.users.valid.all()
     for row, (first, end) in enumerate(zip(batch.groups.first, batch.groups.history, strict=True)):
-        ages = batches.time[first] - batches.time[end - 20 : end]
+        ages = batches.examples.time[first] - batches.log.time[end - 20 : end]
         np.testing.assert_array_equal(batch.users.ages[row].numpy(), ages)
         assert (ages > 0).all()
-        clicked = batches.clicked[first : first + batch.groups.size[row]]
+        clicked = batches.examples.clicked[first : first + batch.groups.size[row]]
         np.testing.assert_array_equal(batch.clicked[row][batch.counted[row]].numpy() > 0, clicked)
 
 
@@ -206,6 +211,7 @@ def _as_csv(data: Dataset, folder: Path) -> None:
         for place in range(len(data.items.ids))
     ]
     (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n")
-    columns = zip(data.log.user, data.log.item, data.log.clicked, data.log.time, strict=True)
+    examples = data.examples
+    columns = zip(examples.user, examples.item, examples.clicked, examples.time, strict=True)
     ratings = [f"{user},{item},{5 if clicked else 2.5},{time // 1000}" for user, item, clicked, time in columns]
     (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]) + "\n")
