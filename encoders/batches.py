@@ -101,11 +101,9 @@ class Batches:
             history=_search(self.log.time, self._begin[whose], self._begin[whose + 1], time[start]),
         )
 
-    def batches(
-        self, groups: Groups, model: AIF, size: int, random: np.random.Generator | None = None
-    ) -> Iterator[Batch]:
-        """Batches of up to `size` groups; in random order where `random` is given. Item vectors are the model's at the
-        time.
+    def plan(self, groups: Groups, size: int, random: np.random.Generator | None = None) -> list[I8]:
+        """Which groups each batch of up to `size` holds; a random order where `random` is given. Groups of like history
+        length stand together, so that padding stays small.
         """
         length = groups.history - self._begin[groups.user]
         order = np.argsort(length, kind="stable") if random is None else random.permutation(len(groups))
@@ -115,8 +113,14 @@ class Batches:
         slices = [order[at : at + size] for at in range(0, len(order), size)]
         if random is not None:
             random.shuffle(slices)
-        for part in slices:
-            yield self._batch(groups.select(part), model)
+        return slices
+
+    def batches(
+        self, groups: Groups, model: AIF, size: int, random: np.random.Generator | None = None
+    ) -> Iterator[Batch]:
+        """The batches of `plan`. Item vectors are the model's at the time."""
+        for part in self.plan(groups, size, random):
+            yield self.batch(groups.select(part), model)
 
     def matches_sample(self, groups: Groups, signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
         """Equal bits of every group's first candidate with its window; what tier edges are measured on."""
@@ -127,7 +131,8 @@ class Batches:
             out.append(lsh.matches(candidate, signatures[self.log.item[begin:end]])[0])
         return np.concatenate(out) if out else np.empty(0, dtype=np.int32)
 
-    def _batch(self, groups: Groups, model: AIF) -> Batch:
+    def batch(self, groups: Groups, model: AIF) -> Batch:
+        """One batch of all the groups. Item vectors are the model's at the time."""
         K = int(groups.size.max())
         places = groups.first[:, None] + np.arange(K)  # [B, K]
         counted = np.arange(K) < groups.size[:, None]
