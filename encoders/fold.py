@@ -5,7 +5,8 @@
     z = joint_i + P + C w_i + D s_i + T log1p(hist_ui) + mean_c G[c]          s_i in {-1,+1}^b      score = MLP(relu(z))
 
 Guarantee: that score equals `reference_scores`, the training form's forward pass on the same inputs, within 1e-5 (fp32
-arrays). `join_scores` is the join in plain NumPy, the oracle of faster ones. Arrays are float32 unless their line says
+arrays). `join_scores` is the join in plain NumPy, the oracle of faster ones. What the config switches off is zero in
+these arrays, and dot products of users and items are part of C and D. Arrays are float32 unless their line says
 otherwise.
 """
 
@@ -94,8 +95,9 @@ class Head:
     @classmethod
     def of(cls, bundle: Bundle) -> Head:
         model = bundle.model
+        T = model.W1t @ model.tier_table.T
         return cls(
-            T=_array(model.W1t @ model.tier_table.T),
+            T=_array(T if model.config.has("simtier") else torch.zeros_like(T)),
             edges=np.array(model.config.tier_edges, dtype=np.int32),
             weights=tuple(_array(layer.get_parameter("weight")) for layer in model.head),
             biases=tuple(_array(layer.get_parameter("bias")) for layer in model.head),
@@ -152,20 +154,24 @@ class UserFold:
         self._generation = generation or bundle.manifest.version
         self._token_table = _array(model.token_table())
         self._recency_edges = np.array(RECENCY_EDGES, dtype=np.int64)
-        self._absent = model.W1s @ model.no_cross  # [h]
+        absent = model.W1s @ model.no_cross
+        self._absent = absent if model.config.has("sim") else torch.zeros_like(absent)  # [h]
 
     def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
         """The block of a user at `as_of` (ms); later behaviours do not enter. Raises FeatureError for a bad profile."""
         past = behaviours.until(as_of)
+        model = self._model
         with torch.inference_mode():
             tokens = self._tokens(past, as_of)  # [L, d]
-            P, C = self._user_side(profile, tokens)
-            D, constant = self._din(tokens, past.signatures)
-            P = P + constant
-            if not len(past):
-                P = P + self._model.W1t @ self._model.no_window
+            p, recent, user = self._user_side(profile, tokens)
+            C = self._bridges(p, recent, user)
+            D, constant = self._din(tokens, past.signatures, user)
+            P = model.W1u @ user + constant
+            if model.config.has("simtier") and not len(past):
+                P = P + model.W1t @ model.no_window
             slots, G = self._sim(tokens, past, as_of)
-        window = past.signatures[max(0, len(past) - self._config.window) :]
+        counted = min(len(past), self._config.window) if model.config.has("simtier") else 0
+        window = past.signatures[len(past) - counted :]
         return UserBlock(
             P=_array(P),
             C=_array(C),
@@ -184,32 +190,45 @@ class UserFold:
         tokens += past.vectors
         return torch.from_numpy(tokens)
 
-    def _user_side(self, profile: Mapping[str, Any] | None, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """P without the constants [h], and C [h, bridges]."""
+    def _user_side(
+        self, profile: Mapping[str, Any] | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Profile vector [1, d], recent tokens [1, R, d] and user vector [d]."""
         model = self._model
         features = self._profiles.features([profile])
-        p = model.profiles(features, torch.tensor([profile is not None]))  # [1, d]
-        recent = tokens[None, max(0, len(tokens) - self._config.recent) :]  # [1, R, d]
-        valid = torch.ones(1, recent.shape[1], dtype=torch.bool)
-        user = model.user_tower(p, recent, valid)  # [1, d]
-        V = model.bridge_values(p, recent, valid)  # [1, n, d]
-        return model.W1u @ user[0], model.W1b @ V[0].T
+        p = model.profiles(features, torch.tensor([profile is not None]))
+        recent = tokens[None, max(0, len(tokens) - self._config.recent) :]
+        return p, recent, model.user_tower(p, recent, _all(recent))[0]
 
-    def _din(self, tokens: torch.Tensor, signatures: U1) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [h, b] and DIN's constant part [h]. sim = scale * ((b + s_i . s_j) / 2b - shift) parts into these two."""
-        config, W1d, L = self._config, self._model.W1d, len(tokens)
-        if L == 0:
-            return torch.zeros(config.width, config.bits), W1d @ self._model.no_din
-        crossed = tokens.T @ torch.from_numpy(lsh.signs(signatures))  # [d, b]
-        D = W1d @ crossed * (config.din_scale / (2 * config.bits * L))
-        constant = W1d @ tokens.mean(dim=0) * (config.din_scale * (0.5 - config.din_shift))
-        return D, constant
+    def _bridges(self, p: torch.Tensor, recent: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
+        """C [h, bridges]: BEA's part and that of the dot products with the bridge weights."""
+        model, config = self._model, self._config
+        C = torch.zeros(config.width, config.bridges)
+        if config.has("bea"):
+            C = model.W1b @ model.bridge_values(p, recent, _all(recent))[0].T
+        return C + model.bridge_dots.fold(user) if model.bridge_dots else C
+
+    def _din(self, tokens: torch.Tensor, signatures: U1, user: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [h, b] with the dot products' part, and DIN's constant part [h].
+
+        sim = scale * ((b + s_i . s_j) / 2b - shift) parts into the two.
+        """
+        config, model, L = self._config, self._model, len(tokens)
+        D, constant = torch.zeros(config.width, config.bits), torch.zeros(config.width)
+        if config.has("lsh_din"):
+            if L:
+                crossed = tokens.T @ torch.from_numpy(lsh.signs(signatures))  # [d, b]
+                D = model.W1d @ crossed * (config.din_scale / (2 * config.bits * L))
+                constant = model.W1d @ tokens.mean(dim=0) * (config.din_scale * (0.5 - config.din_shift))
+            else:
+                constant = model.W1d @ model.no_din
+        return (D + model.dots.fold(user) if model.dots else D), constant
 
     def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
         """Slots of the user's crosses [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
         flat = past.crosses.ravel()
         used = np.flatnonzero(flat != NO_CROSS)
-        if not len(used):
+        if not (len(used) and self._config.has("sim")):
             return np.empty(0, dtype=np.uint16), self._absent[None, :]
         used = used[np.argsort(flat[used], kind="stable")]  # by slot, and oldest first within it
         start = np.flatnonzero(np.diff(flat[used], prepend=np.uint16(NO_CROSS)))
@@ -292,6 +311,11 @@ def _one_user(bundle: Bundle, profile: Mapping[str, Any] | None, past: Behaviour
         ages=torch.from_numpy(as_of - past.times)[None],
         valid=torch.ones(1, len(past), dtype=torch.bool),
     )
+
+
+def _all(tokens: torch.Tensor) -> torch.Tensor:
+    """The mask of tokens [1, R, d] none of which is padding."""
+    return torch.ones(tokens.shape[:2], dtype=torch.bool)
 
 
 def _array(tensor: torch.Tensor) -> F4:

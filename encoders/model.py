@@ -4,7 +4,12 @@ form.
 Training runs `AIF.forward` on users with candidates; serving runs `encoders.fold`, which computes the same score from
 pieces folded on either side (DESIGN.md section 3). Guarantees: every block that can be empty (no profile, no history,
 no SimTier window, a cross the user never met, an item without cross, a missing feature) has a learned default, and no
-input gives NaN.
+input gives NaN. A component named in `ModelConfig.without` adds nothing to the score, in training and in serving, and
+its weights do not learn.
+
+Three classes, so that rivals (encoders/baselines.py) share what is not in dispute: `Ranker` has what every model has
+(towers, tokens, LSH), `Frame` the first layer around a user's interest in an item, `AIF` the interest by BEA, LSH-DIN
+and dot products.
 
 Letters in the shape comments: B users, K candidates per user, M distinct items, L behaviours (padded on the left,
 oldest first), R newest `recent` of them, d dim, h width, n bridges, b bits, t tiers, C crosses per item.
@@ -13,9 +18,10 @@ oldest first), R newest `recent` of them, d dim, h width, n bridges, b bits, t t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +35,8 @@ RECENCY_EDGES: tuple[int, ...] = (
 )  # fmt: skip
 NO_CROSS = 0  # slot of an unused place among an item's crosses
 SIM_COUNTS = 2  # log1p(count) and recency stand before the mean token in SIM(u, c)
+COMPONENTS = ("bea", "lsh_din", "simtier", "sim", "self_attention", "profile_attention")  # what `without` may name
+_KMEANS_ROUNDS = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +58,19 @@ class ModelConfig:
     tier_edges: tuple[int, ...] = (48, 54, 59, 64, 69, 74, 80)  # a behaviour's tier = number of edges <= equal bits
     din_shift: float = 0.5  # LSH-DIN uses din_scale * (matches / b - din_shift)
     din_scale: float = 2.0
+    without: tuple[str, ...] = ()  # of COMPONENTS: switched off
+    dots: int = 0  # dot products of the user with the item's LSH signature
+    bridge_dots: int = 0  # dot products of the user with the item's bridge weights
+    bridge_temperature: float = 1.0  # factor of the affinities between bridges and items, and bridges and tokens
+    bridge_top: int = 0  # bridges that an item attends to; 0 = all
+    bridge_dropout: float = 0.0  # chance of a bridge to be left out of a training step
+    bridge_diversity: float = 0.0  # weight of the penalty on the bridges' mean squared pairwise cosine
+    attention: tuple[int, ...] = (64, 16)  # hidden layers of the rivals' target attention
 
     def __post_init__(self) -> None:
         """Raises ValueError where sizes do not fit each other."""
         sizes = (self.width, self.dim, self.bridges, self.bits, self.crosses, self.window, self.recent, self.hidden)
-        if min(*sizes, self.embedding_dim, self.heads, self.category_dim, *self.head) < 1:
+        if min(*sizes, self.embedding_dim, self.heads, self.category_dim, *self.head, *self.attention) < 1:
             raise ValueError("every size of the config must be at least 1")
         if self.dim % self.heads:
             raise ValueError(f"{self.heads} heads do not part {self.dim} dimensions")
@@ -62,10 +78,20 @@ class ModelConfig:
             raise ValueError(f"{self.bits} bits do not fill whole bytes")
         if list(self.tier_edges) != sorted(set(self.tier_edges) & set(range(1, self.bits + 1))):
             raise ValueError(f"the tier edges {self.tier_edges} do not ascend within 1..{self.bits}")
+        if unknown := sorted(set(self.without) - set(COMPONENTS)):
+            raise ValueError(f"{unknown[0]!r} cannot be switched off; known are {', '.join(COMPONENTS)}")
+        if self.dots < 0 or self.bridge_dots < 0 or not 0 <= self.bridge_top <= self.bridges:
+            raise ValueError("dot products must not be negative, nor bridge_top be above the number of bridges")
+        if self.bridge_temperature <= 0 or not 0 <= self.bridge_dropout < 1 or self.bridge_diversity < 0:
+            raise ValueError("the bridges' temperature must be > 0, their dropout in [0, 1), their diversity >= 0")
 
     @property
     def tiers(self) -> int:
         return len(self.tier_edges) + 1
+
+    def has(self, component: str) -> bool:
+        """Is this one of COMPONENTS switched on?"""
+        return component not in self.without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,21 +149,29 @@ class Tower(nn.Module):
         self.outer = nn.Linear(config.hidden, config.dim)
 
     def forward(self, x: Features) -> Tensor:
-        rows = len(x.dense)
-        bags = functional.embedding_bag(x.ids, self.table, x.offsets, mode="mean")  # [M * categories, category_dim]
-        numerics = torch.where(torch.isnan(x.numerics), self.missing, x.numerics)
-        joined = torch.cat([bags.reshape(rows, self.categories * self.table.shape[1]), numerics, x.dense], dim=1)
+        bags, numerics, dense = self.inputs(x)
+        joined = torch.cat([bags.flatten(1), numerics, dense], dim=1)
         out: Tensor = self.outer(functional.relu(self.inner(joined)))  # [M, d]
         return out
 
+    def inputs(self, x: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """Category embeddings [M, categories, category_dim], numerics [M, numerics] and the dense input [M, e]."""
+        bags = functional.embedding_bag(x.ids, self.table, x.offsets, mode="mean")  # [M * categories, category_dim]
+        numerics = torch.where(torch.isnan(x.numerics), self.missing, x.numerics)
+        return bags.reshape(len(x.dense), self.categories, self.table.shape[1]), numerics, x.dense
+
 
 class UserTower(nn.Module):
-    """Profile and recent tokens -> user vector. A learned null token stands first, so attention always has a key."""
+    """Profile and recent tokens -> user vector. A learned null token stands first, so attention always has a key.
+
+    Without self-attention, the tokens stay as they are; without profile attention, its part of the vector is zero.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d = config.dim
         self.heads = config.heads
+        self.self_attention, self.profile_attention = config.has("self_attention"), config.has("profile_attention")
         self.null = nn.Parameter(torch.randn(d) * 0.1)
         self.qkv = nn.Linear(d, 3 * d)
         self.mix = nn.Linear(d, d)
@@ -147,72 +181,94 @@ class UserTower(nn.Module):
         self.norm2 = nn.LayerNorm(d)
         self.query = nn.Linear(d, d)
         self.out = nn.Linear(3 * d, d)
+        for layer in (self.qkv, self.mix, self.norm1, self.ffn_in, self.ffn_out, self.norm2):
+            layer.requires_grad_(self.self_attention)
+        self.query.requires_grad_(self.profile_attention)
 
     def forward(self, profile: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
         """profile [B, d], tokens [B, R, d], valid bool [B, R] -> [B, d]."""
         B, _, d = tokens.shape
         x = torch.cat([self.null.expand(B, 1, d), tokens], dim=1)  # [B, R + 1, d]
         keep = functional.pad(valid, (1, 0), value=True)  # [B, R + 1]
+        if self.self_attention:
+            x = self._attend(x, keep)
+        weight = keep[:, :, None].to(x.dtype)
+        pooled = (x * weight).sum(dim=1) / weight.sum(dim=1)  # [B, d]
+        focused = self._focus(profile, x, keep) if self.profile_attention else torch.zeros_like(profile)
+        out: Tensor = self.out(torch.cat([profile, pooled, focused], dim=1))
+        return out
+
+    def _attend(self, x: Tensor, keep: Tensor) -> Tensor:
+        """One transformer layer over the tokens [B, R + 1, d]."""
+        B, _, d = x.shape
         q, k, v = (
             self.qkv(x).view(B, -1, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         )  # [B, heads, R + 1, d / heads]
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :])
         x = self.norm1(x + self.mix(attended.transpose(1, 2).reshape(B, -1, d)))
-        x = self.norm2(x + self.ffn_out(functional.relu(self.ffn_in(x))))
-        weight = keep[:, :, None].to(x.dtype)
-        pooled = (x * weight).sum(dim=1) / weight.sum(dim=1)  # [B, d]
-        affinity = (x @ self.query(profile)[:, :, None]).squeeze(2) / math.sqrt(d)  # [B, R + 1]
-        focus = torch.softmax(affinity.masked_fill(~keep, -math.inf), dim=1)
-        focused = (focus[:, None, :] @ x).squeeze(1)  # [B, d]
-        out: Tensor = self.out(torch.cat([profile, pooled, focused], dim=1))
+        out: Tensor = self.norm2(x + self.ffn_out(functional.relu(self.ffn_in(x))))
         return out
 
+    def _focus(self, profile: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+        """The tokens as the profile attends to them [B, d]."""
+        affinity = (x @ self.query(profile)[:, :, None]).squeeze(2) / math.sqrt(x.shape[2])  # [B, R + 1]
+        focus = torch.softmax(affinity.masked_fill(~keep, -math.inf), dim=1)
+        return (focus[:, None, :] @ x).squeeze(1)
 
-class AIF(nn.Module):
-    """The network. The buffers `projection` and `centre` define the LSH; they are drawn or measured, not trained."""
 
+class Ranker(nn.Module):
+    """What AIF and its rivals have in common: the towers of item and profile, the tokens of a history, the LSH.
+
+    The buffers `projection` and `centre` define the LSH; they are drawn or measured, not trained.
+    """
+
+    history_gradient: ClassVar[bool] = False  # do the item vectors of histories learn?
     projection: Tensor
     centre: Tensor
 
     def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
         super().__init__()
         self.config = config
-        h, d, t = config.width, config.dim, config.tiers
+        d = config.dim
         self.item_tower = Tower(*sizes.item, config.embedding_dim, config)
         self.profile_tower = Tower(*sizes.user, 1, config)
-        self.user_tower = UserTower(config)
         self.no_profile = nn.Parameter(torch.randn(d) * 0.1)
         self.action_table = nn.Parameter(torch.randn(sizes.actions + 1, d) * 0.1)
         self.recency_table = nn.Parameter(torch.randn(len(RECENCY_EDGES) + 1, d) * 0.1)
-        self.bridges = nn.Parameter(torch.randn(config.bridges, d))
-        self.tier_table = nn.Parameter(torch.randn(t, d) * 0.05)
-        self.no_din = nn.Parameter(torch.zeros(d))
-        self.no_window = nn.Parameter(torch.zeros(d))
-        self.no_cross = nn.Parameter(torch.zeros(d + SIM_COUNTS))
-        # W1, the first layer, as blocks of columns.
-        self.W1u = _block(h, d)
-        self.W1x = _block(h, d)
-        self.W1b = _block(h, d)
-        self.W1d = _block(h, d)
-        self.W1t = _block(h, d)
-        self.W1s = _block(h, d + SIM_COUNTS)
-        self.b1 = nn.Parameter(torch.zeros(h))
-        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([h, *config.head, 1]))
         self.register_buffer("projection", torch.zeros(config.embedding_dim, config.bits))
         self.register_buffer("centre", torch.zeros(config.embedding_dim))
 
-    # Item side ------------------------------------------------------------------------------------------------------
+    def forward(self, users: Users, candidates: Candidates) -> Tensor:
+        """Logits [B, K]."""
+        raise NotImplementedError
+
+    def training_forward(
+        self,
+        users: Users,
+        candidates: Candidates,
+        clicked: Tensor,  # noqa: ARG002  a contrastive penalty needs both
+        counted: Tensor,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, K], and a penalty (scalar) to be added to their loss.
+
+        clicked f4 [B, K], counted bool [B, K] with False = padding.
+        """
+        logits: Tensor = self(users, candidates)
+        return logits, logits.new_zeros(())
+
+    def serving_flops(self, length: int, window: int) -> float:
+        """Operations per candidate once the candidates are known, for a history of `length` behaviours, the newest
+        `window` of which SimTier counts.
+
+        All that depends on the user alone or on the item alone is done before and not counted. A multiplication and an
+        addition are two operations; an integer operation on a 64-bit word is one.
+        """
+        raise NotImplementedError
 
     def item_vectors(self, features: Features) -> Tensor:
         """x_i [M, d]."""
         out: Tensor = self.item_tower(features)
         return out
-
-    def bridge_weights(self, x: Tensor) -> Tensor:
-        """w_i = softmax(B x_i / sqrt d) [M, n]."""
-        return torch.softmax(x @ self.bridges.T / math.sqrt(self.config.dim), dim=1)
-
-    # User side ------------------------------------------------------------------------------------------------------
 
     def profiles(self, features: Features, known: Tensor) -> Tensor:
         """Profile vectors [B, d]; the learned default where not `known`."""
@@ -226,48 +282,99 @@ class AIF(nn.Module):
         """Action and recency embeddings summed for every pair of codes [(actions + 1) * recencies, d]."""
         return (self.action_table[:, None, :] + self.recency_table[None, :, :]).flatten(0, 1)
 
-    def bridge_values(self, profile: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """V_u = softmax(B U^T / sqrt d) U [B, n, d], U = recent tokens and the profile."""
-        U = torch.cat([profile[:, None, :], tokens], dim=1)  # [B, 1 + R, d]
-        keep = functional.pad(valid, (1, 0), value=True)
-        affinity = self.bridges @ U.transpose(1, 2) / math.sqrt(self.config.dim)  # [B, n, 1 + R]
-        return torch.softmax(affinity.masked_fill(~keep[:, None, :], -math.inf), dim=2) @ U
+    def history(self, users: Users) -> Tensor:
+        """Tokens of the users' behaviours [B, L, d], zero where padded."""
+        vectors = users.vectors if self.history_gradient else users.vectors.detach()
+        return self.tokens(vectors, users.actions, users.ages) * users.valid[:, :, None]
 
-    # Where both meet ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """What either side has computed when users and candidates meet."""
+
+    users: Users
+    candidates: Candidates
+    x: Tensor  # [M, d], item vectors
+    profile: Tensor  # [B, d]
+    user: Tensor  # [B, d], user vectors
+    tokens: Tensor  # [B, L, d], zero where padded
+    index: Tensor  # i8 [B, K], the candidates' places in x
+
+    @functools.cached_property
+    def matches(self) -> Tensor:
+        """Equal bits of every candidate's signature with every behaviour's [B, K, L]; exact, also under autocast."""
+        theirs, ours = self.candidates.signatures, self.users.signatures
+        with torch.autocast(ours.device.type, enabled=False):
+            return (ours.shape[2] + theirs[self.index] @ ours.transpose(1, 2)) / 2
+
+
+class Frame(Ranker):
+    """The user tower, SimTier, SIM cross features, the first layer and the head, around a model's `interest`."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        h, d, t = config.width, config.dim, config.tiers
+        simtier, sim = config.has("simtier"), config.has("sim")
+        self.user_tower = UserTower(config)
+        self.tier_table = nn.Parameter(torch.randn(t, d) * 0.05, requires_grad=simtier)
+        self.no_window = nn.Parameter(torch.zeros(d), requires_grad=simtier)
+        self.no_cross = nn.Parameter(torch.zeros(d + SIM_COUNTS), requires_grad=sim)
+        # W1, the first layer, as blocks of columns.
+        self.W1u = first_layer_block(h, d)
+        self.W1x = first_layer_block(h, d)
+        self.W1t = first_layer_block(h, d, learns=simtier)
+        self.W1s = first_layer_block(h, d + SIM_COUNTS, learns=sim)
+        self.b1 = nn.Parameter(torch.zeros(h))
+        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([h, *config.head, 1]))
+
+    def interest(self, meeting: Meeting) -> Tensor:
+        """The first layer's part from the user's history and the item [B, K, h]."""
+        raise NotImplementedError
 
     def forward(self, users: Users, candidates: Candidates) -> Tensor:
         """Logits [B, K]."""
-        config, R = self.config, self.config.recent
-        x = self.item_vectors(candidates.features)  # [M, d]
-        w = self.bridge_weights(x)  # [M, n]
-        tokens = self.tokens(users.vectors.detach(), users.actions, users.ages)  # [B, L, d]
-        tokens = tokens * users.valid[:, :, None]
-        profile = self.profiles(users.profile, users.known)  # [B, d]
-        user = self.user_tower(profile, tokens[:, -R:], users.valid[:, -R:])  # [B, d]
-        V = self.bridge_values(profile, tokens[:, -R:], users.valid[:, -R:])  # [B, n, d]
-
-        index = candidates.index  # [B, K]
-        matches = (config.bits + candidates.signatures[index] @ users.signatures.transpose(1, 2)) / 2  # [B, K, L]
+        meeting, config = self._meet(users, candidates), self.config
         z = (
-            (user @ self.W1u.T)[:, None, :]
-            + (x @ self.W1x.T)[index]
-            + (w[index] @ V) @ self.W1b.T
-            + self._din(matches, tokens, users.valid) @ self.W1d.T
-            + self._simtier(matches[:, :, -config.window :], users.valid[:, -config.window :]) @ self.W1t.T
-            + self._sim(users, tokens, candidates.crosses[index]) @ self.W1s.T
+            (meeting.user @ self.W1u.T)[:, None, :]
+            + (meeting.x @ self.W1x.T)[meeting.index]
+            + self.interest(meeting)
             + self.b1
         )  # [B, K, h]
+        if config.has("simtier"):
+            window = slice(-config.window, None)
+            z = z + self._simtier(meeting.matches[:, :, window], users.valid[:, window]) @ self.W1t.T
+        if config.has("sim"):
+            z = z + self._sim(users, meeting.tokens, candidates.crosses[meeting.index]) @ self.W1s.T
         for layer in self.head:
             z = layer(functional.relu(z))
         out: Tensor = z.squeeze(2)
         return out
 
-    def _din(self, matches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        """DIN(u,i): mean over the history of similarity times token [B, K, d]."""
-        similarity = self.config.din_scale * (matches / self.config.bits - self.config.din_shift)  # [B, K, L]
-        count = valid.sum(dim=1)[:, None, None]  # [B, 1, 1]
-        mean = similarity @ tokens / count.clamp(min=1)  # padded tokens are zero
-        return torch.where(count > 0, mean, self.no_din)
+    def serving_flops(self, length: int, window: int) -> float:
+        """Of the folded frame: the first layer's sums, SimTier's popcounts and table, the crosses' rows, the head."""
+        config, h = self.config, self.config.width
+        total = 2.0 * h  # joint_i + P_u, and the first ReLU
+        if config.has("simtier"):
+            words = config.bits / 64
+            pair = 3 * words + 2 * (config.tiers - 1)  # XOR, popcount, add; compare with each edge and count
+            total += min(length, window) * pair + 2 * h * config.tiers
+        if config.has("sim"):
+            total += h * (config.crosses + 1)  # a row of G per cross, and the mean
+        return total + sum(2.0 * a * b for a, b in itertools.pairwise([h, *config.head, 1]))
+
+    def _meet(self, users: Users, candidates: Candidates) -> Meeting:
+        R = self.config.recent
+        tokens = self.history(users)
+        profile = self.profiles(users.profile, users.known)
+        return Meeting(
+            users=users,
+            candidates=candidates,
+            x=self.item_vectors(candidates.features),
+            profile=profile,
+            user=self.user_tower(profile, tokens[:, -R:], users.valid[:, -R:]),
+            tokens=tokens,
+            index=candidates.index,
+        )
 
     def _simtier(self, matches: Tensor, valid: Tensor) -> Tensor:
         """SimTier(u,i): log1p of the window's histogram over tiers, times the tiers' embeddings [B, K, d]."""
@@ -305,6 +412,141 @@ class AIF(nn.Module):
         return torch.where(counted.sum(dim=2, keepdim=True) > 0, mean, self.no_cross)
 
 
+class Dots(nn.Module):
+    """Dot products of a user with an item's fixed representation r_i, as a block of the first layer: W1 Q_u r_i.
+
+    Q_u [k, m] is linear in the user vector. The block is linear in r_i, so it folds into one matrix per user [h, m]
+    that meets r_i anyway (D_u for signatures, C_u for bridge weights): no byte per item and no work per candidate more.
+    """
+
+    def __init__(self, count: int, size: int, config: ModelConfig, scale: float) -> None:
+        """`count` dot products with representations of `size` numbers; `scale` brings them to a variance near 1."""
+        super().__init__()
+        self.count, self.scale = count, scale
+        self.query = nn.Linear(config.dim, count * size)
+        self.W1 = first_layer_block(config.width, count)
+
+    def queries(self, user: Tensor) -> Tensor:
+        """Q_u, scaled [B, k, m]."""
+        out: Tensor = self.scale * self.query(user).unflatten(1, (self.count, -1))
+        return out
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:
+        """user [B, d], items [B, K, m] -> the first layer's part [B, K, h]."""
+        return items @ self.queries(user).transpose(1, 2) @ self.W1.T
+
+    def fold(self, user: Tensor) -> Tensor:
+        """user [d] -> the matrix that r_i is multiplied with [h, m]."""
+        return self.W1 @ self.queries(user[None])[0]
+
+
+class AIF(Frame):
+    """The network that is served: the user's interest in an item by BEA, LSH-DIN and dot products."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        h, d = config.width, config.dim
+        bea, din = config.has("bea"), config.has("lsh_din")
+        self.bridges = nn.Parameter(torch.randn(config.bridges, d), requires_grad=bea or config.bridge_dots > 0)
+        self.no_din = nn.Parameter(torch.zeros(d), requires_grad=din)
+        self.W1b = first_layer_block(h, d, learns=bea)
+        self.W1d = first_layer_block(h, d, learns=din)
+        self.dots = Dots(config.dots, config.bits, config, config.bits**-0.5) if config.dots else None
+        self.bridge_dots = Dots(config.bridge_dots, config.bridges, config, 1.0) if config.bridge_dots else None
+
+    # Item side ------------------------------------------------------------------------------------------------------
+
+    def bridge_weights(self, x: Tensor) -> Tensor:
+        """w_i = softmax(temperature B x_i / sqrt d) [M, n], over the `bridge_top` best where that is set."""
+        config = self.config
+        affinity = self._affinity(x)
+        if self.training and config.bridge_dropout:
+            affinity = affinity.masked_fill(self._dropped(), -math.inf)
+        if config.bridge_top:
+            worst = affinity.topk(config.bridge_top, dim=1).values[:, -1:]
+            affinity = affinity.masked_fill(affinity < worst, -math.inf)
+        return torch.softmax(affinity, dim=1)
+
+    # User side ------------------------------------------------------------------------------------------------------
+
+    def bridge_values(self, profile: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+        """V_u = softmax(temperature B U^T / sqrt d) U [B, n, d], U = recent tokens and the profile."""
+        U = torch.cat([profile[:, None, :], tokens], dim=1)  # [B, 1 + R, d]
+        keep = functional.pad(valid, (1, 0), value=True)
+        affinity = self._affinity(U).transpose(1, 2)  # [B, n, 1 + R]
+        return torch.softmax(affinity.masked_fill(~keep[:, None, :], -math.inf), dim=2) @ U
+
+    def _affinity(self, x: Tensor) -> Tensor:
+        """x [..., d] with every bridge [..., n]."""
+        return x @ self.bridges.T * (self.config.bridge_temperature / math.sqrt(self.config.dim))
+
+    # Where both meet ------------------------------------------------------------------------------------------------
+
+    def interest(self, meeting: Meeting) -> Tensor:
+        """BEA, LSH-DIN and the dot products, through their blocks of the first layer [B, K, h]."""
+        config, R, index = self.config, self.config.recent, meeting.index
+        tokens, valid = meeting.tokens, meeting.users.valid
+        z = self.b1.new_zeros(*index.shape, config.width)
+        if config.has("bea") or self.bridge_dots:
+            w = self.bridge_weights(meeting.x)[index]  # [B, K, n]
+            if config.has("bea"):
+                V = self.bridge_values(meeting.profile, tokens[:, -R:], valid[:, -R:])  # [B, n, d]
+                z = z + (w @ V) @ self.W1b.T
+            if self.bridge_dots:
+                z = z + self.bridge_dots(meeting.user, w)
+        if config.has("lsh_din"):
+            z = z + self.long_interest(meeting) @ self.W1d.T
+        if self.dots:
+            z = z + self.dots(meeting.user, meeting.candidates.signatures[index])
+        return z
+
+    def long_interest(self, meeting: Meeting) -> Tensor:
+        """DIN(u,i): mean over the history of similarity times token [B, K, d]."""
+        config, valid = self.config, meeting.users.valid
+        similarity = config.din_scale * (meeting.matches / config.bits - config.din_shift)  # [B, K, L]
+        count = valid.sum(dim=1)[:, None, None]  # [B, 1, 1]
+        mean = similarity @ meeting.tokens / count.clamp(min=1)  # padded tokens are zero
+        return torch.where(count > 0, mean, self.no_din)
+
+    def training_forward(
+        self, users: Users, candidates: Candidates, clicked: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ranker`; the penalty is that of bridges which point the same way."""
+        logits, penalty = super().training_forward(users, candidates, clicked, counted)
+        if self.config.bridge_diversity and self.config.bridges > 1:
+            unit = functional.normalize(self.bridges, dim=1)
+            cosine = (unit @ unit.T).fill_diagonal_(0.0)
+            pairs = len(unit) * (len(unit) - 1)
+            penalty = penalty + self.config.bridge_diversity * cosine.square().sum() / pairs
+        return logits, penalty
+
+    def serving_flops(self, length: int, window: int) -> float:
+        """Of the folded form: the frame, C_u w_i and D_u s_i; that is `fold.join_scores` with the head."""
+        config, h = self.config, self.config.width
+        total = super().serving_flops(length, window)
+        if config.has("bea") or self.bridge_dots:
+            total += 2 * h * config.bridges
+        if config.has("lsh_din") or self.dots:
+            total += 2 * h * config.bits  # whatever the history's length
+        return total
+
+    @torch.no_grad()
+    def start_bridges(self, vectors: Tensor) -> None:
+        """Start the bridges at the k-means centres of item vectors [M, d], M >= n, taken before training.
+
+        Only the centres' differences matter to a softmax, so they are centred; their length is that of random bridges,
+        or all affinities would start near zero. Draws from torch's random state. Raises ValueError for too few vectors.
+        """
+        centres = _kmeans(vectors, self.config.bridges)
+        centres = centres - vectors.mean(dim=0)
+        self.bridges.copy_(functional.normalize(centres, dim=1) * math.sqrt(self.config.dim))
+
+    def _dropped(self) -> Tensor:
+        """Which bridges this training step does without, bool [n]; never all of them."""
+        chance = torch.rand(self.config.bridges, device=self.bridges.device)
+        return (chance < self.config.bridge_dropout) & (chance < chance.max())
+
+
 def recency_buckets(ages: Tensor) -> Tensor:
     """Bucket of each age in milliseconds, 0 = under a minute."""
     return torch.bucketize(ages, torch.tensor(RECENCY_EDGES, device=ages.device), right=True)
@@ -316,9 +558,28 @@ def sim_counts(count: Tensor, age: Tensor) -> Tensor:
     return torch.stack([torch.log1p(count), 1 / (1 + days)], dim=-1)
 
 
-def _block(rows: int, columns: int) -> nn.Parameter:
+def first_layer_block(rows: int, columns: int, *, learns: bool = True) -> nn.Parameter:
     """Columns of W1, scaled so that six blocks together keep the variance of their inputs."""
-    return nn.Parameter(torch.randn(rows, columns) / math.sqrt(3 * columns))
+    return nn.Parameter(torch.randn(rows, columns) / math.sqrt(3 * columns), requires_grad=learns)
+
+
+def _kmeans(vectors: Tensor, count: int) -> Tensor:
+    """Centres [count, d] by Lloyd's rounds from k-means++ seeds; a centre that loses all its vectors stays."""
+    if len(vectors) < count:
+        raise ValueError(f"{len(vectors)} vectors are too few for {count} centres")
+    chosen = [int(torch.randint(len(vectors), ()))]
+    nearest = (vectors - vectors[chosen[0]]).square().sum(dim=1)
+    while len(chosen) < count:
+        weights = nearest if bool(nearest.sum() > 0) else torch.ones_like(nearest)
+        chosen.append(int(torch.multinomial(weights, 1)))
+        nearest = torch.minimum(nearest, (vectors - vectors[chosen[-1]]).square().sum(dim=1))
+    centres = vectors[chosen].clone()
+    for _ in range(_KMEANS_ROUNDS):
+        owner = torch.cdist(vectors, centres).argmin(dim=1)
+        size = torch.bincount(owner, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, owner, vectors)
+        centres = torch.where(size[:, None] > 0, sums / size.clamp(min=1)[:, None], centres)
+    return centres
 
 
 def shapes(model: AIF) -> dict[str, list[int]]:
