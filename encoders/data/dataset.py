@@ -10,7 +10,7 @@ columns may be memory maps. `item_updates`, `behaviours` and `users` give the da
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,12 @@ class ItemRow:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """M items; the k-th of each column belongs to the same item."""
+    """M items; the k-th of each column belongs to the same item. Columns may be on disk, so they are sequences."""
 
-    ids: list[str]
-    features: list[dict[str, Any]]
-    crosses: list[list[str]]
-    attributes: list[dict[str, Any]]
+    ids: Sequence[str]
+    features: Sequence[dict[str, Any]]
+    crosses: Sequence[list[str]]
+    attributes: Sequence[dict[str, Any]]
     embeddings: npt.NDArray[np.float32]  # [M, e]
     added: npt.NDArray[np.int64]  # [M], ms
     removed: npt.NDArray[np.int64]  # [M], ms; NEVER
@@ -57,8 +57,8 @@ class Items:
 class UserProfiles:
     """U users."""
 
-    ids: list[str]
-    features: list[dict[str, Any]]
+    ids: Sequence[str]
+    features: Sequence[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
