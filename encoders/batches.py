@@ -137,21 +137,26 @@ class Batches:
         places = groups.first[:, None] + np.arange(K)  # [B, K]
         counted = np.arange(K) < groups.size[:, None]
         places = np.where(counted, places, groups.first[:, None])
-        distinct, index = np.unique(self.examples.item[places], return_inverse=True)
         return Batch(
-            users=self._users(groups, model),
-            candidates=Candidates(
-                features=self._items.take(distinct),
-                signatures=torch.from_numpy(self._signs[distinct]),
-                crosses=torch.from_numpy(self._crosses[distinct]),
-                index=torch.from_numpy(index.reshape(places.shape)),
-            ),
+            users=self.users(groups, model),
+            candidates=self.candidates(self.examples.item[places]),
             clicked=torch.from_numpy(self.examples.clicked[places].astype(np.float32)),
             counted=torch.from_numpy(counted),
             groups=groups,
         )
 
-    def _users(self, groups: Groups, model: AIF) -> Users:
+    def candidates(self, items: npt.NDArray[np.integer]) -> Candidates:
+        """Any items [B, K], not only those of examples, as candidates."""
+        distinct, index = np.unique(items, return_inverse=True)
+        return Candidates(
+            features=self._items.take(distinct),
+            signatures=torch.from_numpy(self._signs[distinct]),
+            crosses=torch.from_numpy(self._crosses[distinct]),
+            index=torch.from_numpy(index.reshape(items.shape)),
+        )
+
+    def users(self, groups: Groups, model: AIF) -> Users:
+        """The user side of a batch."""
         begin = np.maximum(self._begin[groups.user], groups.history - self._config.window)
         L = int((groups.history - begin).max())
         places = groups.history[:, None] - L + np.arange(L)  # [B, L], padded on the left
