@@ -1,11 +1,12 @@
 """The bundle: one model as a folder of `model.safetensors` and `manifest.json`. Written by training, read by every job.
 
 `manifest.json` (UTF-8 JSON, format 1): `format`; `version` = first 16 hex digits of the SHA-256 of the rest, so it
-follows from the content; `config` (ModelConfig, with the tier edges); `features` (FeatureSpec, with crosses and
-actions); `row` (the arguments of the index's RowLayout); `tensors` = SHA-256 of the tensors' file and the shape of
-each; `metrics` of training. Guarantees: `save_bundle` makes the folder appear whole or not at all; `load_bundle` gives
-a model whose every byte is the one that was hashed, whose shapes fit and whose weights are finite float32, or raises
-BundleError. Nothing is ever unpickled.
+follows from the content; `model` (its name in `baselines.MODELS`; absent = "aif"); `config` (ModelConfig, with the tier
+edges; absent fields have their defaults); `features` (FeatureSpec, with crosses and actions); `row` (the arguments of
+the index's RowLayout); `tensors` = SHA-256 of the tensors' file and the shape of each; `metrics` of training.
+Guarantees: `save_bundle` makes the folder appear whole or not at all; `load_model` gives a model whose every byte is
+the one that was hashed, whose shapes fit and whose weights are finite float32, or raises BundleError; `load_bundle`
+does so for what can be served, which is AIF alone. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from encoders import lsh
+from encoders.baselines import MODELS, build
 from encoders.features import Categorical, FeatureSpec, Numeric, SpecError
-from encoders.model import AIF, ModelConfig
+from encoders.model import AIF, ModelConfig, Ranker
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TENSORS = "model.safetensors"
+SERVED = "aif"  # the one model that can be served
 
 Precision = Literal["fp16", "fp32"]
 
@@ -48,6 +50,7 @@ class Manifest:
     features: FeatureSpec
     precision: Precision  # of the rows
     metrics: Mapping[str, Any]
+    model: str = SERVED  # a name in MODELS
 
     @property
     def row(self) -> dict[str, Any]:
@@ -56,21 +59,29 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundle:
+class Loaded:
     """A manifest with its model, in evaluation mode and without gradients."""
 
     manifest: Manifest
-    model: AIF
+    model: Ranker
     sha256: str  # of manifest.json, as `models` events carry it
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle(Loaded):
+    """What can be served."""
+
+    model: AIF
 
 
 def save_bundle(
     path: Path,
-    model: AIF,
+    model: Ranker,
     config: ModelConfig,
     features: FeatureSpec,
     precision: Precision = "fp16",
     metrics: Mapping[str, Any] | None = None,
+    model_name: str = SERVED,
 ) -> str:
     """Write a bundle at `path`, which must not exist or be empty; gives the SHA-256 of its manifest.
 
@@ -84,6 +95,7 @@ def save_bundle(
     blob = safetensors.torch.save(tensors)
     content = {
         "format": FORMAT,
+        "model": model_name,
         "config": dataclasses.asdict(config),
         "features": features.to_json(),
         "row": _row(config, features, precision),
@@ -110,7 +122,17 @@ def save_bundle(
 
 
 def load_bundle(path: Path, sha256: str | None = None) -> Bundle:
-    """Read and check the bundle at `path`. `sha256`, where given, must be that of its manifest. Raises BundleError."""
+    """Read and check the bundle at `path`, for serving. `sha256`, where given, must be that of its manifest. Raises
+    BundleError.
+    """
+    loaded = load_model(path, sha256)
+    if loaded.manifest.model != SERVED:
+        raise BundleError(f"{path} holds a {loaded.manifest.model} model, which cannot be served")
+    return Bundle(loaded.manifest, cast(AIF, loaded.model), loaded.sha256)
+
+
+def load_model(path: Path, sha256: str | None = None) -> Loaded:
+    """As `load_bundle`, of any model. Raises BundleError."""
     raw = _read(path / MANIFEST)
     found = _sha256(raw)
     if sha256 is not None and sha256.lower() != found:
@@ -132,7 +154,7 @@ def load_bundle(path: Path, sha256: str | None = None) -> Bundle:
     model = _empty_model(manifest)
     _check_tensors(tensors, model, shapes)
     model.load_state_dict(tensors, assign=True)
-    return Bundle(manifest, model.requires_grad_(False).eval(), found)
+    return Loaded(manifest, model.requires_grad_(False).eval(), found)
 
 
 def manifest_sha256(path: Path) -> str:
@@ -163,12 +185,8 @@ def seeded_bundle(
 
 
 def new_model(config: ModelConfig, features: FeatureSpec, seed: int) -> AIF:
-    """A model with weights and LSH projection drawn from `seed`; the global random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AIF(config, features.sizes)
-    model.projection.copy_(torch.from_numpy(lsh.projection(config.embedding_dim, config.bits, seed)))
-    return model
+    """An AIF with weights and LSH projection drawn from `seed`; the global random state stays as it is."""
+    return cast(AIF, build(SERVED, config, features.sizes, seed))
 
 
 SAMPLE_SPEC = FeatureSpec(
@@ -219,26 +237,29 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
         features = FeatureSpec.from_json(fields["features"])
         precision = fields["row"]["precision"]
         metrics = dict(fields["metrics"])
+        name = str(fields.get("model", SERVED))
     except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
         raise BundleError(f"the manifest does not read: {error}") from error
     if precision not in ("fp16", "fp32"):
         raise BundleError(f"rows of precision {precision!r} are not known")
-    manifest = Manifest(fields["version"], config, features, cast(Precision, precision), metrics)
+    if name not in MODELS:
+        raise BundleError(f"models of the name {name!r} are not known")
+    manifest = Manifest(fields["version"], config, features, cast(Precision, precision), metrics, name)
     if fields["row"] != manifest.row:
         raise BundleError("the manifest's row does not fit its config")
     return manifest
 
 
-def _empty_model(manifest: Manifest) -> AIF:
+def _empty_model(manifest: Manifest) -> Ranker:
     """The model without memory for its weights, so that absurd sizes in a manifest cost nothing."""
     try:
         with torch.device("meta"):
-            return AIF(manifest.config, manifest.features.sizes)
+            return MODELS[manifest.model](manifest.config, manifest.features.sizes)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise BundleError(f"the manifest's config does not make a model: {error}") from error
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor], model: AIF, shapes: Mapping[str, Any]) -> None:
+def _check_tensors(tensors: Mapping[str, torch.Tensor], model: Ranker, shapes: Mapping[str, Any]) -> None:
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise BundleError(f"tensors are missing: {', '.join(missing[:5])}")
