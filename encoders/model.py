@@ -522,13 +522,16 @@ class AIF(Frame):
 
     def serving_flops(self, length: int, window: int) -> float:
         """Of the folded form: the frame, C_u w_i and D_u s_i; that is `fold.join_scores` with the head."""
-        config, h = self.config, self.config.width
-        total = super().serving_flops(length, window)
+        config, total = self.config, super().serving_flops(length, window)
         if config.has("bea") or self.bridge_dots:
-            total += 2 * h * config.bridges
-        if config.has("lsh_din") or self.dots:
-            total += 2 * h * config.bits  # whatever the history's length
-        return total
+            total += 2.0 * config.width * config.bridges
+        if self.dots:
+            total += 2.0 * config.width * config.bits
+        return total + self.long_flops(length) if config.has("lsh_din") else total
+
+    def long_flops(self, length: int) -> float:  # noqa: ARG002  does not depend on it
+        """Of `long_interest`, per candidate: D_u s_i, which the dot products share."""
+        return 0.0 if self.dots else 2.0 * self.config.width * self.config.bits
 
     @torch.no_grad()
     def start_bridges(self, vectors: Tensor) -> None:
