@@ -7,8 +7,9 @@ by sqrt(S / (S - 1)) (Rao & Wu 1988). With one seed the interval speaks of this 
 
 Limits. The percentile interval is a little short for few users: with 100 of equal weight about 94 % of intervals
 cover; `effective` says to how many users of equal weight the weighted ones amount (Kish 1965), and below about 50 an
-interval is a hint, below 2 it is NaN. With three seeds the interval knows the seeds' variance, but not how badly
-three seeds measure it.
+interval is a hint, below 2 it is NaN. Resampling both users and seeds counts what varies with the two together up to
+three times (Owen 2007, 'The pigeonhole bootstrap'), so with several seeds interval and `p` err on the careful side.
+With three seeds the interval knows the seeds' variance, but not how badly three seeds measure it.
 """
 
 from __future__ import annotations
