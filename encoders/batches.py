@@ -18,7 +18,7 @@ import torch
 from encoders import lsh
 from encoders.data.dataset import DataError, Dataset
 from encoders.features import FeatureSpec, ItemEncoder, ProfileEncoder
-from encoders.model import AIF, Candidates, Features, ModelConfig, Users
+from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
 
 GROUP_SIZE = 16  # candidates of a group, at most
 GROUP_SPAN = 3_600_000  # ms from the first to the last example of a group
@@ -116,7 +116,7 @@ class Batches:
         return slices
 
     def batches(
-        self, groups: Groups, model: AIF, size: int, random: np.random.Generator | None = None
+        self, groups: Groups, model: Ranker, size: int, random: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         """The batches of `plan`. Item vectors are the model's at the time."""
         for part in self.plan(groups, size, random):
@@ -131,7 +131,7 @@ class Batches:
             out.append(lsh.matches(candidate, signatures[self.log.item[begin:end]])[0])
         return np.concatenate(out) if out else np.empty(0, dtype=np.int32)
 
-    def batch(self, groups: Groups, model: AIF) -> Batch:
+    def batch(self, groups: Groups, model: Ranker) -> Batch:
         """One batch of all the groups. Item vectors are the model's at the time."""
         K = int(groups.size.max())
         places = groups.first[:, None] + np.arange(K)  # [B, K]
@@ -155,7 +155,7 @@ class Batches:
             index=torch.from_numpy(index.reshape(items.shape)),
         )
 
-    def users(self, groups: Groups, model: AIF) -> Users:
+    def users(self, groups: Groups, model: Ranker) -> Users:
         """The user side of a batch."""
         begin = np.maximum(self._begin[groups.user], groups.history - self._config.window)
         L = int((groups.history - begin).max())
