@@ -201,8 +201,8 @@ class IntTower(TwoSided):
 class TargetAttention(nn.Module):
     """DIN's activation unit (Zhou et al., KDD 2018): an MLP on [e_j, x_i, e_j - x_i, e_j * x_i] weighs behaviour j.
 
-    The first layer is linear, so it is parted: (We + Wd) e_j once per behaviour, (Wx - Wd) x_i once per item, and
-    e_j (diag(x_i) Wp) as a batched product; [B, K, L, 4d] is never made. Some users at a time, for the cache's sake.
+    The first layer is linear, so an item makes one matrix of it, We + Wd + Wp diag(x_i), and one bias,
+    (Wx - Wd) x_i + b; [B, K, L, 4d] is never made. Some users at a time, for the cache's sake.
     """
 
     def __init__(self, config: ModelConfig, *, softmax: bool) -> None:
@@ -210,7 +210,8 @@ class TargetAttention(nn.Module):
         self.softmax = softmax
         self.activation: Callable[[Tensor], Tensor] = torch.sigmoid
         self.first = nn.Linear(4 * config.dim, config.attention[0])
-        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([*config.attention, 1]))
+        self.sizes = [config.dim, *config.attention, 1]
+        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(self.sizes[1:]))
 
     def forward(self, tokens: Tensor, valid: Tensor, items: Tensor) -> Tensor:
         """tokens [B, L, d], zero where not `valid` [B, L]; items [B, K, d] -> [B, K, d], zero for an empty history."""
@@ -220,21 +221,18 @@ class TargetAttention(nn.Module):
         return torch.cat([self._attend(tokens[part], valid[part], items[part]) for part in parts])
 
     def flops(self) -> float:
-        """Per behaviour and candidate, the parts of user and item being ready: e_j * x_i, the MLP, weight and sum."""
-        d, inner = len(self.first.weight[0]) // 4, [layer.in_features for layer in self._linear()]
-        layers = sum(2.0 * a * b for a, b in itertools.pairwise([*inner, 1]))
-        activations = 2 * inner[0] + sum(inner)  # adding the ready parts, and one operation per sigmoid
-        return d + 2.0 * d * inner[0] + layers + activations + (3 if self.softmax else 0) + 2 * d
-
-    def _linear(self) -> list[nn.Linear]:
-        return [layer for layer in self.rest if isinstance(layer, nn.Linear)]
+        """Per behaviour and candidate, the item's matrix and bias being ready: the MLP, its sigmoids at one operation
+        each, softmax (exponential, sum, division), and the weighted sum of tokens.
+        """
+        layers = sum(2.0 * a * b for a, b in itertools.pairwise(self.sizes))
+        return layers + sum(self.sizes[1:-1]) + (3 if self.softmax else 0) + 2 * self.sizes[0]
 
     def _attend(self, tokens: Tensor, valid: Tensor, items: Tensor) -> Tensor:
         We, Wx, Wd, Wp = self.first.weight.chunk(4, dim=1)  # each [a, d]
         users, K, d = items.shape
-        scaled = (items[:, :, None, :] * Wp).reshape(users, -1, d)  # [B, K * a, d]
-        product = (tokens @ scaled.transpose(1, 2)).reshape(users, -1, K, len(Wp))  # [B, L, K, a]
-        z = product + (tokens @ (We + Wd).T)[:, :, None, :] + (items @ (Wx - Wd).T + self.first.bias)[:, None, :, :]
+        W = (items[:, :, None, :] * Wp + (We + Wd)).reshape(users, -1, d)  # [B, K * a, d]
+        bias = (items @ (Wx - Wd).T + self.first.bias).reshape(users, 1, -1)  # [B, 1, K * a]
+        z = torch.baddbmm(bias, tokens, W.transpose(1, 2)).reshape(users, -1, K, len(Wp))  # [B, L, K, a]
         for layer in self.rest:
             z = layer(self.activation(z))
         weight = z.squeeze(3).transpose(1, 2)  # [B, K, L]

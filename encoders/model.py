@@ -392,21 +392,20 @@ class Frame(Ranker):
         """
         row = torch.arange(len(wanted), device=wanted.device)[:, None, None] << 16  # a key is (user, slot)
         used = (users.crosses != NO_CROSS) & users.valid[:, :, None]  # [B, L, C]
-        keys, group = torch.unique((row | users.crosses)[used], return_inverse=True)
-        who, when, _ = torch.nonzero(used, as_tuple=True)
-        count = torch.zeros(len(keys), device=wanted.device).index_add(
-            0, group, torch.ones(len(group), device=wanted.device)
-        )
-        sums = torch.zeros(len(keys), tokens.shape[2], device=wanted.device).index_add(0, group, tokens[who, when])
-        youngest = torch.full((len(keys),), torch.iinfo(torch.int64).max, device=wanted.device)
-        youngest = youngest.scatter_reduce(0, group, users.ages[who, when], "amin")
-        summary = torch.cat([sim_counts(count, youngest), sums / count[:, None]], dim=1)  # [keys, d + 2]
+        if not used.any():
+            return self.no_cross.expand(*wanted.shape[:2], -1)
+        found, order = torch.sort((row | users.crosses)[used], stable=True)
+        keys, count = torch.unique_consecutive(found, return_counts=True)
+        member = (torch.nonzero(used.flatten()).squeeze(1) // users.crosses.shape[2])[order]  # places in [B * L]
+        youngest = torch.segment_reduce(users.ages.flatten()[member].to(torch.float32), "min", lengths=count)
+        mean = functional.embedding_bag(member, tokens.flatten(0, 1), count.cumsum(0) - count, mode="mean")
+        summary = torch.cat([sim_counts(count.to(torch.float32), youngest), mean], dim=1)  # [keys, d + 2]
         table = torch.cat([summary, self.no_cross[None, :]])  # the last row is the default
 
         keyed = row | wanted  # [B, K, C]
         place = torch.searchsorted(keys, keyed)
-        found = functional.pad(keys, (0, 1), value=-1)[place] == keyed
-        place = torch.where(found, place, len(keys))
+        met = functional.pad(keys, (0, 1), value=-1)[place] == keyed
+        place = torch.where(met, place, len(keys))
         counted = (wanted != NO_CROSS).to(torch.float32)  # [B, K, C]
         mean = (counted[:, :, None, :] @ table[place]).squeeze(2) / counted.sum(dim=2, keepdim=True).clamp(min=1)
         return torch.where(counted.sum(dim=2, keepdim=True) > 0, mean, self.no_cross)
