@@ -23,7 +23,7 @@ from encoders.bundle import BundleError, load_bundle, manifest_sha256
 from encoders.data.dataset import DataError
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.evaluate import Figures, evaluate
-from encoders.train import train
+from encoders.train import TrainOptions, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise BundleError(f"{options.out} is already there; choose another folder or remove it")
     data = open_dataset(options.data, options.seed)
-    metrics = train(data, options.out, precision=options.precision, seed=options.seed, minutes=options.minutes)
+    options_ = TrainOptions(seed=options.seed, minutes=options.minutes)
+    metrics = train(data, options.out, options_, precision=options.precision)
     _table(metrics["test"])
     print(f"bundle {options.out} (manifest SHA-256 {manifest_sha256(options.out)})")
 

@@ -1,224 +1,513 @@
-"""Data set -> bundle: builds the feature spec, measures the LSH's centre and tiers, trains, and keeps the best weights.
+"""Data set -> trained model, one loop for AIF and all its rivals; and -> bundle, for the command and the demo.
 
-The split is by time: the model trains on the first 80 % of the behaviours, stops where the validation slice (the next
-10 %) no longer improves, and its figures on the rest go into the manifest beside those of popularity and chance. Equal
-data, seed and number of threads give equal weights, unless the time limit ends the training.
+The split is by time: a model trains on the first 80 % of the examples, stops where the validation slice (the next
+10 %) no longer improves, and keeps the weights that were best there. The rest is never looked at before training has
+ended. Guarantees: equal data, options and processes give equal weights, unless the time limit ends the training; a
+training that was killed goes on from its checkpoint to the very weights it would have had. For that, all that is random
+follows from (seed, epoch) and (seed, step): the random state need not be kept.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import json
+import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from encoders import lsh
+from encoders import checkpoint as checkpoints
+from encoders.baselines import MODELS, build
 from encoders.batches import Batches, Groups
-from encoders.bundle import Precision, new_model, save_bundle
+from encoders.bundle import SERVED, Precision, save_bundle
 from encoders.data.dataset import DataError, Dataset
-from encoders.evaluate import BATCH_GROUPS, Split, baselines, figures, predict, split_of
-from encoders.features import Categorical, FeatureSpec, Numeric
-from encoders.model import AIF, ModelConfig
+from encoders.data.fingerprint import fingerprint
+from encoders.distributed import ALONE, Peers
+from encoders.evaluate import Figures, baselines, figures, predict, split_of
+from encoders.features import FeatureSpec
+from encoders.model import AIF, ModelConfig, Ranker
+from encoders.progress import EVERY, Log, epoch_line
+from encoders.spec import Material, material_of, spec_of
 
-_EPOCHS = 30  # at most; early stopping usually ends sooner
-_PATIENCE = 3  # epochs without a better validation slice
-_LEAST_GAIN = 5e-4  # of the validation GAUC that counts as better
-_LEARNING_RATE = 2e-3
-_WEIGHT_DECAY = 1e-3
-_TABLE_DECAY = 0.3  # of the category tables, which would otherwise learn items by heart
-_AVERAGED_STEPS = 200  # the weights kept are a moving average over about as many steps
-_VOCABULARY = 16_384  # most frequent crosses, which own slots
-_BUCKETS = 65_536  # per categorical feature, at most
-_SAMPLE = 4_000  # groups on which tiers are measured
+__all__ = ["Fitted", "TrainOptions", "TrainingError", "fit", "spec_of", "train"]
+
+TEACHER = "din"  # the upper bound, which AIF may be distilled from
+_CLIP = 5.0  # norm of the gradient
+_SAVE_SECONDS = 30.0  # between two checkpoints within an epoch
+_BRIDGE_SAMPLE = 20_000  # item vectors whose centres bridges start at
 
 Report = Callable[[str], None]
+
+
+class TrainingError(Exception):
+    """A training that cannot go on; the message is one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """All that decides what a training gives, beside the data."""
+
+    model: str = SERVED  # a name in MODELS
+    config: ModelConfig = dataclasses.field(default_factory=ModelConfig)  # tier edges and centring are measured
+    seed: int = 0
+    epochs: int = 60  # at most
+    patience: int = 4  # epochs without a better validation slice, after which training has converged
+    least_gain: float = 5e-4  # of the validation GAUC that counts as better
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-3
+    table_decay: float = 0.3  # of the category tables, which would otherwise learn items by heart
+    averaged_steps: int = 200  # the weights kept are a moving average over about as many steps
+    batch_groups: int = 64  # groups of a step, over all processes
+    minutes: float | None = None  # training ends after this time at the latest
+    distil: float = 0.0  # weight of the loss towards the logits of `TEACHER`, trained beside AIF; 0 = off
+    distil_after: int = 500  # steps in which the teacher learns alone
+    bridges_from_data: bool = False  # bridges start at the centres of the item vectors
+    autocast: bool = False  # bfloat16 in the forward pass
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the option, for a value that cannot be trained with."""
+        if self.model not in MODELS:
+            raise ValueError(f"model {self.model!r} is not known; known are {', '.join(MODELS)}")
+        for name in ("epochs", "patience", "averaged_steps", "batch_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("seed", "least_gain", "weight_decay", "table_decay", "distil", "distil_after"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative")
+        if not self.learning_rate > 0 or (self.minutes is not None and not self.minutes > 0):
+            raise ValueError("the learning rate and the time limit must be above 0")
+        if self.model != SERVED and (self.distil or self.bridges_from_data):
+            raise ValueError(f"{self.model} has neither teacher nor bridges; only {SERVED} has")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes, with the JSON types that reading it again gives."""
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TrainOptions:
+        """Raises ValueError or TypeError where the fields are not options."""
+        config = fields.get("config", {})
+        sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items()}
+        return cls(**{**fields, "config": ModelConfig(**sizes)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained model, in evaluation mode, with what its bundle says of it."""
+
+    model: Ranker
+    spec: FeatureSpec
+    config: ModelConfig
+    options: TrainOptions
+    epochs: int
+    seconds: float
+    curve: list[dict[str, Any]]  # one row per epoch, the columns of progress.COLUMNS
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The epoch whose weights were kept."""
+        return max(self.curve, key=_score)
+
+    def history(self) -> dict[str, Any]:
+        """How it was trained, for the manifest's metrics."""
+        return {
+            "options": self.options.to_json(),
+            "seed": self.options.seed,
+            "epochs": self.epochs,
+            "seconds": round(self.seconds, 1),
+            "curve": self.curve,
+        }
 
 
 def train(
     data: Dataset,
     out: Path,
+    options: TrainOptions | None = None,
     *,
     precision: Precision = "fp16",
-    seed: int = 0,
-    minutes: float = 1.0,
-    config: ModelConfig | None = None,
+    checkpoint: Path | None = None,
+    log: Path | None = None,
     report: Report = print,
+    peers: Peers = ALONE,
 ) -> dict[str, Any]:
-    """Train on `data`, write the bundle to `out`, give its metrics. Raises DataError and BundleError."""
-    started = time.monotonic()
-    split = split_of(data)
-    spec = spec_of(data, split)
-    config = dataclasses.replace(config or ModelConfig(), embedding_dim=data.items.embeddings.shape[1])
-    config, centre, signatures = _measured(data, spec, config, split, seed)
-    batches = Batches(data, spec, config)
-    batches.sign(signatures)
-    model = new_model(config, spec, seed)
-    model.centre.copy_(torch.from_numpy(centre))
-    training = batches.groups(split.start, split.validation)
-    validation = batches.groups(split.validation, split.test)
-    report(
-        f"training on {int(training.size.sum())} examples in {len(training)} requests, "
-        f"validation on {int(validation.size.sum())}; at most {minutes:g} minutes, Ctrl-C stops"
-    )
-    epochs = _fit(model, batches, training, validation, seed, started + 60 * minutes, report)
-    test = batches.groups(split.test, split.end)
+    """Train on `data`, write the bundle to `out`, give its metrics. Raises as `fit` does, and BundleError."""
+    run = _trained(data, options or TrainOptions(), checkpoint, log, report, peers)
+    if not peers.leads:
+        return {}
+    fitted, batches, split = run.fitted(), run.material.batches, split_of(data)
+    test = figures(*predict(fitted.model, batches, batches.groups(split.test, split.end)))
     metrics = {
         "data": data.name,
-        "seed": seed,
-        "epochs": epochs,
-        "seconds": round(time.monotonic() - started, 1),
-        "test": {"model": figures(*predict(model, batches, test)), **baselines(data, split.test, split.end)},
+        **fitted.history(),
+        "test": {"model": test, **baselines(data, split.test, split.end)},
     }
-    save_bundle(out, model, config, spec, precision, metrics)
+    save_bundle(out, fitted.model, fitted.config, fitted.spec, precision, metrics, fitted.options.model)
     return metrics
 
 
-def spec_of(data: Dataset, split: Split) -> FeatureSpec:
-    """The feature spec that the data call for; numbers and vocabularies from items that are there before validation."""
-    items = data.items
-    seen = [k for k in range(len(items.ids)) if items.added[k] < split.validation]
-    features = [items.features[k] for k in seen]
-    crosses = Counter(cross for k in seen for cross in items.crosses[k])
-    return FeatureSpec(
-        item_categories=_categories(features),
-        item_numerics=_numerics(features),
-        user_categories=_categories(data.profiles.features),
-        user_numerics=_numerics(data.profiles.features),
-        crosses=tuple(sorted(name for name, _ in crosses.most_common(_VOCABULARY))),
-        actions=data.actions,
-        attributes=_numeric_attributes(items.attributes),
-    )
+def fit(
+    data: Dataset,
+    options: TrainOptions,
+    *,
+    checkpoint: Path | None = None,
+    log: Path | None = None,
+    report: Report = print,
+    peers: Peers = ALONE,
+    save_seconds: float = _SAVE_SECONDS,
+) -> Fitted:
+    """Train a model until its validation slice no longer improves, and keep its best weights.
+
+    `checkpoint`: file to go on from where it is there, written every `save_seconds` and after every epoch. `log`: CSV
+    file (encoders/progress.py). Raises DataError, TrainingError, CheckpointError and PeerError.
+    """
+    return _trained(data, options, checkpoint, log, report, peers, save_seconds).fitted()
 
 
-def _measured(
-    data: Dataset, spec: FeatureSpec, config: ModelConfig, split: Split, seed: int
-) -> tuple[ModelConfig, np.ndarray, np.ndarray]:
-    """Config with tier edges and DIN's centring, the centre of the embeddings, and the items' signatures."""
-    embeddings = data.items.embeddings
-    centre = embeddings[data.items.added < split.validation].mean(axis=0)
-    signatures = lsh.signatures(embeddings, centre, lsh.projection(config.embedding_dim, config.bits, seed))
-    batches = Batches(data, spec, config)
-    groups = batches.groups(split.start, split.validation)
-    chosen = np.random.default_rng(seed).permutation(len(groups))[:_SAMPLE]
-    sample = batches.matches_sample(groups.select(chosen), signatures)
-    if not sample.size:
-        raise DataError("no user has a history before another behaviour, so there is nothing to learn from")
-    spread = max(0.02, float(sample.std()) / config.bits)
-    measured = dataclasses.replace(
-        config,
-        tier_edges=lsh.tier_edges(sample, config.tiers, config.bits),
-        din_shift=round(float(sample.mean()) / config.bits, 6),
-        din_scale=round(0.5 / spread, 6),
-    )
-    return measured, centre, signatures
-
-
-def _fit(
-    model: AIF, batches: Batches, training: Groups, validation: Groups, seed: int, deadline: float, report: Report
-) -> int:
-    """Train until validation stops improving or the deadline, keep the best weights, give the number of epochs."""
-    random = np.random.default_rng(seed)
-    optimiser = torch.optim.AdamW(_parameter_groups(model), lr=_LEARNING_RATE)
-    average = _Average(model)
-    best, best_state, best_epoch, epoch = -np.inf, copy.deepcopy(model.state_dict()), 0, 0
+def _trained(
+    data: Dataset,
+    options: TrainOptions,
+    checkpoint: Path | None,
+    log: Path | None,
+    report: Report,
+    peers: Peers,
+    save_seconds: float = _SAVE_SECONDS,
+) -> _Run:
+    """The run at its end."""
+    if not peers.leads:
+        report, log = _silence, None
     started = time.monotonic()
-    while epoch < _EPOCHS and epoch - best_epoch < _PATIENCE and time.monotonic() < deadline:
-        epoch += 1
-        loss = _epoch(model, average, batches, training, optimiser, random, deadline)
-        measured = figures(*predict(average.model, batches, validation))
-        score = measured["gauc"] or measured["auc"] or -(measured["logloss"] or 0.0)
-        if score > best + _LEAST_GAIN:
-            best, best_state, best_epoch = score, copy.deepcopy(average.model.state_dict()), epoch
-        left = min((time.monotonic() - started) / epoch * (_EPOCHS - epoch), deadline - time.monotonic())
-        report(
-            f"epoch {epoch}: loss {loss:.4f}, validation GAUC {measured['gauc']}, AUC {measured['auc']}, "
-            f"LogLoss {measured['logloss']}; at most {max(0.0, left):.0f} s left"
-        )
-    model.load_state_dict(best_state)
-    return epoch
+    with torch.random.fork_rng(devices=[]):
+        material = material_of(data, split_of(data), options.config, options.seed)
+        report(_begins(material, options))
+        _warn(material, report)
+        run = _Run(options, material, peers, started)
+        keep = _Keeper(checkpoint, _about(data, options) if checkpoint else {}, save_seconds, peers)
+        keep.load(run, report)
+        with Log(log, run.step) as lines:
+            while not run.ended():
+                _epoch(run, keep, lines)
+                _validate(run, lines, report)
+                keep.save(run)
+    return run
 
 
-class _Average:
-    """A moving average of a model's weights, which ranks better than the weights of any one step."""
+class _Run:
+    """A training in progress: everything that a step changes, and what it needs."""
 
-    def __init__(self, model: AIF) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self._steps = 0
+    def __init__(self, options: TrainOptions, material: Material, peers: Peers, started: float) -> None:
+        self.options, self.material, self.peers, self.started = options, material, peers, started
+        self.model = _new(options.model, material, options.seed)
+        if options.bridges_from_data and isinstance(self.model, AIF):
+            _start_bridges(self.model, material, options.seed)
+        self.teacher = _new(TEACHER, material, options.seed) if options.distil else None
+        self.average = _new(options.model, material, options.seed).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.best_weights = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
+        self.optimiser = torch.optim.AdamW(_parameter_groups(self.learners, options), lr=options.learning_rate)
+        self.step = 0  # steps done
+        self.epoch = 0  # epochs done
+        self.place = 0  # batches done of the epoch that is running
+        self.loss = self.examples = 0.0  # sums over them
+        self.seen = 0  # examples of all steps
+        self.best: float | None = None  # score on the validation slice
+        self.best_epoch = 0
+        self.curve: list[dict[str, Any]] = []
+        self.earlier = 0.0  # seconds before this process
 
-    def update(self, model: AIF) -> None:
-        self._steps += 1
-        share = max(1 / _AVERAGED_STEPS, 9 / (10 + self._steps))  # the first steps fade fast
-        for mean, weights in zip(self.model.parameters(), model.parameters(), strict=True):
-            mean.lerp_(weights.detach(), share)
+    @property
+    def learners(self) -> list[Ranker]:
+        return [self.model] if self.teacher is None else [self.model, self.teacher]
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds to the time limit."""
+        return math.inf if self.options.minutes is None else 60 * self.options.minutes - self.seconds
+
+    def ended(self) -> bool:
+        """Converged, or at a limit; all processes agree."""
+        options = self.options
+        converged = self.epoch - self.best_epoch >= options.patience
+        (late,) = self.peers.agree([float(self.left <= 0)])
+        return self.epoch >= options.epochs or converged or late > 0
+
+    def row(self, loss: float) -> dict[str, Any]:
+        """The columns of the log that do not come from validation."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "examples": self.seen,
+            "seconds": round(self.seconds, 3),
+            "loss": loss,
+            "learning_rate": self.options.learning_rate,
+        }
+
+    def fitted(self) -> Fitted:
+        self.average.load_state_dict(self.best_weights)
+        model, material = self.average.eval(), self.material
+        return Fitted(model, material.spec, material.config, self.options, self.epoch, self.seconds, self.curve)
+
+    # What a checkpoint holds ----------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of nothing: to be written at once."""
+        out = {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        out |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        for number, learner in enumerate(self.learners):
+            out |= {f"model{number}.{name}": tensor for name, tensor in learner.state_dict().items()}
+        for place, state in self.optimiser.state_dict()["state"].items():
+            out |= {f"optimiser.{place}.{name}": tensor for name, tensor in state.items()}
+        return out
+
+    _NUMBERS = ("step", "epoch", "place", "loss", "examples", "seen", "best", "best_epoch", "curve")
+
+    def numbers(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, **{name: getattr(self, name) for name in self._NUMBERS}}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Take up what `tensors` and `numbers` gave. Raises KeyError and RuntimeError where they do not fit."""
+        self.average.load_state_dict(_below("average.", tensors))
+        self.best_weights = _below("best.", tensors)
+        for number, learner in enumerate(self.learners):
+            learner.load_state_dict(_below(f"model{number}.", tensors))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below("optimiser.", tensors).items():
+            place, kind = name.split(".")
+            states.setdefault(int(place), {})[kind] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
+        for name in self._NUMBERS:
+            setattr(self, name, numbers[name])
+        self.earlier = numbers["seconds"]
 
 
-def _parameter_groups(model: AIF) -> list[dict[str, Any]]:
-    tables = [model.item_tower.table, model.profile_tower.table]
-    rest = [weights for weights in model.parameters() if not any(weights is table for table in tables)]
-    return [{"params": rest, "weight_decay": _WEIGHT_DECAY}, {"params": tables, "weight_decay": _TABLE_DECAY}]
+class _Keeper:
+    """Writes the run's checkpoint now and then, and reads it at the start."""
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any], every: float, peers: Peers) -> None:
+        self._path, self._about, self._every, self._peers = path, about, every, peers
+        self._last = time.monotonic()
+
+    def load(self, run: _Run, report: Report) -> None:
+        found = checkpoints.load(self._path, self._about) if self._path else None
+        if self._path and found:
+            try:
+                run.restore(*found)
+            except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                raise checkpoints.CheckpointError(f"the checkpoint {self._path} does not fit: {error!r}") from error
+            report(f"going on from {self._path} in epoch {run.epoch + 1}, at step {run.step}")
+        (step,) = self._peers.agree([run.step])
+        if step != run.step:
+            raise checkpoints.CheckpointError("the processes of this training do not see the same checkpoint")
+
+    def save(self, run: _Run) -> None:
+        if self._path and self._peers.leads:
+            checkpoints.save(self._path, self._about, run.tensors(), run.numbers())
+            self._last = time.monotonic()
+
+    def save_if_due(self, run: _Run) -> None:
+        if time.monotonic() - self._last >= self._every:
+            self.save(run)
 
 
-def _epoch(
-    model: AIF,
-    average: _Average,
-    batches: Batches,
-    groups: Groups,
-    optimiser: torch.optim.Optimizer,
-    random: np.random.Generator,
-    deadline: float,
-) -> float:
-    """One pass over the groups; the mean loss per example."""
-    model.train()
-    total, count = 0.0, 0
-    steps = batches.batches(groups, model, BATCH_GROUPS, random)
-    for batch in tqdm(steps, total=-(-len(groups) // BATCH_GROUPS), unit=" batches", leave=False, disable=None):
-        logits = model(batch.users, batch.candidates)[batch.counted]
-        loss = functional.binary_cross_entropy_with_logits(logits, batch.clicked[batch.counted])
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimiser.step()
-        average.update(model)
-        total, count = total + float(loss.detach()) * len(logits), count + len(logits)
-        if time.monotonic() > deadline:
+# One epoch ------------------------------------------------------------------------------------------------------------
+
+
+def _epoch(run: _Run, keep: _Keeper, lines: Log) -> None:
+    """The rest of the epoch, from the place where the run stands."""
+    options, training = run.options, run.material.training
+    random = np.random.default_rng([options.seed, run.epoch])
+    plan = run.material.batches.plan(training, options.batch_groups, random)
+    for learner in run.learners:
+        learner.train()
+    for part in _bar(plan, run):
+        loss, late = _step(run, training.select(part))
+        if run.step % EVERY == 0 and run.place < len(plan):
+            lines.write(run.row(loss))
+        if late:
             break
-    return total / max(1, count)
+        if run.place < len(plan):
+            keep.save_if_due(run)
 
 
-def _categories(rows: Sequence[Mapping[str, Any]]) -> tuple[Categorical, ...]:
-    """A categorical feature for each name with strings; four times as many buckets as values, a power of two."""
-    values: dict[str, set[str]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                values.setdefault(name, set()).add(value)
-            elif isinstance(value, list):
-                values.setdefault(name, set()).update(value)
-    return tuple(
-        Categorical(name, min(_BUCKETS, max(16, 1 << (4 * len(found)).bit_length())))
-        for name, found in sorted(values.items())
+def _bar(plan: list[npt.NDArray[np.int64]], run: _Run) -> Iterator[npt.NDArray[np.int64]]:
+    """The batches that are left, with a bar on a terminal."""
+    hidden = None if run.peers.leads else True
+    with tqdm(total=len(plan), initial=run.place, unit=" batches", leave=False, disable=hidden) as bar:
+        for part in plan[run.place :]:
+            yield part
+            bar.update()
+            gauc = run.curve[-1]["gauc"] if run.curve else None
+            bar.set_postfix(epoch=run.epoch + 1, loss=f"{run.loss / run.examples:.4f}", gauc=gauc, refresh=False)
+
+
+def _step(run: _Run, part: Groups) -> tuple[float, bool]:
+    """One step on one batch: its mean loss, and whether the time is up."""
+    run.optimiser.zero_grad()
+    torch.default_generator.manual_seed(_drawn(run.options.seed, run.step, run.peers.rank))
+    mine = run.peers.share(part)
+    objective, loss = _losses(run, mine, int(part.size.sum())) if len(mine) else (None, 0.0)
+    if objective is not None:
+        objective.backward()  # type: ignore[no-untyped-call]
+    weights = [weight for group in run.optimiser.param_groups for weight in group["params"]]
+    loss, late = run.peers.add_up(weights, [loss, float(run.peers.leads and run.left <= 0)])
+    if not math.isfinite(loss):
+        rate = run.options.learning_rate
+        raise TrainingError(f"the loss is {loss} at step {run.step + 1} with learning rate {rate:g}: try a lower one")
+    for learner in run.learners:
+        nn.utils.clip_grad_norm_(learner.parameters(), _CLIP)
+    run.optimiser.step()
+    _follow(run.average, run.model, max(1 / run.options.averaged_steps, 9 / (11 + run.step)))
+    run.step, run.place = run.step + 1, run.place + 1
+    size = int(part.size.sum())
+    run.loss, run.examples, run.seen = run.loss + loss * size, run.examples + size, run.seen + size
+    return loss, late > 0
+
+
+def _losses(run: _Run, mine: Groups, total: int) -> tuple[Tensor, float]:
+    """This process' part of what the step lessens, and of the model's mean loss over the batch's `total` examples."""
+    options, batches = run.options, run.material.batches
+    share = int(mine.size.sum()) / total
+    logits, clicked, penalty = _forward(run.model, batches, mine, options.autocast)
+    loss = functional.binary_cross_entropy_with_logits(logits, clicked) * share
+    objective = loss + penalty * share
+    if run.teacher is not None:
+        taught, clicked, penalty = _forward(run.teacher, batches, mine, options.autocast)
+        objective = objective + (functional.binary_cross_entropy_with_logits(taught, clicked) + penalty) * share
+        if run.step >= options.distil_after:
+            target = torch.sigmoid(taught.detach())
+            towards = functional.binary_cross_entropy_with_logits(logits, target) * share
+            objective = objective + options.distil * towards
+    return objective, float(loss.detach())
+
+
+def _forward(model: Ranker, batches: Batches, groups: Groups, autocast: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and labels of the groups' examples [n], and the model's penalty."""
+    batch = batches.batch(groups, model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, penalty = model.training_forward(batch.users, batch.candidates, batch.clicked, batch.counted)
+    return logits.float()[batch.counted], batch.clicked[batch.counted], penalty.float()
+
+
+def _follow(average: Ranker, model: Ranker, share: float) -> None:
+    """Move the averaged weights by `share` towards the model's; they rank better than those of any one step."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+
+
+def _validate(run: _Run, lines: Log, report: Report) -> None:
+    """End the epoch: figures of the averaged weights on the validation slice, and are they the best so far?"""
+    run.epoch += 1
+    material = run.material
+    measured: Figures = {"gauc": None, "auc": None, "logloss": None}
+    if run.peers.leads:
+        measured = figures(*predict(run.average, material.batches, material.validation))
+    row = {**run.row(run.loss / max(1.0, run.examples)), **{key: measured[key] for key in ("gauc", "auc", "logloss")}}
+    (score,) = run.peers.agree([_score(row)])
+    if run.best is None or score > run.best + run.options.least_gain:
+        run.best, run.best_epoch = score, run.epoch
+        run.best_weights = {name: tensor.clone() for name, tensor in run.average.state_dict().items()}
+    run.curve.append(row)
+    run.place, run.loss, run.examples = 0, 0.0, 0.0
+    lines.write(row)
+    report(epoch_line(row, min(run.seconds / run.epoch * (run.options.epochs - run.epoch), run.left)))
+
+
+def _score(row: Mapping[str, Any]) -> float:
+    """What early stopping goes by: GAUC, else AUC, else LogLoss, whichever the validation slice gives."""
+    if row["gauc"] is not None:
+        return float(row["gauc"])
+    return float(row["auc"]) if row["auc"] is not None else -float(row["logloss"] or 0.0)
+
+
+# Beginnings -----------------------------------------------------------------------------------------------------------
+
+
+def _new(name: str, material: Material, seed: int) -> Ranker:
+    model = build(name, material.config, material.spec.sizes, seed)
+    model.centre.copy_(torch.from_numpy(material.centre))
+    return model
+
+
+def _start_bridges(model: AIF, material: Material, seed: int) -> None:
+    """Start the bridges at the centres of the known items' vectors, where these are enough."""
+    items = np.random.default_rng(seed).permutation(material.known)[:_BRIDGE_SAMPLE]
+    if len(items) < model.config.bridges:
+        return
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.start_bridges(model.item_vectors(material.batches.candidates(items[None, :]).features))
+
+
+def _parameter_groups(models: Iterable[Ranker], options: TrainOptions) -> list[dict[str, Any]]:
+    models = list(models)
+    tables = [table for model in models for table in (model.item_tower.table, model.profile_tower.table)]
+    learn = [weights for model in models for weights in model.parameters() if weights.requires_grad]
+    rest = [weights for weights in learn if not any(weights is table for table in tables)]
+    return [
+        {"params": rest, "weight_decay": options.weight_decay},
+        {"params": tables, "weight_decay": options.table_decay},
+    ]
+
+
+def _begins(material: Material, options: TrainOptions) -> str:
+    training, validation = material.training, material.validation
+    limit = "" if options.minutes is None else f", at most {options.minutes:g} minutes"
+    return (
+        f"training {options.model} on {int(training.size.sum())} examples in {len(training)} requests, "
+        f"validation on {int(validation.size.sum())}; until it has converged{limit}, Ctrl-C stops"
     )
 
 
-def _numerics(rows: Sequence[Mapping[str, Any]]) -> tuple[Numeric, ...]:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                values.setdefault(name, []).append(float(value))
-    return tuple(
-        Numeric(name, round(float(np.mean(found)), 6), round(float(np.std(found)), 6) or 1.0)
-        for name, found in sorted(values.items())
-    )
+def _warn(material: Material, report: Report) -> None:
+    """Say what the data lack. Raises DataError where a slice is empty or training has one class only."""
+    for name, groups in (("training", material.training), ("validation", material.validation)):
+        if not len(groups):
+            raise DataError(f"the {name} slice holds no examples")
+    users, clicks, shown = _clicks(material.batches, material.training)
+    if clicks.sum() in (0, shown.sum()):
+        raise DataError(f"every example of the training slice has the label {bool(clicks.sum())}")
+    if none := int((clicks == 0).sum()):
+        report(f"{none} of {len(users)} users have no click in the training slice; their examples count all the same")
+    users, clicks, shown = _clicks(material.batches, material.validation)
+    mixed = int(((clicks > 0) & (clicks < shown)).sum())
+    if not mixed:
+        report("no user of the validation slice has both classes, so there is no GAUC; its AUC decides instead")
 
 
-def _numeric_attributes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    return tuple(sorted({name for row in rows for name, value in row.items() if isinstance(value, (int, float))}))
+def _clicks(batches: Batches, groups: Groups) -> tuple[npt.NDArray[np.int64], ...]:
+    """The groups' users, and the clicks and examples of each."""
+    users, place = np.unique(groups.user, return_inverse=True)
+    sums = np.array([batches.examples.clicked[f : f + s].sum() for f, s in zip(groups.first, groups.size, strict=True)])
+    count = np.bincount(place, weights=sums, minlength=len(users)).astype(np.int64)
+    return users, count, np.bincount(place, weights=groups.size, minlength=len(users)).astype(np.int64)
+
+
+def _about(data: Dataset, options: TrainOptions) -> dict[str, Any]:
+    """What a checkpoint must agree with. The time limit may change from one go to the next."""
+    named = {name: value for name, value in options.to_json().items() if name != "minutes"}
+    return {"data": fingerprint(data), **named}
+
+
+def _drawn(seed: int, step: int, rank: int) -> int:
+    """The random state of one step in one process."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _silence(_: str) -> None:
+    return

@@ -22,9 +22,9 @@ from encoders.data.synthetic import Marketplace, generate
 from encoders.evaluate import evaluate, split_of
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores
 from encoders.model import ModelConfig
-from encoders.train import spec_of, train
+from encoders.train import TrainOptions, spec_of, train
 
-WORLD = Marketplace(users=150, items=400, behaviours=12_000, days=20, categories=8, brands=20)
+WORLD = Marketplace(users=150, items=400, examples=12_000, days=20, categories=8, brands=20)
 SMALL = ModelConfig(window=20, recent=5)
 
 
@@ -38,7 +38,8 @@ def trained(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("trained") / "bundle"
     lines: list[str] = []
     torch.set_num_threads(1)
-    metrics = train(data, out, seed=1, minutes=0.5, config=ModelConfig(window=100), report=lines.append)
+    options = TrainOptions(seed=1, minutes=1, epochs=4, config=ModelConfig(window=100))
+    metrics = train(data, out, options, report=lines.append)
     return out, metrics, lines
 
 
@@ -63,7 +64,7 @@ def test_bundle_carries_what_was_measured(trained: tuple[Path, dict[str, Any], l
     assert bundle.manifest.metrics == json.loads(json.dumps(trained[1]))
     assert config.tier_edges != ModelConfig().tier_edges
     assert config.din_shift != 0.5
-    assert bundle.manifest.features.actions == ("view", "click")
+    assert bundle.manifest.features.actions == data.actions
     assert set(bundle.manifest.features.attributes) == {"bid", "in_stock", "price"}
     assert evaluate(bundle, data) == trained[1]["test"]
 
@@ -141,7 +142,9 @@ def test_ties_are_not_history(data: Dataset) -> None:
     for user, first, history in zip(groups.user, groups.first, groups.history, strict=True):
         mine = np.flatnonzero((batches.log.user == user) & (batches.log.time < batches.examples.time[first]))
         assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.log.user, user))
-    assert (groups.history < groups.first).any()  # there are ties
+    after = groups.select(groups.history < len(batches.log))
+    tie = batches.log.time[after.history] == batches.examples.time[after.first]
+    assert (tie & (batches.log.user[after.history] == after.user)).any()
 
 
 def test_batches_show_the_newest_history(data: Dataset) -> None:
@@ -161,20 +164,22 @@ def test_batches_show_the_newest_history(data: Dataset) -> None:
 
 
 def test_equal_seeds_train_equal_bundles(tmp_path: Path) -> None:
-    data = generate(Marketplace(users=40, items=80, behaviours=1_500, days=6, categories=6, brands=8), seed=1)
-    metrics = [train(data, tmp_path / name, seed=3, config=SMALL, report=lambda line: None) for name in ("a", "b")]
+    data = generate(Marketplace(users=40, items=80, examples=1_500, days=6, categories=6, brands=8), seed=1)
+    options = TrainOptions(seed=3, config=SMALL)
+    metrics = [train(data, tmp_path / name, options, report=lambda line: None) for name in ("a", "b")]
     assert metrics[0]["test"] == metrics[1]["test"]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_time_limit_ends_the_training(data: Dataset, tmp_path: Path) -> None:
-    metrics = train(data, tmp_path / "b", minutes=0.001, config=SMALL, report=lambda line: None)
+    options = TrainOptions(minutes=0.001, config=SMALL)
+    metrics = train(data, tmp_path / "b", options, report=lambda line: None)
     assert metrics["epochs"] <= 1
     assert load_bundle(tmp_path / "b").manifest.metrics["epochs"] == metrics["epochs"]
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = generate(Marketplace(users=40, items=80, behaviours=1_500, days=6, categories=6, brands=8), seed=1)
+    small = generate(Marketplace(users=40, items=80, examples=1_500, days=6, categories=6, brands=8), seed=1)
     folder = tmp_path / "films"
     folder.mkdir()
     _as_csv(small, folder)

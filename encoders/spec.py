@@ -1,0 +1,122 @@
+"""Data set -> what training takes from it before the first step: feature spec, LSH centre, tier edges, batches.
+
+Only what is there before the validation slice is looked at, so neither slice can tell the model anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from encoders import lsh
+from encoders.batches import Batches, Groups
+from encoders.data.dataset import DataError, Dataset
+from encoders.evaluate import Split
+from encoders.features import Categorical, FeatureSpec, Numeric
+from encoders.model import ModelConfig
+
+_VOCABULARY = 16_384  # most frequent crosses, which own slots
+_BUCKETS = 65_536  # per categorical feature, at most
+_PART = 65_536  # rows at a time
+_SAMPLE = 4_000  # groups on which tiers are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A data set made ready for the training of one model."""
+
+    spec: FeatureSpec
+    config: ModelConfig  # with the tier edges and DIN's centring
+    known: npt.NDArray[np.int64]  # places of the items that were there before validation
+    centre: npt.NDArray[np.float32]  # [e], mean of their embeddings
+    batches: Batches  # signed
+    training: Groups
+    validation: Groups
+
+
+def material_of(data: Dataset, split: Split, config: ModelConfig, seed: int) -> Material:
+    """Measure what the config leaves open, and encode the data. Raises DataError."""
+    spec = spec_of(data, split)
+    embeddings = data.items.embeddings
+    config = dataclasses.replace(config, embedding_dim=embeddings.shape[1])
+    known = np.flatnonzero(data.items.added < split.validation)
+    if not len(known):
+        raise DataError("no item was there before the validation slice")
+    centre = _mean(embeddings, known)
+    signatures = lsh.signatures(embeddings, centre, lsh.projection(config.embedding_dim, config.bits, seed))
+    batches = Batches(data, spec, config)
+    batches.sign(signatures)
+    training = batches.groups(split.start, split.validation)
+    chosen = np.random.default_rng(seed).permutation(len(training))[:_SAMPLE]
+    sample = batches.matches_sample(training.select(chosen), signatures)
+    if not sample.size:
+        raise DataError("no user has a history before another behaviour, so there is nothing to learn from")
+    spread = max(0.02, float(sample.std()) / config.bits)
+    measured = dataclasses.replace(
+        config,
+        tier_edges=lsh.tier_edges(sample, config.tiers, config.bits),
+        din_shift=round(float(sample.mean()) / config.bits, 6),
+        din_scale=round(0.5 / spread, 6),
+    )
+    return Material(spec, measured, known, centre, batches, training, batches.groups(split.validation, split.test))
+
+
+def spec_of(data: Dataset, split: Split) -> FeatureSpec:
+    """The feature spec that the data call for; numbers and vocabularies from items that are there before validation."""
+    items = data.items
+    seen = [k for k in range(len(items.ids)) if items.added[k] < split.validation]
+    features = [items.features[k] for k in seen]
+    crosses = Counter(cross for k in seen for cross in items.crosses[k])
+    return FeatureSpec(
+        item_categories=_categories(features),
+        item_numerics=_numerics(features),
+        user_categories=_categories(data.profiles.features),
+        user_numerics=_numerics(data.profiles.features),
+        crosses=tuple(sorted(name for name, _ in crosses.most_common(_VOCABULARY))),
+        actions=data.actions,
+        attributes=_numeric_attributes(items.attributes),
+    )
+
+
+def _mean(embeddings: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Mean of the rows, a part at a time: the embeddings may be a memory map."""
+    total = np.zeros(embeddings.shape[1])
+    for at in range(0, len(rows), _PART):
+        total += embeddings[rows[at : at + _PART]].sum(axis=0, dtype=np.float64)
+    return (total / len(rows)).astype(np.float32)
+
+
+def _categories(rows: Sequence[Mapping[str, Any]]) -> tuple[Categorical, ...]:
+    """A categorical feature for each name with strings; four times as many buckets as values, a power of two."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, str):
+                values.setdefault(name, set()).add(value)
+            elif isinstance(value, list):
+                values.setdefault(name, set()).update(value)
+    return tuple(
+        Categorical(name, min(_BUCKETS, max(16, 1 << (4 * len(found)).bit_length())))
+        for name, found in sorted(values.items())
+    )
+
+
+def _numerics(rows: Sequence[Mapping[str, Any]]) -> tuple[Numeric, ...]:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                values.setdefault(name, []).append(float(value))
+    return tuple(
+        Numeric(name, round(float(np.mean(found)), 6), round(float(np.std(found)), 6) or 1.0)
+        for name, found in sorted(values.items())
+    )
+
+
+def _numeric_attributes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(sorted({name for row in rows for name, value in row.items() if isinstance(value, (int, float))}))
