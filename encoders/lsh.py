@@ -1,8 +1,12 @@
-"""LSH signatures of items: sign bits of a seeded random projection of the centred frozen embedding.
+"""LSH signatures of items: bits of a projection of the centred frozen embedding.
 
 Computed once per item and generation by `ItemFold`; compared bit by bit on the request path. The similarity of two
 items is the number of equal bits divided by `bits`. Bits are packed in little order: bit k of a signature is bit k % 8
 of byte k // 8.
+
+One bit per projection says its sign. Two bits are a thermometer over two thresholds, 00 below both, 10 between, 11
+above both, so that unequal bits count the thresholds between two items; everything that compares signatures stays as
+it is. Of p projections, bit k is projection k against the lower threshold, bit p + k against the upper one.
 """
 
 from __future__ import annotations
@@ -11,19 +15,35 @@ import numpy as np
 import numpy.typing as npt
 
 
-def projection(embedding_dim: int, bits: int, seed: int) -> npt.NDArray[np.float32]:
-    """A Gaussian random projection [embedding_dim, bits]; `bits` is a multiple of 8."""
+def projection(embedding_dim: int, bits: int, seed: int, bits_per_projection: int = 1) -> npt.NDArray[np.float32]:
+    """A Gaussian random projection [embedding_dim, bits / bits_per_projection]; `bits` is a multiple of 8."""
     if bits % 8:
         raise ValueError(f"{bits} bits do not fill whole bytes")
-    return np.random.default_rng(seed).standard_normal((embedding_dim, bits), dtype=np.float32)
+    size = (embedding_dim, bits // bits_per_projection)
+    return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+
+
+def thresholds(
+    embedding: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], projection: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """The two thresholds of each projection [2, p], which part the embeddings [n, e], n > 0, into thirds."""
+    projected = (embedding - centre) @ projection
+    return np.quantile(projected, (1 / 3, 2 / 3), axis=0).astype(np.float32)
 
 
 def signatures(
-    embedding: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], projection: npt.NDArray[np.float32]
+    embedding: npt.NDArray[np.float32],
+    centre: npt.NDArray[np.float32],
+    projection: npt.NDArray[np.float32],
+    thresholds: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Signatures u1 [n, bits / 8] of embeddings [n, e]: bit set where the projection is >= 0."""
+    """Signatures u1 [n, bits / 8] of embeddings [n, e]: bit set where the projection is >= its threshold, 0 where
+    none is given.
+    """
     with np.errstate(over="ignore", invalid="ignore"):  # of absurd embeddings; their rows are refused by the caller
-        return np.packbits((embedding - centre) @ projection >= 0, axis=1, bitorder="little")
+        projected = (embedding - centre) @ projection
+    limits = np.zeros((1, 1), dtype=np.float32) if thresholds is None else thresholds
+    return np.packbits(np.hstack([projected >= limit for limit in limits]), axis=1, bitorder="little")
 
 
 def signs(signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
