@@ -3,6 +3,7 @@
     python -m encoders train --data FOLDER|synthetic --out bundle/
     python -m encoders evaluate bundle/ --data FOLDER|synthetic
     python -m encoders export-data --data FOLDER|synthetic --out DIR
+    python -m encoders data prepare|check: see encoders.data.commands
 
 Whatever cannot work ends with one sentence on stderr and status 1.
 """
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from encoders.bundle import BundleError, load_bundle, manifest_sha256
+from encoders.data.commands import add_commands
 from encoders.data.dataset import DataError
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.evaluate import Figures, evaluate
@@ -100,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export-data", parents=[data], help="write items, users and behaviours as JSONL")
     command.add_argument("--out", type=Path, required=True, help="folder of the files")
     command.set_defaults(command=_export)
+
+    add_commands(commands)
     return parser
 
 
