@@ -207,7 +207,7 @@ def _bundle(stack: Stack, data: str, work: Path, step: Step) -> tuple[Path, bool
     if (bundle / "manifest.json").exists():
         return bundle, False
     step.now("training takes about a minute\n")
-    stack.command("encoders", "train", "--data", data, "--out", str(bundle), quiet=not step.terminal)
+    stack.command("encoders", "train", "--data", data, "--out", str(bundle), "--minutes", "1", quiet=not step.terminal)
     return bundle, True
 
 

@@ -1,7 +1,8 @@
 """Commands: train a bundle, evaluate one, and write a data set as files for the publisher.
 
     python -m encoders train --data FOLDER|synthetic --out bundle/
-    python -m encoders evaluate bundle/ --data FOLDER|synthetic
+    torchrun --nproc-per-node 2 -m encoders train --data FOLDER|synthetic --out bundle/
+    python -m encoders evaluate bundle/ --data FOLDER|synthetic --against dssm,cold,din
     python -m encoders export-data --data FOLDER|synthetic --out DIR
     python -m encoders data prepare|check: see encoders.data.commands
 
@@ -20,12 +21,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from encoders.bundle import BundleError, load_bundle, manifest_sha256
+from encoders.baselines import MODELS
+from encoders.bundle import SERVED, BundleError, load_model, manifest_sha256
+from encoders.checkpoint import CheckpointError
 from encoders.data.commands import add_commands
 from encoders.data.dataset import DataError
 from encoders.data.source import SYNTHETIC, open_dataset
+from encoders.distributed import PeerError, peers
 from encoders.evaluate import Figures, evaluate
-from encoders.train import TrainOptions, train
+from encoders.model import COMPONENTS, ModelConfig
+from encoders.rivals import against
+from encoders.train import TrainingError, TrainOptions, train
+from infra.settings import load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,14 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the matrices are small: a second thread gains little, and stalls when its core is busy
     try:
         options.command(options)
-    except (BundleError, DataError) as error:
+    except (BundleError, CheckpointError, DataError, PeerError, TrainingError) as error:
         print(f"{options.name}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{options.name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{options.name}: stopped, nothing was written", file=sys.stderr)
+        kept = getattr(options, "checkpoint", None)
+        left = f"the same command goes on from {kept}" if kept and kept.exists() else "nothing was written"
+        print(f"{options.name}: stopped, {left}", file=sys.stderr)
         return 130
     return 0
 
@@ -48,15 +57,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> None:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise BundleError(f"{options.out} is already there; choose another folder or remove it")
-    data = open_dataset(options.data, options.seed)
-    options_ = TrainOptions(seed=options.seed, minutes=options.minutes)
-    metrics = train(data, options.out, options_, precision=options.precision)
-    _table(metrics["test"])
-    print(f"bundle {options.out} (manifest SHA-256 {manifest_sha256(options.out)})")
+    wanted = _options(options)
+    with peers() as together:
+        data = open_dataset(options.data, options.seed)
+        metrics = train(
+            data,
+            options.out,
+            wanted,
+            precision=options.precision,
+            checkpoint=options.checkpoint,
+            log=options.log,
+            peers=together,
+        )
+    if together.leads:
+        _table(metrics["test"])
+        print(f"bundle {options.out} (manifest SHA-256 {manifest_sha256(options.out)})")
+
+
+def _options(options: argparse.Namespace) -> TrainOptions:
+    given = {name: getattr(options, name) for name in ("model", "seed", "minutes", "epochs", "distil")}
+    try:
+        config = ModelConfig(without=_names(options.without))
+        return TrainOptions(config=config, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _table(evaluate(load_bundle(options.bundle), open_dataset(options.data, options.seed)))
+    bundle, rivals = load_model(options.bundle), _names(options.against)
+    if unknown := [name for name in rivals if name not in MODELS]:
+        raise TrainingError(f"model {unknown[0]!r} is not known; known are {', '.join(MODELS)}")
+    data = open_dataset(options.data, options.seed)
+    _table(evaluate(bundle, data))
+    if rivals:
+        print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials")]))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -92,11 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", parents=[data], help="train a model and write its bundle")
     command.add_argument("--out", type=Path, required=True, help="folder of the bundle; must not exist yet")
     command.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="of the rows")
-    command.add_argument("--minutes", type=float, default=1.0, help="training ends after this time at the latest")
+    command.add_argument("--model", choices=tuple(MODELS), default=SERVED, help=f"only {SERVED} can be served")
+    command.add_argument("--without", default="", metavar="PART,...", help=f"switched off, of {', '.join(COMPONENTS)}")
+    command.add_argument("--minutes", type=float, help="training ends after this time at the latest")
+    command.add_argument("--epochs", type=int, help="training ends after as many at the latest")
+    command.add_argument("--distil", type=float, help="weight of the loss towards the upper bound, trained beside")
+    command.add_argument("--checkpoint", type=Path, help="file to go on from after a kill")
+    command.add_argument("--log", type=Path, help="CSV file of loss and validation figures")
     command.set_defaults(command=_train)
 
     command = commands.add_parser("evaluate", parents=[data], help="figures of a bundle on the data's last part")
     command.add_argument("bundle", type=Path)
+    command.add_argument("--against", default="", metavar="MODEL,...", help=f"trained alike, of {', '.join(MODELS)}")
+    command.add_argument("--cache", type=Path, help="folder of trained models; default: trials/ below the state folder")
     command.set_defaults(command=_evaluate)
 
     command = commands.add_parser("export-data", parents=[data], help="write items, users and behaviours as JSONL")

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from encoders import checkpoint as checkpoints
+from encoders import lsh
 from encoders.baselines import MODELS, build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SERVED, Precision, save_bundle
@@ -112,6 +113,13 @@ class Fitted:
     seconds: float
     curve: list[dict[str, Any]]  # one row per epoch, the columns of progress.COLUMNS
 
+    def batches(self, data: Dataset) -> Batches:
+        """The data encoded and signed as the model takes them."""
+        batches = Batches(data, self.spec, self.config)
+        centre, projection = self.model.centre.numpy(), self.model.projection.numpy()
+        batches.sign(lsh.signatures(batches.embedding, centre, projection))
+        return batches
+
     @property
     def best(self) -> dict[str, Any]:
         """The epoch whose weights were kept."""
@@ -183,7 +191,7 @@ def _trained(
 ) -> _Run:
     """The run at its end."""
     if not peers.leads:
-        report, log = _silence, None
+        report, log = silence, None
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         material = material_of(data, split_of(data), options.config, options.seed)
@@ -509,5 +517,5 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _silence(_: str) -> None:
-    return
+def silence(_: str) -> None:
+    """A `Report` that says nothing."""
