@@ -46,6 +46,17 @@ def signatures(
     return np.packbits(np.hstack([projected >= limit for limit in limits]), axis=1, bitorder="little")
 
 
+def directions(
+    embedding: npt.NDArray[np.float32], centre: npt.NDArray[np.float32], bits: int
+) -> npt.NDArray[np.float32]:
+    """Centred embeddings [n, e] as vectors of length sqrt(bits), whose products stand for those of signs: bits times
+    the cosine. For comparison only: rows hold signatures.
+    """
+    centred = embedding - centre
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.asarray(centred * (bits**0.5 / np.maximum(length, 1e-12)), dtype=np.float32)
+
+
 def signs(signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Packed signatures [..., bits / 8] -> -1 and +1 [..., bits]."""
     return np.take(_SIGNS, signatures, axis=0).reshape(*signatures.shape[:-1], signatures.shape[-1] * 8)

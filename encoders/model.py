@@ -23,9 +23,13 @@ import itertools
 import math
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from encoders import lsh
 
 # A behaviour's age falls into bucket = number of edges <= age; milliseconds.
 _MINUTE, _HOUR, _DAY = 60_000, 3_600_000, 86_400_000
@@ -36,7 +40,11 @@ RECENCY_EDGES: tuple[int, ...] = (
 NO_CROSS = 0  # slot of an unused place among an item's crosses
 SIM_COUNTS = 2  # log1p(count) and recency stand before the mean token in SIM(u, c)
 COMPONENTS = ("bea", "lsh_din", "simtier", "sim", "self_attention", "profile_attention")  # what `without` may name
+LSH = ("random", "learned", "cosine")  # what ModelConfig.lsh may be
+CROSS_TABLES = ("exact", "frequent", "recent", "hashed", "sketch")  # what ModelConfig.cross_table may be
 _KMEANS_ROUNDS = 25
+# Of the count sketch: one odd number per hash, whose product with a slot gives bucket and sign (multiply-shift).
+_SKETCH = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,10 @@ class ModelConfig:
     bridge_dropout: float = 0.0  # chance of a bridge to be left out of a training step
     bridge_diversity: float = 0.0  # weight of the penalty on the bridges' mean squared pairwise cosine
     attention: tuple[int, ...] = (64, 16)  # hidden layers of the rivals' target attention
+    lsh: str = "random"  # the signatures' projection; "cosine" has the exact cosine for the share of equal bits
+    bits_per_projection: int = 1  # 1 = its sign, 2 = a thermometer over two thresholds
+    cross_table: str = "frequent"  # of a user's crosses: exact, a kind that keeps `cross_rows`, or one that pools them
+    cross_rows: int = 512  # most rows of that table; the exact one has a row for every cross met
 
     def __post_init__(self) -> None:
         """Raises ValueError where sizes do not fit each other."""
@@ -84,10 +96,25 @@ class ModelConfig:
             raise ValueError("dot products must not be negative, nor bridge_top be above the number of bridges")
         if self.bridge_temperature <= 0 or not 0 <= self.bridge_dropout < 1 or self.bridge_diversity < 0:
             raise ValueError("the bridges' temperature must be > 0, their dropout in [0, 1), their diversity >= 0")
+        if self.lsh not in LSH or self.bits_per_projection not in (1, 2):
+            raise ValueError(f"lsh must be one of {', '.join(LSH)}, with 1 or 2 bits per projection")
+        if self.lsh == "cosine" and self.dots:
+            raise ValueError("dot products with signatures need signatures, not the exact cosine")
+        if self.cross_table not in CROSS_TABLES:
+            raise ValueError(f"the table of crosses must be one of {', '.join(CROSS_TABLES)}")
+        if not len(_SKETCH) <= self.cross_rows < 1 << 16:
+            raise ValueError(f"a table of crosses has {len(_SKETCH)} to 65535 rows, not {self.cross_rows}")
 
     @property
     def tiers(self) -> int:
         return len(self.tier_edges) + 1
+
+    @property
+    def unservable(self) -> str:
+        """Why a model of this config is for training and comparison only; empty where it can be served."""
+        if self.lsh == "cosine":
+            return "a model on exact cosines cannot be served, because rows hold signatures"
+        return "a count sketch of the crosses cannot be served" if self.cross_table == "sketch" else ""
 
     def has(self, component: str) -> bool:
         """Is this one of COMPONENTS switched on?"""
@@ -120,7 +147,7 @@ class Users:
     profile: Features
     known: Tensor  # bool [B], False = no profile
     vectors: Tensor  # f4 [B, L, d], item vectors (no gradient)
-    signatures: Tensor  # f4 [B, L, b], -1 or +1
+    signatures: Tensor  # f4 [B, L, b], -1 or +1; where lsh = "cosine", directions of length sqrt b [B, L, e]
     crosses: Tensor  # i8 [B, L, C], slots, 0 = none
     actions: Tensor  # i8 [B, L]
     ages: Tensor  # i8 [B, L], milliseconds, >= 0
@@ -132,7 +159,7 @@ class Candidates:
     """K candidates of each of the B users, as indices of M distinct items."""
 
     features: Features  # of the M items
-    signatures: Tensor  # f4 [M, b], -1 or +1
+    signatures: Tensor  # f4 [M, b] or [M, e], as those of Users
     crosses: Tensor  # i8 [M, C]
     index: Tensor  # i8 [B, K]
 
@@ -219,12 +246,14 @@ class UserTower(nn.Module):
 class Ranker(nn.Module):
     """What AIF and its rivals have in common: the towers of item and profile, the tokens of a history, the LSH.
 
-    The buffers `projection` and `centre` define the LSH; they are drawn or measured, not trained.
+    `projection` [e, p], `centre` [e] and, for two bits per projection, `thresholds` [2, p] define the LSH. They are
+    drawn or measured, and buffers; where lsh = "learned", projection and thresholds go on to learn from there.
     """
 
     history_gradient: ClassVar[bool] = False  # do the item vectors of histories learn?
     projection: Tensor
     centre: Tensor
+    thresholds: Tensor | None
 
     def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -235,7 +264,9 @@ class Ranker(nn.Module):
         self.no_profile = nn.Parameter(torch.randn(d) * 0.1)
         self.action_table = nn.Parameter(torch.randn(sizes.actions + 1, d) * 0.1)
         self.recency_table = nn.Parameter(torch.randn(len(RECENCY_EDGES) + 1, d) * 0.1)
-        self.register_buffer("projection", torch.zeros(config.embedding_dim, config.bits))
+        projections = config.bits // config.bits_per_projection
+        self._lsh_part("projection", torch.zeros(config.embedding_dim, projections))
+        self._lsh_part("thresholds", torch.zeros(2, projections) if config.bits_per_projection == 2 else None)
         self.register_buffer("centre", torch.zeros(config.embedding_dim))
 
     def forward(self, users: Users, candidates: Candidates) -> Tensor:
@@ -282,6 +313,36 @@ class Ranker(nn.Module):
         """Action and recency embeddings summed for every pair of codes [(actions + 1) * recencies, d]."""
         return (self.action_table[:, None, :] + self.recency_table[None, :, :]).flatten(0, 1)
 
+    def signatures(self, embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """Packed signatures u1 [n, b / 8] of items' embeddings [n, e], as rows hold them."""
+        thresholds = None if self.thresholds is None else self.thresholds.detach().numpy()
+        return lsh.signatures(embedding, self.centre.numpy(), self.projection.detach().numpy(), thresholds)
+
+    def signs(self, embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What `Users` and `Candidates` hold for signatures, of embeddings [n, e]."""
+        if self.config.lsh == "cosine":
+            return lsh.directions(embedding, self.centre.numpy(), self.config.bits)
+        return lsh.signs(self.signatures(embedding))
+
+    def learning_signs(self, embedding: Tensor) -> Tensor:
+        """Signatures of embeddings [n, e] as -1 and +1 [n, b], with a gradient to projection and thresholds.
+
+        The gradient is straight-through: that of tanh(v / mean |v|) instead of the step at v = 0. LSH-DIN and the dot
+        products teach the projection; SimTier's counts, steps again, give no gradient and read what it has learned.
+        """
+        v = (embedding - self.centre) @ self.projection
+        if self.thresholds is not None:
+            v = torch.cat([v - limit for limit in self.thresholds], dim=1)
+        hard = torch.where(v >= 0, 1.0, -1.0)
+        soft = torch.tanh(v / v.detach().abs().mean())
+        return hard + (soft - soft.detach())
+
+    def _lsh_part(self, name: str, start: Tensor | None) -> None:
+        if self.config.lsh == "learned":
+            self.register_parameter(name, None if start is None else nn.Parameter(start))
+        else:
+            self.register_buffer(name, start)
+
     def history(self, users: Users) -> Tensor:
         """Tokens of the users' behaviours [B, L, d], zero where padded."""
         vectors = users.vectors if self.history_gradient else users.vectors.detach()
@@ -299,13 +360,17 @@ class Meeting:
     user: Tensor  # [B, d], user vectors
     tokens: Tensor  # [B, L, d], zero where padded
     index: Tensor  # i8 [B, K], the candidates' places in x
+    bits: int  # b
 
     @functools.cached_property
     def matches(self) -> Tensor:
-        """Equal bits of every candidate's signature with every behaviour's [B, K, L]; exact, also under autocast."""
+        """Equal bits of every candidate's signature with every behaviour's [B, K, L]; exact, also under autocast.
+
+        With directions for signatures, b (1 + cosine) / 2.
+        """
         theirs, ours = self.candidates.signatures, self.users.signatures
         with torch.autocast(ours.device.type, enabled=False):
-            return (ours.shape[2] + theirs[self.index] @ ours.transpose(1, 2)) / 2
+            return (self.bits + theirs[self.index] @ ours.transpose(1, 2)) / 2
 
 
 class Frame(Ranker):
@@ -374,6 +439,7 @@ class Frame(Ranker):
             user=self.user_tower(profile, tokens[:, -R:], users.valid[:, -R:]),
             tokens=tokens,
             index=candidates.index,
+            bits=self.config.bits,
         )
 
     def _simtier(self, matches: Tensor, valid: Tensor) -> Tensor:
@@ -397,18 +463,40 @@ class Frame(Ranker):
         found, order = torch.sort((row | users.crosses)[used], stable=True)
         keys, count = torch.unique_consecutive(found, return_counts=True)
         member = (torch.nonzero(used.flatten()).squeeze(1) // users.crosses.shape[2])[order]  # places in [B * L]
-        youngest = torch.segment_reduce(users.ages.flatten()[member].to(torch.float32), "min", lengths=count)
+        newest = member[count.cumsum(0) - 1]  # behaviours stand oldest first
         mean = functional.embedding_bag(member, tokens.flatten(0, 1), count.cumsum(0) - count, mode="mean")
-        summary = torch.cat([sim_counts(count.to(torch.float32), youngest), mean], dim=1)  # [keys, d + 2]
-        table = torch.cat([summary, self.no_cross[None, :]])  # the last row is the default
-
-        keyed = row | wanted  # [B, K, C]
-        place = torch.searchsorted(keys, keyed)
-        met = functional.pad(keys, (0, 1), value=-1)[place] == keyed
-        place = torch.where(met, place, len(keys))
+        counts = sim_counts(count.to(torch.float32), users.ages.flatten()[newest])
+        summary = torch.cat([counts, mean], dim=1)  # [keys, d + 2]
+        if self.config.cross_table == "sketch":
+            found_rows = self._sketched(keys, summary, row, wanted)
+        else:
+            kept = kept_crosses(keys >> 16, count, newest, self.config)
+            found_rows = self._looked_up(keys[kept], summary[kept], row | wanted)
         counted = (wanted != NO_CROSS).to(torch.float32)  # [B, K, C]
-        mean = (counted[:, :, None, :] @ table[place]).squeeze(2) / counted.sum(dim=2, keepdim=True).clamp(min=1)
+        mean = (counted[:, :, None, :] @ found_rows).squeeze(2) / counted.sum(dim=2, keepdim=True).clamp(min=1)
         return torch.where(counted.sum(dim=2, keepdim=True) > 0, mean, self.no_cross)
+
+    def _looked_up(self, keys: Tensor, summary: Tensor, wanted: Tensor) -> Tensor:
+        """Summaries [keys, d + 2] of the wanted keys, the default where there is none [B, K, C, d + 2]."""
+        place = torch.searchsorted(keys, wanted)
+        met = functional.pad(keys, (0, 1), value=-1)[place] == wanted
+        return torch.cat([summary, self.no_cross[None, :]])[torch.where(met, place, len(keys))]
+
+    def _sketched(self, keys: Tensor, summary: Tensor, row: Tensor, wanted: Tensor) -> Tensor:
+        """The same out of a count sketch (Charikar et al., 2002) of each user's summaries less the default: in each of
+        a few small tables a cross is added to its bucket with its sign; what is read is the mean over the tables of
+        bucket times sign, not their median, so that it stays linear.
+        """
+        width = self.config.cross_rows // len(_SKETCH)
+        estimate = self.no_cross.expand(*wanted.shape, -1)
+        for factor in _SKETCH:
+            bucket, sign = _hashed(keys & 0xFFFF, factor, width)
+            table = summary.new_zeros(len(row) * width, summary.shape[1]).index_add(
+                0, (keys >> 16) * width + bucket, sign[:, None] * (summary - self.no_cross)
+            )
+            bucket, sign = _hashed(wanted, factor, width)
+            estimate = estimate + sign[..., None] * table[(row >> 16) * width + bucket] / len(_SKETCH)
+        return estimate
 
 
 class Dots(nn.Module):
@@ -547,6 +635,31 @@ class AIF(Frame):
         """Which bridges this training step does without, bool [n]; never all of them."""
         chance = torch.rand(self.config.bridges, device=self.bridges.device)
         return (chance < self.config.bridge_dropout) & (chance < chance.max())
+
+
+def kept_crosses(user: Tensor, count: Tensor, newest: Tensor, config: ModelConfig) -> Tensor:
+    """Which crosses the users' tables keep, bool [keys]; the keys ascend by user, then slot. Used by both forms.
+
+    A capped table keeps a user's first `cross_rows` crosses: "frequent" orders them by `count`, "recent" by the place
+    of the `newest` behaviour; each breaks ties by the other, and then by slot.
+    """
+    size = torch.bincount(user)
+    if config.cross_table not in ("frequent", "recent") or int(size.max()) <= config.cross_rows:
+        return torch.ones(len(user), dtype=torch.bool, device=user.device)
+    first, second = (count, newest) if config.cross_table == "frequent" else (newest, count)
+    order = torch.argsort(second, descending=True, stable=True)
+    for column, descending in ((first, True), (user, False)):
+        order = order[torch.argsort(column[order], descending=descending, stable=True)]
+    place = torch.arange(len(order), device=user.device) - (size.cumsum(0) - size)[user[order]]  # among the user's
+    kept = torch.empty(len(order), dtype=torch.bool, device=user.device)
+    kept[order] = place < config.cross_rows
+    return kept
+
+
+def _hashed(slots: Tensor, factor: int, width: int) -> tuple[Tensor, Tensor]:
+    """Bucket 0..width-1 and sign of each slot."""
+    mixed = slots * factor & 0xFFFFFFFF
+    return (mixed >> 17) * width >> 15, (1 - 2 * (mixed >> 16 & 1)).to(torch.float32)
 
 
 def recency_buckets(ages: Tensor) -> Tensor:
