@@ -79,6 +79,14 @@ class Batches:
         """Take the items' signatures [M, b / 8]."""
         self._signs = lsh.signs(signatures)
 
+    def compare(self, directions: npt.NDArray[np.float32]) -> None:
+        """Take what stands for the items' signatures where lsh = "cosine" [M, e]."""
+        self._signs = directions
+
+    def sign_by(self, model: Ranker) -> None:
+        """Take the items' signatures as the model makes them."""
+        self._signs = model.signs(self.embedding)
+
     def groups(self, since: int, until: int) -> Groups:
         """Groups of the examples with `since` <= time < `until` (ms)."""
         examples = self.examples
@@ -122,14 +130,14 @@ class Batches:
         for part in self.plan(groups, size, random):
             yield self.batch(groups.select(part), model)
 
-    def matches_sample(self, groups: Groups, signatures: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    def matches_sample(self, groups: Groups) -> npt.NDArray[np.float64]:
         """Equal bits of every group's first candidate with its window; what tier edges are measured on."""
         out = []
         for user, first, end in zip(groups.user, groups.first, groups.history, strict=True):
             begin = max(int(self._begin[user]), int(end) - self._config.window)
-            candidate = signatures[self.examples.item[first]][None, :]
-            out.append(lsh.matches(candidate, signatures[self.log.item[begin:end]])[0])
-        return np.concatenate(out) if out else np.empty(0, dtype=np.int32)
+            candidate = self._signs[self.examples.item[first]]
+            out.append((self._config.bits + self._signs[self.log.item[begin:end]] @ candidate) / 2)
+        return np.concatenate(out).astype(np.float64) if out else np.empty(0)
 
     def batch(self, groups: Groups, model: Ranker) -> Batch:
         """One batch of all the groups. Item vectors are the model's at the time."""
@@ -139,18 +147,18 @@ class Batches:
         places = np.where(counted, places, groups.first[:, None])
         return Batch(
             users=self.users(groups, model),
-            candidates=self.candidates(self.examples.item[places]),
+            candidates=self.candidates(self.examples.item[places], model),
             clicked=torch.from_numpy(self.examples.clicked[places].astype(np.float32)),
             counted=torch.from_numpy(counted),
             groups=groups,
         )
 
-    def candidates(self, items: npt.NDArray[np.integer]) -> Candidates:
-        """Any items [B, K], not only those of examples, as candidates."""
+    def candidates(self, items: npt.NDArray[np.integer], model: Ranker | None = None) -> Candidates:
+        """Any items [B, K], not only those of examples, as candidates. Signatures that learn are the given model's."""
         distinct, index = np.unique(items, return_inverse=True)
         return Candidates(
             features=self._items.take(distinct),
-            signatures=torch.from_numpy(self._signs[distinct]),
+            signatures=self._signatures(distinct, model),
             crosses=torch.from_numpy(self._crosses[distinct]),
             index=torch.from_numpy(index.reshape(items.shape)),
         )
@@ -163,20 +171,27 @@ class Batches:
         valid = places >= begin[:, None]
         places = np.where(valid, places, 0)
         item = self.log.item[places]
-        distinct, index = np.unique(item, return_inverse=True)
+        distinct, where = np.unique(item, return_inverse=True)
+        index = torch.from_numpy(where.reshape(item.shape))
         with torch.no_grad():
             vectors = model.item_vectors(self._items.take(distinct))
         as_of = self.examples.time[groups.first]
         return Users(
             profile=self._profiles.take(groups.user),
             known=torch.from_numpy(self._known[groups.user]),
-            vectors=vectors[torch.from_numpy(index.reshape(item.shape))],
-            signatures=torch.from_numpy(self._signs[item]),
+            vectors=vectors[index],
+            signatures=self._signatures(distinct, model)[index],
             crosses=torch.from_numpy(self._crosses[item]),
             actions=torch.from_numpy(self._codes[self.log.action[places]]),
             ages=torch.from_numpy(np.where(valid, as_of[:, None] - self.log.time[places], 0)),
             valid=torch.from_numpy(valid),
         )
+
+    def _signatures(self, items: I8, model: Ranker | None) -> torch.Tensor:
+        """Signatures as `Users` and `Candidates` hold them, of items [m]; where they learn, the model's at the time."""
+        if model is not None and model.config.lsh == "learned":
+            return model.learning_signs(torch.from_numpy(self.embedding[items]))
+        return torch.from_numpy(self._signs[items])
 
 
 def _search(values: npt.NDArray[np.int64], begin: I8, end: I8, wanted: I8) -> I8:

@@ -128,6 +128,8 @@ def load_bundle(path: Path, sha256: str | None = None) -> Bundle:
     loaded = load_model(path, sha256)
     if loaded.manifest.model != SERVED:
         raise BundleError(f"{path} holds a {loaded.manifest.model} model, which cannot be served")
+    if reason := loaded.manifest.config.unservable:
+        raise BundleError(f"{path}: {reason}")
     return Bundle(loaded.manifest, cast(AIF, loaded.model), loaded.sha256)
 
 

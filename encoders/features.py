@@ -74,6 +74,7 @@ class FeatureSpec:
     user_categories: tuple[Categorical, ...] = ()
     user_numerics: tuple[Numeric, ...] = ()
     crosses: tuple[str, ...] = ()  # the k-th owns slot k + 1; others hash into the slots behind
+    cross_slots: int = _SLOTS  # slots 1..cross_slots - 1 are in use
     actions: tuple[str, ...] = ()  # the k-th has code k + 1; 0 = unknown
     attributes: tuple[str, ...] = ()  # numeric attributes kept in the row
 
@@ -87,7 +88,9 @@ class FeatureSpec:
         ):
             if len(set(names)) != len(names):
                 raise SpecError(f"names stand twice in the feature spec: {sorted(names)[:8]}")
-        if len(self.crosses) >= _SLOTS - 1:
+        if not 2 <= self.cross_slots <= _SLOTS:
+            raise SpecError(f"crosses have 2 to {_SLOTS} slots, not {self.cross_slots}")
+        if len(self.crosses) >= self.cross_slots - 1:
             raise SpecError(f"{len(self.crosses)} crosses do not leave a slot for unknown ones")
         if len(self.actions) > 255:
             raise SpecError(f"{len(self.actions)} actions do not fit one byte")
@@ -122,6 +125,7 @@ class FeatureSpec:
                 user_categories=tuple(Categorical(**feature) for feature in fields["user_categories"]),
                 user_numerics=tuple(Numeric(**feature) for feature in fields["user_numerics"]),
                 crosses=tuple(fields["crosses"]),
+                cross_slots=int(fields.get("cross_slots", _SLOTS)),
                 actions=tuple(fields["actions"]),
                 attributes=tuple(fields["attributes"]),
             )
@@ -145,7 +149,7 @@ class ItemEncoder:
 
     def __init__(self, spec: FeatureSpec, embedding_dim: int, crosses: int) -> None:
         self._bags = _Bags(spec.item_categories, spec.item_numerics)
-        self._slots = _Slots(spec.crosses)
+        self._slots = _Slots(spec)
         self._attributes = spec.attributes
         self._crosses = crosses
         self._no_slots = [NO_CROSS] * crosses
@@ -321,23 +325,24 @@ class _Buckets(dict[str, int]):
 class _Slots(dict[str, int]):
     """Cross -> slot: the vocabulary's own, or one of the slots behind it by hash."""
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
+    def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
-        self._vocabulary = {name: slot for slot, name in enumerate(vocabulary, start=1)}
-        self._first = len(vocabulary) + 1
+        self._vocabulary = {name: slot for slot, name in enumerate(spec.crosses, start=1)}
+        self._first = len(spec.crosses) + 1
+        self._behind = spec.cross_slots - self._first
 
     def __missing__(self, name: str) -> int:
         if name.__class__ is not str:
             raise FeatureError("crosses hold a value that is not a string")
         if len(self) >= _MEMO_LIMIT:
             self.clear()
-        slot = self[name] = self._vocabulary.get(name) or self._first + _hash(name) % (_SLOTS - self._first)
+        slot = self[name] = self._vocabulary.get(name) or self._first + _hash(name) % self._behind
         return slot
 
 
 def cross_slots(spec: FeatureSpec, names: Sequence[str]) -> npt.NDArray[np.uint16]:
     """Slots of cross names, for explaining a row."""
-    slots = _Slots(spec.crosses)
+    slots = _Slots(spec)
     return np.array([slots[name] for name in names], dtype=np.uint16)
 
 

@@ -22,9 +22,18 @@ import torch
 from torch.nn import functional
 
 from encoders import lsh
-from encoders.bundle import Bundle
+from encoders.bundle import Bundle, BundleError
 from encoders.features import FeatureError, Item, ItemEncoder, ProfileEncoder
-from encoders.model import NO_CROSS, RECENCY_EDGES, Candidates, Features, Users, sim_counts
+from encoders.model import (
+    NO_CROSS,
+    RECENCY_EDGES,
+    Candidates,
+    Features,
+    ModelConfig,
+    Users,
+    kept_crosses,
+    sim_counts,
+)
 
 F4 = npt.NDArray[np.float32]
 U1 = npt.NDArray[np.uint8]
@@ -108,10 +117,10 @@ class ItemFold:
     """Items -> rows. Not for use by two threads at once."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Raises BundleError for a model that cannot be served."""
+        _check_servable(bundle.manifest.config)
         self._model, config = bundle.model, bundle.manifest.config
         self._encoder = ItemEncoder(bundle.manifest.features, config.embedding_dim, config.crosses)
-        self._projection = _array(bundle.model.projection)
-        self._centre = _array(bundle.model.centre)
         self._precision = bundle.manifest.precision
 
     def encode(self, items: Sequence[Item]) -> EncodedItems:
@@ -135,7 +144,7 @@ class ItemFold:
         return EncodedItems(
             joint=joint,
             bridge=bridge,
-            signature=lsh.signatures(columns.embedding, self._centre, self._projection),
+            signature=model.signatures(columns.embedding),
             vector=vector,
             crosses=columns.crosses,
             attributes=columns.attributes,
@@ -147,7 +156,10 @@ class UserFold:
     """Profile and behaviours -> user block. May be shared by threads; heavy steps release the GIL."""
 
     def __init__(self, bundle: Bundle, generation: str | None = None) -> None:
-        """`generation` is what the blocks are stamped with, by default the bundle's version."""
+        """`generation` is what the blocks are stamped with, by default the bundle's version. Raises BundleError for a
+        model that cannot be served.
+        """
+        _check_servable(bundle.manifest.config)
         model = bundle.model
         self._model, self._config = model, bundle.manifest.config
         self._profiles = ProfileEncoder(bundle.manifest.features)
@@ -225,7 +237,7 @@ class UserFold:
         return (D + model.dots.fold(user) if model.dots else D), constant
 
     def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
-        """Slots of the user's crosses [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
+        """Slots of the user's crosses that are kept [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
         flat = past.crosses.ravel()
         used = np.flatnonzero(flat != NO_CROSS)
         if not (len(used) and self._config.has("sim")):
@@ -234,13 +246,30 @@ class UserFold:
         start = np.flatnonzero(np.diff(flat[used], prepend=np.uint16(NO_CROSS)))
         count = np.diff(start, append=len(used))
         member = used // past.crosses.shape[1]  # behaviour of each
-        age = as_of - past.times[member[start + count - 1]]
+        newest = member[start + count - 1]
+        age = as_of - past.times[newest]
         mean = functional.embedding_bag(
             torch.from_numpy(member), tokens, torch.from_numpy(start), mode="mean"
         )  # [c, d]
         counts = sim_counts(torch.from_numpy(count.astype(np.float32)), torch.from_numpy(age))
-        G = torch.cat([counts, mean], dim=1) @ self._model.W1s.T  # [c, h]
-        return flat[used[start]], torch.cat([self._absent[None, :], G])
+        kept = kept_crosses(
+            torch.zeros(len(count), dtype=torch.int64), torch.from_numpy(count), torch.from_numpy(newest), self._config
+        )
+        G = torch.cat([counts, mean], dim=1)[kept] @ self._model.W1s.T  # [c, h]
+        return flat[used[start]][kept.numpy()], torch.cat([self._absent[None, :], G])
+
+
+def cross_bytes(config: ModelConfig, met: int) -> int:
+    """Bytes of G and `cross_slots` in the block of a user who met `met` different crosses, at most.
+
+    Only the exact table grows with `met` without end. Where crosses are pooled ("hashed"), those that meet in one row
+    take less. A count sketch would have all its rows for every user.
+    """
+    row = 4 * config.width
+    if config.cross_table == "sketch":
+        return (1 + config.cross_rows) * row
+    rows = met if config.cross_table == "exact" else min(met, config.cross_rows)
+    return (1 + rows) * row + 2 * rows
 
 
 def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
@@ -281,7 +310,7 @@ def reference_scores(
     for place, error in enumerate(columns.errors):
         if error is not None:
             raise FeatureError(f"item {place}: {error}")
-    packed = lsh.signatures(columns.embedding, _array(bundle.model.centre), _array(bundle.model.projection))
+    packed = bundle.model.signatures(columns.embedding)
     users = _one_user(bundle, profile, behaviours.until(as_of), as_of)
     scores = []
     with torch.inference_mode():
@@ -295,6 +324,11 @@ def reference_scores(
             )
             scores.append(_array(bundle.model(users, candidates)[0]))
     return np.concatenate(scores) if scores else np.empty(0, dtype=np.float32)
+
+
+def _check_servable(config: ModelConfig) -> None:
+    if config.unservable:
+        raise BundleError(config.unservable)
 
 
 def _one_user(bundle: Bundle, profile: Mapping[str, Any] | None, past: Behaviours, as_of: int) -> Users:

@@ -77,7 +77,7 @@ def tier_counts(
     return np.stack([(tier == t).sum(axis=1, dtype=np.int32) for t in range(len(edges) + 1)], axis=1)
 
 
-def tier_edges(sample: npt.NDArray[np.int32], tiers: int, bits: int) -> tuple[int, ...]:
+def tier_edges(sample: npt.NDArray[np.number], tiers: int, bits: int) -> tuple[int, ...]:
     """`tiers` - 1 strictly ascending edges in 1..bits that part a sample of equal bits into tiers of like size."""
     if tiers - 1 > bits:
         raise ValueError(f"{tiers} tiers need more than {bits} bits")

@@ -24,6 +24,7 @@ _VOCABULARY = 16_384  # most frequent crosses, which own slots
 _BUCKETS = 65_536  # per categorical feature, at most
 _PART = 65_536  # rows at a time
 _SAMPLE = 4_000  # groups on which tiers are measured
+_THRESHOLD_SAMPLE = 50_000  # items on which the thresholds of two bits per projection are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Material:
     config: ModelConfig  # with the tier edges and DIN's centring
     known: npt.NDArray[np.int64]  # places of the items that were there before validation
     centre: npt.NDArray[np.float32]  # [e], mean of their embeddings
+    thresholds: npt.NDArray[np.float32] | None  # [2, p], of the LSH's projections, where these give two bits each
     batches: Batches  # signed
     training: Groups
     validation: Groups
@@ -42,18 +44,27 @@ class Material:
 def material_of(data: Dataset, split: Split, config: ModelConfig, seed: int) -> Material:
     """Measure what the config leaves open, and encode the data. Raises DataError."""
     spec = spec_of(data, split)
+    if config.cross_table == "hashed":
+        spec = dataclasses.replace(spec, crosses=(), cross_slots=config.cross_rows + 1)
     embeddings = data.items.embeddings
     config = dataclasses.replace(config, embedding_dim=embeddings.shape[1])
     known = np.flatnonzero(data.items.added < split.validation)
     if not len(known):
         raise DataError("no item was there before the validation slice")
     centre = _mean(embeddings, known)
-    signatures = lsh.signatures(embeddings, centre, lsh.projection(config.embedding_dim, config.bits, seed))
+    projection = lsh.projection(config.embedding_dim, config.bits, seed, config.bits_per_projection)
+    thresholds = None
+    if config.bits_per_projection == 2:
+        some = np.sort(np.random.default_rng(seed).permutation(known)[:_THRESHOLD_SAMPLE])
+        thresholds = lsh.thresholds(embeddings[some], centre, projection)
     batches = Batches(data, spec, config)
-    batches.sign(signatures)
+    if config.lsh == "cosine":
+        batches.compare(lsh.directions(embeddings, centre, config.bits))
+    else:
+        batches.sign(lsh.signatures(embeddings, centre, projection, thresholds))
     training = batches.groups(split.start, split.validation)
     chosen = np.random.default_rng(seed).permutation(len(training))[:_SAMPLE]
-    sample = batches.matches_sample(training.select(chosen), signatures)
+    sample = batches.matches_sample(training.select(chosen))
     if not sample.size:
         raise DataError("no user has a history before another behaviour, so there is nothing to learn from")
     spread = max(0.02, float(sample.std()) / config.bits)
@@ -63,7 +74,8 @@ def material_of(data: Dataset, split: Split, config: ModelConfig, seed: int) -> 
         din_shift=round(float(sample.mean()) / config.bits, 6),
         din_scale=round(0.5 / spread, 6),
     )
-    return Material(spec, measured, known, centre, batches, training, batches.groups(split.validation, split.test))
+    validation = batches.groups(split.validation, split.test)
+    return Material(spec, measured, known, centre, thresholds, batches, training, validation)
 
 
 def spec_of(data: Dataset, split: Split) -> FeatureSpec:
