@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encoders import lsh
 from encoders.batches import Batches, Groups
 from encoders.bundle import Loaded
 from encoders.data.dataset import DataError, Dataset
@@ -299,7 +298,7 @@ def batches_of(bundle: Loaded, data: Dataset) -> Batches:
     if data.items.embeddings.shape[1] != manifest.config.embedding_dim:
         raise DataError("the data's embeddings are not as long as the bundle's")
     batches = Batches(data, manifest.features, manifest.config)
-    batches.sign(lsh.signatures(batches.embedding, model.centre.numpy(), model.projection.numpy()))
+    batches.sign_by(model)
     return batches
 
 

@@ -25,7 +25,6 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from encoders import checkpoint as checkpoints
-from encoders import lsh
 from encoders.baselines import MODELS, build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SERVED, Precision, save_bundle
@@ -116,8 +115,7 @@ class Fitted:
     def batches(self, data: Dataset) -> Batches:
         """The data encoded and signed as the model takes them."""
         batches = Batches(data, self.spec, self.config)
-        centre, projection = self.model.centre.numpy(), self.model.projection.numpy()
-        batches.sign(lsh.signatures(batches.embedding, centre, projection))
+        batches.sign_by(self.model)
         return batches
 
     @property
@@ -445,6 +443,9 @@ def _score(row: Mapping[str, Any]) -> float:
 def _new(name: str, material: Material, seed: int) -> Ranker:
     model = build(name, material.config, material.spec.sizes, seed)
     model.centre.copy_(torch.from_numpy(material.centre))
+    if material.thresholds is not None and model.thresholds is not None:
+        with torch.no_grad():  # they may be ones that learn
+            model.thresholds.copy_(torch.from_numpy(material.thresholds))
     return model
 
 
