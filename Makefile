@@ -60,6 +60,8 @@ kafka-wipe: setup ## stop the local Kafka, delete its data and what was derived 
 lock: setup-dev ## resolve requirements/*.in and infra/kafka/jgo.toml again
 	@for name in base dev; do $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --upgrade --no-emit-index-url --no-header requirements/$$name.in -o requirements/$$name.txt || exit 1; done
+	@$(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps \
+	  --upgrade --no-emit-index-url --no-header requirements/peers.in -o requirements/peers.txt
 	@$(BIN)/python -m jgo --resolver python --system-java --repo-cache .local/lock --cache-dir .local/lock/cache \
 	  --file infra/kafka/jgo.toml lock
 

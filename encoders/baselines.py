@@ -211,7 +211,8 @@ class TargetAttention(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = torch.sigmoid
         self.first = nn.Linear(4 * config.dim, config.attention[0])
         self.sizes = [config.dim, *config.attention, 1]
-        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(self.sizes[1:]))
+        self.rest = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(config.attention))
+        self.rest.append(nn.Linear(config.attention[-1], 1, bias=not softmax))  # softmax takes no notice of a bias
 
     def forward(self, tokens: Tensor, valid: Tensor, items: Tensor) -> Tensor:
         """tokens [B, L, d], zero where not `valid` [B, L]; items [B, K, d] -> [B, K, d], zero for an empty history."""
@@ -373,7 +374,9 @@ def build(name: str, config: ModelConfig, sizes: Sizes, seed: int = 0) -> Ranker
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MODELS[name](config, sizes)
-    model.projection.copy_(torch.from_numpy(lsh.projection(config.embedding_dim, config.bits, seed)))
+    projection = lsh.projection(config.embedding_dim, config.bits, seed, config.bits_per_projection)
+    with torch.no_grad():  # it may be one that learns
+        model.projection.copy_(torch.from_numpy(projection))
     return model
 
 

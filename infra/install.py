@@ -48,10 +48,11 @@ def install(*, dev: bool, cpu: bool) -> None:
         _pip("--require-hashes", "-r", str(REQUIREMENTS / "base.txt"))
         _install_torch(cpu)
         _remember("base.txt", "torch.txt")
-    if dev and _changed("dev.txt"):
+    if dev and _changed("dev.txt", "peers.txt"):
         print("Installing what tests, checks and benchmarks need.", flush=True)
         _pip("--require-hashes", "-r", str(REQUIREMENTS / "dev.txt"))
-        _remember("dev.txt")
+        _pip("--require-hashes", "--no-deps", "-r", str(REQUIREMENTS / "peers.txt"))  # they ask for torch, any build
+        _remember("dev.txt", "peers.txt")
 
 
 def _works(environment: Path) -> bool:

@@ -17,7 +17,7 @@ from encoders import lsh
 from encoders.bundle import Bundle
 from encoders.features import FeatureError, ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores, reference_scores
-from encoders.model import RECENCY_EDGES
+from encoders.model import COMPONENTS, RECENCY_EDGES
 
 NOW = 1_767_225_600_000
 DAY = 86_400_000
@@ -34,7 +34,7 @@ relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_
 
 @relaxed
 @given(
-    config=st.sampled_from(["tiny", "tiny", "default", "no hidden head"]),
+    config=st.sampled_from(["tiny", "tiny", "variants", "default", "no hidden head"]),
     seed=st.integers(0, 3),
     length=st.sampled_from(LENGTHS),
     later=st.integers(0, 2),
@@ -55,11 +55,48 @@ def test_folded_score_is_the_training_forms(
 
 
 @relaxed
-@given(seed=st.integers(0, 5), length=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 17]), profile=st.sampled_from(PROFILES))
-def test_training_form_is_the_equations(
-    world: Callable[..., Any], seed: int, length: int, profile: Mapping[str, Any] | None
+@given(
+    without=st.sets(st.sampled_from(COMPONENTS)),
+    dots=st.sampled_from([0, 0, 1, 5]),
+    bridge_dots=st.sampled_from([0, 0, 3]),
+    length=st.sampled_from([0, 1, 5, 6, 17]),
+    profile=st.sampled_from(PROFILES),
+)
+def test_folded_score_is_the_training_forms_whatever_is_switched_off(
+    world: Callable[..., Any],
+    without: set[str],
+    dots: int,
+    bridge_dots: int,
+    length: int,
+    profile: Mapping[str, Any] | None,
 ) -> None:
-    w = world("tiny", seed)
+    config = dataclasses.replace(
+        world("tiny").bundle.manifest.config, without=tuple(sorted(without)), dots=dots, bridge_dots=bridge_dots
+    )
+    w = world(config, 0)
+    behaviours = w.behaviours(np.random.default_rng(length), length)
+    block, head = UserFold(w.bundle).block(profile, behaviours, NOW), Head.of(w.bundle)
+    served = join_scores(block, head, w.rows)
+    np.testing.assert_allclose(served, reference_scores(w.bundle, profile, behaviours, w.items, NOW), rtol=0, atol=1e-5)
+    # A folded block is zero where all that enters it is off, and not zero otherwise.
+    assert block.C.any() == ("bea" not in without or bridge_dots > 0)
+    assert block.D.any() == (("lsh_din" not in without and length > 0) or dots > 0)
+    assert block.G.any() == ("sim" not in without)
+    assert head.T.any() == ("simtier" not in without)
+    assert len(block.window) == (0 if "simtier" in without else min(length, config.window))
+
+
+@relaxed
+@given(
+    config=st.sampled_from(["tiny", "variants"]),
+    seed=st.integers(0, 5),
+    length=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 17]),
+    profile=st.sampled_from(PROFILES),
+)
+def test_training_form_is_the_equations(
+    world: Callable[..., Any], config: str, seed: int, length: int, profile: Mapping[str, Any] | None
+) -> None:
+    w = world(config, seed)
     behaviours = w.behaviours(np.random.default_rng([seed, length]), length)
     wanted = by_hand(w.bundle, profile, behaviours, w.items[:20], NOW)
     np.testing.assert_allclose(reference_scores(w.bundle, profile, behaviours, w.items[:20], NOW), wanted, atol=2e-5)
@@ -112,11 +149,14 @@ def by_hand(
     user = linear("user_tower.out", np.concatenate([prof, h.mean(axis=0), focus]))
 
     U = np.array([prof, *recent])
-    V = softmax(p["bridges"] @ U.T / np.sqrt(d)) @ U
+    V = softmax(config.bridge_temperature * p["bridges"] @ U.T / np.sqrt(d)) @ U
     scores = []
     for i in range(len(items)):
         equal = [int((bits[i] == other).sum()) for other in past_bits]
-        bea = softmax(p["bridges"] @ x[i] / np.sqrt(d)) @ V
+        affinity = config.bridge_temperature * p["bridges"] @ x[i] / np.sqrt(d)
+        best = np.argsort(-affinity)[: config.bridge_top or config.bridges]
+        w = np.zeros(config.bridges)
+        w[best] = softmax(affinity[best])
         if tokens:
             din = sum(
                 config.din_scale * (m / config.bits - config.din_shift) * e for m, e in zip(equal, tokens, strict=True)
@@ -138,8 +178,13 @@ def by_hand(
                 summaries.append(p["no_cross"])
         sim = np.mean(summaries, axis=0) if summaries else p["no_cross"]
         z = p["b1"].copy()
-        for name, part in (("u", user), ("x", x[i]), ("b", bea), ("d", din), ("t", tier), ("s", sim)):
+        for name, part in (("u", user), ("x", x[i]), ("b", w @ V), ("d", din), ("t", tier), ("s", sim)):
             z += p[f"W1{name}"] @ part
+        s = 2.0 * bits[i] - 1.0
+        for name, item, scale in (("dots", s, config.bits**-0.5), ("bridge_dots", w, 1.0)):
+            if getattr(config, name):
+                Q = linear(f"{name}.query", user).reshape(getattr(config, name), len(item))
+                z += p[f"{name}.W1"] @ (Q @ item) * scale
         for layer in range(len(config.head) + 1):
             z = linear(f"head.{layer}", np.maximum(z, 0))
         scores.append(z[0])

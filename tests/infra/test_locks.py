@@ -16,6 +16,7 @@ from tests.conftest import JARS, ROOT
 
 REQUIREMENTS = ROOT / "requirements"
 PINNED = ["base.txt", "dev.txt"]
+PEERS = "peers.txt"  # installed without dependencies
 _ENTRY = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(\[[a-z,]+\])?==(?P<version>[^ ]+)(?P<marker> ; [^\\]+)?", re.MULTILINE)
 
 
@@ -35,13 +36,13 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("name", PINNED)
+@pytest.mark.parametrize("name", [*PINNED, PEERS])
 def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     text = (REQUIREMENTS / name).read_text()
     logical = [
         line for line in re.sub(r"\\\n", "", text).splitlines() if line.strip() and not line.lstrip().startswith("#")
     ]
-    assert len(logical) == len(entries(name)) > 20
+    assert len(logical) == len(entries(name)) >= (3 if name == PEERS else 20)
     for line in logical:
         assert re.match(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==\S+ ", line), line
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), line
@@ -55,11 +56,13 @@ def test_no_address_in_a_lock_file(path: Path) -> None:
 
 
 def test_the_locks_hold_what_was_asked_for() -> None:
-    base, dev = ({package for package, _ in entries(name)} for name in PINNED)
+    base, dev, peers = ({package for package, _ in entries(name)} for name in [*PINNED, PEERS])
     assert wanted("base.in") <= base
     assert wanted("dev.in") <= dev
-    assert "torch" not in base | dev  # its builds differ in hash
-    assert not {name for name in base | dev if name.startswith(("nvidia", "triton"))}
+    assert wanted("peers.in") == peers
+    assert not peers & (base | dev)
+    assert "torch" not in base | dev | peers  # its builds differ in hash
+    assert not {name for name in base | dev | peers if name.startswith(("nvidia", "triton"))}
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+\n", (REQUIREMENTS / "torch.txt").read_text())
 
 
@@ -78,7 +81,7 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
-    base, dev = wanted("base.in"), wanted("dev.in")
+    base, dev, peers = wanted("base.in"), wanted("dev.in"), wanted("peers.in")
     services = imported("infra", "index", "encoders", "streams", "api")
     of_torch = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions"}
     # jgo is a command; uvicorn and kafka-python take the other two when they are there
@@ -86,7 +89,8 @@ def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
     assert services - base == {"torch"}
     assert base - services == of_torch | by_command
     checks = {"import-linter", "mypy", "pre-commit", "pytest-timeout", "ruff", "uv"}
-    assert imported("tests") - base - {"torch"} <= dev
+    assert imported("tests") - base - {"torch"} <= dev | peers
+    assert peers - imported("tests") == {"pandas"}  # a peer's own
     assert dev - imported("tests") <= checks
 
 
@@ -96,7 +100,7 @@ def test_both_locks_agree() -> None:
 
 
 def test_this_environment_is_the_locked_one() -> None:
-    for name in PINNED:
+    for name in [*PINNED, PEERS]:
         for (package, marker), pinned in entries(name).items():
             if not marker:
                 assert version(package) == pinned, package
