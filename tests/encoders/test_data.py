@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from encoders.data import movielens, text
-from encoders.data.dataset import NEVER, DataError, Dataset
+from encoders.data.dataset import DataError, Dataset
 from encoders.data.source import open_dataset
-from encoders.data.synthetic import ACTIONS, START, Marketplace, generate
 
 # Three made-up films, two made-up people. Ties: the two ratings at second 1000 keep the order of the file.
 RATINGS = [("7", "11", "4", "2000"), ("9", "12", "3", "1000"), ("7", "13", "5", "1000"), ("9", "11", "1", "3000")]
@@ -214,31 +213,6 @@ def check_events(data: Dataset) -> None:
     stamps = [datetime.datetime.fromisoformat(event["event_time"]).timestamp() * 1000 for event in data.behaviours()]
     assert stamps == sorted(data.log.time.tolist())
     assert stamps == sorted(stamps)
-
-
-WORLD = Marketplace(users=60, items=150, behaviours=3_000, days=12)
-
-
-def test_marketplace_is_the_same_for_the_same_seed() -> None:
-    one, same, other = generate(WORLD, 4), generate(WORLD, 4), generate(WORLD, 5)
-    assert list(one.behaviours()) == list(same.behaviours())
-    assert list(one.item_updates()) == list(same.item_updates())
-    assert list(one.users()) == list(same.users())
-    assert list(one.item_updates()) != list(other.item_updates())
-
-
-def test_marketplace_keeps_its_promises() -> None:
-    data = generate(WORLD, 2)
-    check_events(data)
-    assert len(data.log) == WORLD.behaviours
-    assert set(data.actions) == set(ACTIONS)
-    items, log = data.items, data.log
-    assert (items.added[log.item] <= log.time).all()  # nobody meets an item before it arrives
-    assert (items.removed[log.item] > log.time).all()  # nor after it is gone
-    assert (items.added > START).mean() > 0.2
-    assert 0.05 < (items.removed != NEVER).mean() < 0.3
-    assert 0.1 < data.examples.clicked.mean() < 0.6
-    assert (log.action == data.examples.clicked).all()
 
 
 def test_real_data(ml100k: Path) -> None:
