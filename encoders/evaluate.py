@@ -34,7 +34,7 @@ _Score = Callable[[Groups, I8], Scores]  # groups [B], items [B, K] -> scores [B
 BATCH_GROUPS = 64
 TRAIN_PART, VALIDATION_PART = 0.8, 0.1  # of the examples in time order; the rest is the test slice
 _TOGETHER = 8  # requests that the catalogue is scored for at a time
-_ROOM = 1 << 20  # candidates times behaviours scored at a time, about as many as in a training batch
+_ROOM = 1 << 18  # candidates times behaviours scored at a time; more leaves the caches, less is all overhead
 
 
 @dataclasses.dataclass(frozen=True)

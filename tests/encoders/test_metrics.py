@@ -231,7 +231,7 @@ def test_seeds_vary_by_their_own_variance() -> None:
     found = interval([some_table(np.full(50, value)) for value in values])
     assert found.value == pytest.approx(np.mean(values))
     spread = np.std(values, ddof=1) / math.sqrt(3)
-    assert 2.5 * spread < found.high - found.low < 2 * 1.96 * spread * 1.3
+    assert 3.5 * spread < found.high - found.low < 4.5 * spread  # plainly resampled it would be 3.2
     single = interval([some_table(np.full(50, 0.6))])
     assert single.high - single.low < 1e-12
 
