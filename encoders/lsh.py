@@ -78,12 +78,16 @@ def tier_counts(
 
 
 def tier_edges(sample: npt.NDArray[np.number], tiers: int, bits: int) -> tuple[int, ...]:
-    """`tiers` - 1 strictly ascending edges in 1..bits that part a sample of equal bits into tiers of like size."""
+    """`tiers` - 1 strictly ascending edges in 1..bits that halve a sample of equal bits again and again: the lower half
+    is the first tier, the upper half of the rest the last ones.
+
+    Tiers of like size would leave the few behaviours that are about nearly the same thing in one tier with an eighth of
+    all others; what they say is in the tail.
+    """
     if tiers - 1 > bits:
         raise ValueError(f"{tiers} tiers need more than {bits} bits")
-    quantiles = (
-        np.quantile(sample, np.arange(1, tiers) / tiers) if sample.size else np.linspace(0, bits, tiers + 1)[1:-1]
-    )
+    halves = 1 - 0.5 ** np.arange(1, tiers)
+    quantiles = np.quantile(sample, halves) if sample.size else np.linspace(0, bits, tiers + 1)[1:-1]
     edges: list[int] = []
     for place, quantile in enumerate(quantiles):
         low = edges[-1] + 1 if edges else 1
