@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 TERMS = ("density", "interests", "intent", "price", "quality", "segment")
 HISTORY_TERMS = TERMS[:4]
-WEIGHTS = np.array([0.85, 3.6, 5.4, 0.93, 0.58, 0.68])
-BIAS = -3.5
+WEIGHTS = np.array([0.85, 3.8, 5.4, 0.93, 0.58, 0.68])
+BIAS = -3.6
 
 WINDOW = 1_000  # newest behaviours that the terms look at
 RECENT = 10  # newest behaviours that make the intent
