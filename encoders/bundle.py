@@ -125,22 +125,26 @@ def load_bundle(path: Path, sha256: str | None = None) -> Bundle:
     """Read and check the bundle at `path`, for serving. `sha256`, where given, must be that of its manifest. Raises
     BundleError.
     """
-    loaded = load_model(path, sha256)
-    if loaded.manifest.model != SERVED:
-        raise BundleError(f"{path} holds a {loaded.manifest.model} model, which cannot be served")
-    if reason := loaded.manifest.config.unservable:
-        raise BundleError(f"{path}: {reason}")
+    loaded = _load(path, sha256, served=True)
     return Bundle(loaded.manifest, cast(AIF, loaded.model), loaded.sha256)
 
 
 def load_model(path: Path, sha256: str | None = None) -> Loaded:
     """As `load_bundle`, of any model. Raises BundleError."""
+    return _load(path, sha256, served=False)
+
+
+def _load(path: Path, sha256: str | None, served: bool) -> Loaded:
     raw = _read(path / MANIFEST)
     found = _sha256(raw)
     if sha256 is not None and sha256.lower() != found:
         raise BundleError(f"the manifest's SHA-256 is {found}, not {sha256}")
     fields = _parse(raw)
     manifest = _manifest(fields)
+    if served and manifest.model != SERVED:
+        raise BundleError(f"{path} holds a {manifest.model} model, which cannot be served")
+    if served and (reason := manifest.config.unservable):
+        raise BundleError(f"{path}: {reason}")
     try:
         tensors_hash, shapes = str(fields["tensors"]["sha256"]), dict(fields["tensors"]["shapes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -253,9 +257,11 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
 
 
 def _empty_model(manifest: Manifest) -> Ranker:
-    """The model without memory for its weights, so that absurd sizes in a manifest cost nothing."""
+    """The model to load weights into; what may come from elsewhere, the one that is served, without memory for its own,
+    so that absurd sizes in a manifest cost nothing.
+    """
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if manifest.model == SERVED else "cpu"):
             return MODELS[manifest.model](manifest.config, manifest.features.sizes)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise BundleError(f"the manifest's config does not make a model: {error}") from error

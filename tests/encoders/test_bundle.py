@@ -12,10 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from encoders.baselines import MODELS, build
 from encoders.bundle import (
     SAMPLE_SPEC,
     BundleError,
     load_bundle,
+    load_model,
     manifest_sha256,
     new_model,
     save_bundle,
@@ -147,6 +149,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other config": (lambda b: rewrite(b, lambda f: f["config"].update(bridges=3)), "row does not fit"),
     "other recent config": (lambda b: rewrite(b, lambda f: f["config"].update(hidden=9)), "has shape"),
     "absurd config": (lambda b: rewrite(b, lambda f: f["config"].update(hidden=10**12)), "has shape"),
+    "unknown model": (lambda b: rewrite(b, lambda f: f.update(model="svm")), "'svm' are not known"),
     "unknown config": (lambda b: rewrite(b, lambda f: f["config"].update(depth=9)), "does not read"),
     "text for a number": (lambda b: rewrite(b, lambda f: f["config"].update(hidden="x")), "does not read"),
     "no heads": (lambda b: rewrite(b, lambda f: f["config"].update(heads=3)), "heads"),
@@ -211,3 +214,27 @@ def test_config_fields_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(ModelConfig(), **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"aif"}))
+def test_a_rival_is_kept_but_not_served(name: str, tmp_path: Path) -> None:
+    rival = build(name, SMALL, SAMPLE_SPEC.sizes, seed=2)
+    save_bundle(tmp_path / "b", rival, SMALL, SAMPLE_SPEC, metrics={"seed": 2}, model_name=name)
+    loaded = load_model(tmp_path / "b")
+    assert loaded.manifest.model == name
+    assert loaded.model.state_dict().keys() == rival.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.model.state_dict()[key]) for key, tensor in rival.state_dict().items())
+    with pytest.raises(BundleError, match=f"holds a {name} model, which cannot be served"):
+        load_bundle(tmp_path / "b")
+
+
+def test_older_manifests_read(bundle: Path) -> None:
+    """Those before rivals name no model and know fewer fields of the config."""
+
+    def older(fields: dict[str, Any]) -> None:
+        del fields["model"], fields["config"]["without"], fields["config"]["din_scale"]
+
+    rewrite(bundle, older)
+    manifest = load_bundle(bundle).manifest
+    assert manifest.model == "aif"
+    assert manifest.config == SMALL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -14,15 +15,17 @@ import torch
 
 from encoders import lsh
 from encoders.__main__ import main
+from encoders.baselines import MODELS
 from encoders.batches import GROUP_SIZE, GROUP_SPAN, Batches
-from encoders.bundle import load_bundle, new_model
-from encoders.data.dataset import NEVER, Dataset
+from encoders.bundle import BundleError, load_bundle, new_model
+from encoders.data.dataset import NEVER, DataError, Dataset
 from encoders.data.source import open_dataset
 from encoders.data.synthetic import Marketplace, generate
-from encoders.evaluate import evaluate, split_of
+from encoders.evaluate import evaluate, figures, predict, split_of
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores
 from encoders.model import ModelConfig
-from encoders.train import TrainOptions, spec_of, train
+from encoders.train import TrainingError, TrainOptions, fit, spec_of, train
+from tests.encoders.small import OPTIONS, small_data
 
 WORLD = Marketplace(users=150, items=400, examples=12_000, days=20, categories=8, brands=20)
 SMALL = ModelConfig(window=20, recent=5)
@@ -31,6 +34,15 @@ SMALL = ModelConfig(window=20, recent=5)
 @pytest.fixture(scope="module")
 def data() -> Dataset:
     return generate(WORLD, seed=7)
+
+
+@pytest.fixture(scope="module")
+def little() -> Dataset:
+    return small_data()
+
+
+def _nothing(line: str) -> None:
+    """A report that is not looked at."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,8 @@ def test_it_beats_popularity_and_chance(trained: tuple[Path, dict[str, Any], lis
 
 
 def test_progress_says_what_happens(trained: tuple[Path, dict[str, Any], list[str]]) -> None:
-    first, *epochs = trained[2]
+    first, *others = trained[2]
+    epochs = [line for line in others if not re.match(r"\d+ of \d+ users have no click", line)]
     assert "Ctrl-C stops" in first
     assert len(epochs) == trained[1]["epochs"] >= 2
     assert all(re.match(r"epoch \d+: loss 0\.\d+, validation GAUC 0\.\d+, AUC 0\.\d+.*s left", line) for line in epochs)
@@ -165,10 +178,146 @@ def test_batches_show_the_newest_history(data: Dataset) -> None:
 
 def test_equal_seeds_train_equal_bundles(tmp_path: Path) -> None:
     data = generate(Marketplace(users=40, items=80, examples=1_500, days=6, categories=6, brands=8), seed=1)
-    options = TrainOptions(seed=3, config=SMALL)
+    options = TrainOptions(seed=3, config=SMALL, epochs=3)
     metrics = [train(data, tmp_path / name, options, report=lambda line: None) for name in ("a", "b")]
     assert metrics[0]["test"] == metrics[1]["test"]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_learns(name: str, little: Dataset) -> None:
+    fitted = fit(little, dataclasses.replace(OPTIONS, model=name, epochs=2, learning_rate=1e-2), report=_nothing)
+    assert type(fitted.model) is MODELS[name]
+    assert fitted.curve[1]["loss"] < fitted.curve[0]["loss"]
+    assert not any(weights.requires_grad for weights in fitted.model.parameters())
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_training(little: Dataset) -> None:
+    """With such a step the validation slice soon gets worse; the weights of its best epoch are the ones kept."""
+    options = dataclasses.replace(OPTIONS, learning_rate=5e-2, averaged_steps=1, epochs=30, patience=2)
+    fitted = fit(little, options, report=_nothing)
+    best = fitted.best["epoch"]
+    assert fitted.epochs < 30
+    assert best < fitted.epochs <= best + 2 + sum(row["gauc"] <= fitted.best["gauc"] for row in fitted.curve)
+    upto = fit(little, dataclasses.replace(options, epochs=best), report=_nothing)
+    batches, split = fitted.batches(little), split_of(little)
+    groups = batches.groups(split.validation, split.test)
+    measured = figures(*predict(fitted.model, batches, groups))
+    assert measured["gauc"] == fitted.best["gauc"] == upto.curve[-1]["gauc"]
+
+
+def test_the_test_slice_does_not_enter_training(little: Dataset) -> None:
+    """Other labels behind the validation slice change neither weights nor progress."""
+    split = split_of(little)
+    behind = little.examples.time >= split.test
+    turned = dataclasses.replace(little.examples, clicked=little.examples.clicked ^ behind)
+    one, other = (
+        fit(data, OPTIONS, report=_nothing) for data in (little, dataclasses.replace(little, examples=turned))
+    )
+    state = other.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in one.model.state_dict().items())
+
+
+def test_distillation_draws_the_student_to_the_teacher(little: Dataset) -> None:
+    options = dataclasses.replace(OPTIONS, epochs=2)
+    plain, early, late = (
+        fit(little, dataclasses.replace(options, distil=weight, distil_after=after), report=_nothing)
+        for weight, after in ((0.0, 0), (1.0, 4), (1.0, 10_000))
+    )
+    one, two, three = (fitted.model.state_dict() for fitted in (plain, early, late))
+    assert all(torch.equal(one[name], three[name]) for name in one)  # the teacher alone does not touch the student
+    assert not all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match="dssm has neither teacher nor bridges"):
+        TrainOptions(model="dssm", distil=1.0)
+
+
+def test_bridges_start_at_the_data(little: Dataset) -> None:
+    options = dataclasses.replace(OPTIONS, epochs=1, learning_rate=1e-9)
+    drawn, measured = (
+        fit(little, dataclasses.replace(options, bridges_from_data=there), report=_nothing).model.state_dict()
+        for there in (False, True)
+    )
+    assert not torch.allclose(drawn["bridges"], measured["bridges"], atol=1e-3)
+    length = torch.linalg.vector_norm(measured["bridges"], dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, OPTIONS.config.dim**0.5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(drawn["b1"], measured["b1"], rtol=0, atol=1e-6)
+
+
+def test_half_precision_steps_end_near_those_of_full(little: Dataset) -> None:
+    full, half = (
+        fit(little, dataclasses.replace(OPTIONS, epochs=1, autocast=autocast), report=_nothing)
+        for autocast in (False, True)
+    )
+    assert full.curve[0]["loss"] == pytest.approx(half.curve[0]["loss"], rel=2e-2)
+    assert full.curve[0]["loss"] != half.curve[0]["loss"]
+    assert all(tensor.dtype == torch.float32 for tensor in half.model.state_dict().values())
+
+
+def test_log(little: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "log.csv"
+    fitted = fit(little, dataclasses.replace(OPTIONS, batch_groups=3, epochs=3), log=path, report=_nothing)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps))
+    of_epochs = [row for row in rows if row["gauc"]]
+    assert [int(row["step"]) for row in of_epochs] == [row["step"] for row in fitted.curve]
+    assert [float(row["gauc"]) for row in of_epochs] == [row["gauc"] for row in fitted.curve]
+    assert any(int(row["step"]) == 100 and not row["gauc"] and float(row["loss"]) > 0 for row in rows)
+    assert int(rows[-1]["examples"]) == 3 * int(of_epochs[0]["examples"])
+
+
+def test_a_diverging_training_stops_and_keeps_its_checkpoint(little: Dataset, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"the loss is .* at step \d+ with learning rate 1e\+30") as caught:
+        fit(little, options, checkpoint=tmp_path / "c", save_seconds=0.0, report=_nothing)
+    step = int(re.search(r"step (\d+)", str(caught.value))[1])  # type: ignore[index]
+    lines: list[str] = []
+    with pytest.raises(TrainingError):
+        fit(little, options, checkpoint=tmp_path / "c", report=lines.append)
+    assert f"at step {step - 1}" in lines[-1]
+
+
+def test_what_the_data_lack_is_said(little: Dataset) -> None:
+    split, examples = split_of(little), little.examples
+    inside = (examples.time >= split.validation) & (examples.time < split.test)
+    lines: list[str] = []
+    even = dataclasses.replace(examples, clicked=np.where(inside, examples.user % 2 == 0, examples.clicked))
+    fitted = fit(dataclasses.replace(little, examples=even), OPTIONS, report=lines.append)
+    assert any("both classes" in line and "AUC decides" in line for line in lines)
+    assert fitted.best["gauc"] is None
+    assert fitted.best["auc"] == max(row["auc"] for row in fitted.curve)
+
+    cold = dataclasses.replace(examples, clicked=examples.clicked & (examples.user != examples.user[0]))
+    lines.clear()
+    fit(dataclasses.replace(little, examples=cold), dataclasses.replace(OPTIONS, epochs=1), report=lines.append)
+    assert any(re.match(r"[1-9]\d* of \d+ users have no click in the training slice", line) for line in lines)
+
+    for clicked, message in ((examples.clicked & inside, "label False"), (examples.clicked | ~inside, "label True")):
+        with pytest.raises(DataError, match=message):
+            fit(
+                dataclasses.replace(little, examples=dataclasses.replace(examples, clicked=clicked)),
+                OPTIONS,
+                report=_nothing,
+            )
+    columns = (examples.user, examples.item, examples.clicked, examples.time)
+    none = dataclasses.replace(little, examples=type(examples)(*(column[:0] for column in columns)))
+    with pytest.raises(DataError, match="hold no examples"):
+        fit(none, OPTIONS, report=_nothing)
+
+
+def test_options_survive_json() -> None:
+    options = dataclasses.replace(OPTIONS, minutes=2.0, config=dataclasses.replace(SMALL, without=("bea",)))
+    assert TrainOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
+    for changes, message in (
+        ({"model": "svm"}, "model 'svm' is not known"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"learning_rate": 0.0}, "must be above 0"),
+        ({"learning_rate": float("nan")}, "must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(options, **changes)  # type: ignore[arg-type]
 
 
 def test_time_limit_ends_the_training(data: Dataset, tmp_path: Path) -> None:
@@ -176,6 +325,48 @@ def test_time_limit_ends_the_training(data: Dataset, tmp_path: Path) -> None:
     metrics = train(data, tmp_path / "b", options, report=lambda line: None)
     assert metrics["epochs"] <= 1
     assert load_bundle(tmp_path / "b").manifest.metrics["epochs"] == metrics["epochs"]
+
+
+def test_rivals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "films", tmp_path / "bundle"
+    folder.mkdir()
+    _as_csv(small_data(), folder)
+    train_it = ["train", "--data", str(folder), "--epochs", "2", "--log", str(tmp_path / "log.csv")]
+    kept = ["--checkpoint", str(tmp_path / "c")]
+    assert main([*train_it, "--out", str(out), "--without", "bea, simtier", "--distil", "0.5", *kept]) == 0
+    bundle = load_bundle(out)
+    assert bundle.manifest.config.without == ("bea", "simtier")
+    assert bundle.manifest.metrics["options"]["distil"] == 0.5
+    assert (tmp_path / "c").exists()
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+    asked = ["evaluate", str(out), "--data", str(folder), "--against", "dssm,cold", "--cache", str(tmp_path / "cache")]
+    assert main(asked) == 0
+    first = capsys.readouterr().out
+    assert "training dssm" in first
+    assert main(asked) == 0
+    again = capsys.readouterr().out
+    assert "training" not in again
+    table = again[again.index("model") :].splitlines()[-4:]
+    assert table == first.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["model", "bundle", "dssm", "cold"]
+    assert re.search(r"0\.\d{4} \(0\.\d{4} \.\. [01]\.\d{4}\)", table[1])
+    assert len(table[2].split()) == len(table[1].split()) + 5  # the difference, its interval, and p
+
+    assert main([*train_it, "--model", "dssm", "--out", str(tmp_path / "dssm")]) == 0
+    assert main(["evaluate", str(tmp_path / "dssm"), "--data", str(folder)]) == 0
+    with pytest.raises(BundleError, match="cannot be served"):
+        load_bundle(tmp_path / "dssm")
+    capsys.readouterr()
+    for arguments, message in (
+        ([*train_it, "--out", str(tmp_path / "b"), "--without", "head"], "'head' cannot be switched off"),
+        ([*train_it, "--out", str(tmp_path / "b"), "--epochs", "0"], "epochs must be at least 1"),
+        ([*train_it, "--out", str(tmp_path / "b"), "--seed", "1", *kept], "is of a training with other"),
+        ([*asked[:-4], "--against", "svm"], "model 'svm' is not known"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
