@@ -109,8 +109,9 @@ def with_oracle(world: Marketplace | None = None, seed: int = 0) -> World:
         affinity=random.standard_normal((_SEGMENTS, sizes.categories)).astype(np.float32),
     )
     visits = _visits(sizes, people, random)
-    log = _pre_history(sizes, catalogue, people, hidden, visits, random)
-    examples, terms = _live(sizes, catalogue, people, hidden, visits, log, random)
+    scene = _Scene(sizes, catalogue, people, hidden)
+    log = _pre_history(scene, visits, random)
+    examples, terms = _live(scene, visits, log, random)
     data = Dataset(
         name=f"market-{seed}",
         items=_items(sizes, catalogue, hidden, random),
@@ -283,6 +284,16 @@ def _aims(sizes: Marketplace, people: _People, user: I4, random: Random) -> I4:
     return np.where(random.random(len(user)) < 0.5, known, other).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """All that stands before the first behaviour."""
+
+    sizes: Marketplace
+    catalogue: _Catalogue
+    people: _People
+    hidden: Hidden
+
+
 def _opposite(sizes: Marketplace, family: I4) -> I4:
     """The like family on the other side of the category's circle."""
     inside = sizes.clusters * sizes.families
@@ -291,14 +302,12 @@ def _opposite(sizes: Marketplace, family: I4) -> I4:
     return across
 
 
-def _own(
-    sizes: Marketplace, shelf: _Shelf, people: _People, hidden: Hidden, user: I4, aim: I4, focus: float, random: Random
-) -> I4:
+def _own(scene: _Scene, shelf: _Shelf, user: I4, aim: I4, focus: float, random: Random) -> I4:
     """Items of behaviours that no page led to: a share `focus` about the aim, a tenth about anything, the others about
     the long-term taste; among the offered, one of fitting price and good quality.
     """
-    kind = random.random(len(user))
-    either = np.where(random.random(len(user)) < 0.5, aim, _opposite(sizes, aim))
+    people, hidden, kind = scene.people, scene.hidden, random.random(len(user))
+    either = np.where(random.random(len(user)) < 0.5, aim, _opposite(scene.sizes, aim))
     family = np.where(kind < focus, either, _tastes(people, user, random))
     width = np.where(random.random(len(user)) < 0.5, _IN_FAMILY, _IN_CLUSTER)
     width[kind > 0.9] = _ANYWHERE
@@ -352,16 +361,15 @@ def _within(counts: I8) -> I8:
     return places
 
 
-def _pre_history(
-    sizes: Marketplace, catalogue: _Catalogue, people: _People, hidden: Hidden, visits: _Visits, random: Random
-) -> _Log:
+def _pre_history(scene: _Scene, visits: _Visits, random: Random) -> _Log:
     """A log with everybody's behaviours before START; the more active have more, a few have none."""
+    sizes, people = scene.sizes, scene.people
     wanted = people.activity**0.5 * random.lognormal(0, 0.5, sizes.users)
     wanted *= sizes.past / max(1e-9, wanted.mean())
     count = np.minimum(wanted, sizes.history).astype(np.int64)
     count[random.random(sizes.users) < 0.02] = 0
     log = _Log(count + np.bincount(visits.user, _OWN[1] + 2 * visits.size, sizes.users).astype(np.int64))
-    shelf = _Shelf(sizes, catalogue, START - _PAST, START)
+    shelf = _Shelf(sizes, scene.catalogue, START - _PAST, START)
     cuts = np.searchsorted(np.cumsum(count), np.arange(_CHUNK, count.sum(), _CHUNK))
     for part in np.split(np.arange(sizes.users, dtype=np.int32), np.unique(cuts)):
         user, place = np.repeat(part, count[part]), _within(count[part])
@@ -370,7 +378,7 @@ def _pre_history(
         first = place % _SESSION == 0
         aim = _aims(sizes, people, user[first], random)[np.cumsum(first) - 1]
         time = START - _PAST + (_passed(first, place == 0, random) * _PAST).astype(np.int64)
-        log.add(user, _own(sizes, shelf, people, hidden, user, aim, 0.4, random), 0, time)
+        log.add(user, _own(scene, shelf, user, aim, 0.4, random), 0, time)
     return log
 
 
@@ -419,23 +427,16 @@ def _visits(sizes: Marketplace, people: _People, random: Random) -> _Visits:
     return _Visits(user.astype(np.int32), slot, lengths)
 
 
-def _live(
-    sizes: Marketplace,
-    catalogue: _Catalogue,
-    people: _People,
-    hidden: Hidden,
-    visits: _Visits,
-    log: _Log,
-    random: Random,
-) -> tuple[Examples, F4]:
+def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random) -> tuple[Examples, F4]:
     """The examples with their terms; what happens is added to the log. Slot by slot: a user has one visit in each at
     most, so all visits of a slot are computed together, and each sees all that was before it.
     """
+    sizes, people = scene.sizes, scene.people
     aim = _aims(sizes, people, np.arange(sizes.users, dtype=np.int32), random)
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     for day in range(sizes.days):
         begin, end = np.searchsorted(visits.slot, [day * _SLOTS, (day + 1) * _SLOTS])
-        shelf = _Shelf(sizes, catalogue, START + day * _DAY, START + (day + 1) * _DAY)
+        shelf = _Shelf(sizes, scene.catalogue, START + day * _DAY, START + (day + 1) * _DAY)
         here = np.unique(visits.user[begin:end])
         here = here[random.random(len(here)) < _SWITCH]
         aim[here] = _aims(sizes, people, here, random)
@@ -445,8 +446,8 @@ def _live(
                 chosen = slice(at, min(high, at + _TOGETHER))
                 user, size = visits.user[chosen], visits.size[chosen]
                 opened = START + slot * _SLOT + random.integers(60 * _MINUTE, 80 * _MINUTE, len(user))
-                _prepare(sizes, shelf, people, hidden, user, aim, opened, log, random)
-                parts.append(_answer(shelf, hidden, user, size, opened, log, random))
+                _prepare(scene, shelf, user, aim, opened, log, random)
+                parts.append(_answer(shelf, scene.hidden, user, size, opened, log, random))
     if not parts:
         none = np.empty(0, dtype=np.int32)
         empty = Examples(none, none, none.astype(bool), none.astype(np.int64), none.astype(np.float32))
@@ -456,23 +457,13 @@ def _live(
     return Examples(user[order], item[order], clicked[order], time[order], probability[order]), terms[order]
 
 
-def _prepare(
-    sizes: Marketplace,
-    shelf: _Shelf,
-    people: _People,
-    hidden: Hidden,
-    user: I4,
-    aim: I4,
-    opened: I8,
-    log: _Log,
-    random: Random,
-) -> None:
+def _prepare(scene: _Scene, shelf: _Shelf, user: I4, aim: I4, opened: I8, log: _Log, random: Random) -> None:
     """Behaviours of the users' own in the hour before their requests."""
     count = random.integers(_OWN[0], _OWN[1] + 1, len(user))
     who = np.repeat(user, count)
     time = np.repeat(opened, count) - (np.repeat(count, count) - _within(count)) * 5 * _MINUTE
     time -= random.integers(0, 4 * _MINUTE, len(who))
-    log.add(who, _own(sizes, shelf, people, hidden, who, aim[who], 0.75, random), 0, time)
+    log.add(who, _own(scene, shelf, who, aim[who], 0.75, random), 0, time)
 
 
 def _answer(
