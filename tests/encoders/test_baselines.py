@@ -234,6 +234,7 @@ def test_eta_takes_the_nearest_by_hamming_distance(world: Callable[..., Any], mo
     monkeypatch.setattr(ETA, "top", 1)
     users, candidates = w.batch([9, 4], [None, {}])
     with torch.inference_mode():
+        users.vectors[1, :5] = model.item_vectors(candidates.features)[candidates.index[1, 0]]  # padding, at distance 0
         meeting = model._meet(users, candidates)
         found = model.long_interest(meeting)
         for user, k in itertools.product(range(2), range(7)):
