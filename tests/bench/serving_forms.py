@@ -612,12 +612,12 @@ def measure_all(
         held.enter_context(one_thread())
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="forerank-forms-")))
         ready: dict[str, list[Form]] = {}
-        scenes: dict[ModelConfig, Scene] = {}
+        scenes: dict[tuple[int, int], Scene] = {}  # by all of a config that a scene depends on
         for label, (name, config) in contenders.items():
-            sized = dataclasses.replace(config, without=(), dots=0, bridge_dots=0)  # what a scene depends on
-            if sized not in scenes:
-                scenes[sized] = Scene(catalogue, length, sized)
-            ready[label] = checked_forms(name, config, scenes[sized], folder / str(len(ready)))
+            key = (config.embedding_dim, config.crosses)
+            if key not in scenes:
+                scenes[key] = Scene(catalogue, length, config)
+            ready[label] = checked_forms(name, config, scenes[key], folder / str(len(ready)))
         random = np.random.default_rng(5)
         spent: dict[tuple[str, str], list[float]] = {}
         for repetition in range(repetitions + 1):  # the first warms up
