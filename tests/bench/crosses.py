@@ -151,9 +151,14 @@ def _draw(canvas: Any, table: list[dict[str, Any]]) -> None:
         error = [[row["gauc"] - row["gauc_low"] for row in group], [row["gauc_high"] - row["gauc"] for row in group]]
         sizes = [row["bytes_per_user_p50"] for row in group]
         axes.errorbar(sizes, gauc, yerr=error, marker="o", capsize=2, label=kind)
-    for row, style in zip([row for row in table if row["rows"] is None], "-:-", strict=False):
-        axes.axhline(row["gauc"], color="0.5", linestyle=style, linewidth=1)
-        axes.annotate(row["table"], (0.01, row["gauc"]), xycoords=("axes fraction", "data"), fontsize=7)
+    for row in (row for row in table if row["rows"] is None):
+        if row["table"] == NONE:
+            axes.axhline(row["gauc"], color="0.5", linestyle=":", linewidth=1, label=NONE)
+        else:
+            error = [[row["gauc"] - row["gauc_low"]], [row["gauc_high"] - row["gauc"]]]
+            axes.errorbar(
+                [row["bytes_per_user_p50"]], [row["gauc"]], yerr=error, marker="*", capsize=2, label=row["table"]
+            )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bytes of the table, median user")
     axes.set_ylabel("GAUC on the test slice")
