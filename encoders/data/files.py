@@ -23,7 +23,7 @@ import polars as pl
 
 from encoders.data.dataset import DataError
 
-PIECE = 16 << 20  # bytes of a file that are in memory at a time
+PIECE = 8 << 20  # bytes of a file that are in memory at a time
 MISSING = ("", "NULL", "null", "\\N")  # how the published files write that there is no value
 
 I8 = npt.NDArray[np.int64]

@@ -123,11 +123,8 @@ def _name(data: Dataset, request: _Request) -> str:
 
 def _tensors(batch: Batch) -> _Found:
     """Every input of a batch by its name; the labels are none."""
-    return {
-        **dict(_named(batch.users, "users")),
-        **dict(_named(batch.candidates, "candidates")),
-        "counted": batch.counted,
-    }
+    sides = {"candidates": batch.candidates, "users": batch.users, "counted": batch.counted}
+    return {name: tensor for side, value in sides.items() for name, tensor in _named(value, side)}
 
 
 def _named(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, overload
 
@@ -39,6 +40,7 @@ from encoders.data.store import FORMAT, META
 TABLES = ("items", "users", "behaviours", "examples")
 _CACHE_FORMAT = 1
 _ROWS = 65_536  # rows of a table in memory at a time
+_WIDE_ROWS = 8_192  # the same where embeddings are read
 _UNUSABLE_ID = re.compile(r"[\x00-\x1f\x7f]")
 _ID_BYTES = 128
 _LATEST = 253_402_300_800_000  # the year 10000, ms
@@ -188,10 +190,10 @@ class _Table:
             if not fits(self.kinds[column]):
                 raise DataError(f"{self.name}: column {column} cannot be {self.kinds[column]}")
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    def batches(self, columns: Sequence[str], rows: int = _ROWS) -> Iterator[pl.DataFrame]:
         try:
             self.at = 0
-            for batch in self._lazy.select(columns).collect_batches(chunk_size=_ROWS):
+            for batch in self._lazy.select(columns).collect_batches(chunk_size=rows):
                 yield batch
                 self.at += len(batch)
         except pl.exceptions.PolarsError as error:
@@ -226,7 +228,7 @@ def _fill_items(table: _Table, cache: Path) -> int:
         _Array(cache / "items.removed.npy", np.int64, (table.rows,)) as removed,
         _Json(cache, "items.crosses", table.rows) as crosses,
     ):
-        for batch in table.batches(["embedding", "crosses", "added", "removed"]):
+        for batch in table.batches(["embedding", "crosses", "added", "removed"], _WIDE_ROWS):
             table.demand(batch["embedding"].is_not_null(), "embedding is null")
             vectors = batch["embedding"].explode(empty_as_null=False, keep_nulls=False) if dim else batch["embedding"]
             numbers = vectors.cast(pl.Float32).fill_null(float("nan")).to_numpy().reshape(len(batch), dim)
@@ -303,27 +305,30 @@ def _fill_log(table: _Table, cache: Path, sizes: tuple[int, int], coded: tuple[s
     stem = table.name.removesuffix(".parquet")
     known = "probability" in table.kinds and stem == "examples"
     columns: dict[str, type[np.generic]] = {"user": np.int32, "item": np.int32, "time": np.int64, code: kind}
-    arrays = {name: _Array(cache / f"{stem}.{name}.npy", dtype, (table.rows,)) for name, dtype in columns.items()}
-    chances = _Array(cache / f"{stem}.probability.npy", np.float32, (table.rows if known else 0,))
-    last = (-1, -_LATEST)
-    for batch in table.batches([*columns, *(["probability"] if known else [])]):
-        user = table.whole(batch, "user", sizes[0])
-        time = table.whole(batch, "time", _LATEST, -_LATEST)
-        later = np.diff(user, prepend=last[0]) > 0
-        same = np.diff(user, prepend=last[0]) == 0
-        table.demand(later | same, "users go backwards; the rows must be sorted by user, then time")
-        table.demand(later | (np.diff(time, prepend=last[1]) >= 0), "time goes backwards within a user")
-        last = (int(user[-1]), int(time[-1])) if len(user) else last
-        arrays["user"].write(user)
-        arrays["time"].write(time)
-        arrays["item"].write(table.whole(batch, "item", sizes[1]))
-        arrays[code].write(table.whole(batch, code, below))
-        if known:
-            chance = batch["probability"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
-            table.demand((chance >= 0) & (chance <= 1), "probability is not in 0..1")
-            chances.write(chance)
-    for array in (*arrays.values(), chances):
-        array.close()
+    with ExitStack() as files:
+        arrays = {
+            name: files.enter_context(_Array(cache / f"{stem}.{name}.npy", dtype, (table.rows,)))
+            for name, dtype in columns.items()
+        }
+        chances = files.enter_context(
+            _Array(cache / f"{stem}.probability.npy", np.float32, (table.rows if known else 0,))
+        )
+        last = (-1, -_LATEST)
+        for batch in table.batches([*columns, *(["probability"] if known else [])]):
+            user = table.whole(batch, "user", sizes[0])
+            time = table.whole(batch, "time", _LATEST, -_LATEST)
+            step = np.diff(user, prepend=last[0])
+            table.demand(step >= 0, "users go backwards; the rows must be sorted by user, then time")
+            table.demand((step > 0) | (np.diff(time, prepend=last[1]) >= 0), "time goes backwards within a user")
+            last = (int(user[-1]), int(time[-1])) if len(user) else last
+            arrays["user"].write(user)
+            arrays["time"].write(time)
+            arrays["item"].write(table.whole(batch, "item", sizes[1]))
+            arrays[code].write(table.whole(batch, code, below))
+            if known:
+                chance = batch["probability"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
+                table.demand((chance >= 0) & (chance <= 1), "probability is not in 0..1")
+                chances.write(chance)
 
 
 class _Array:
@@ -339,29 +344,26 @@ class _Array:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()
 
     def write(self, values: npt.NDArray[Any]) -> None:
         self._file.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _Json:
     """The two files of `Rows`."""
 
     def __init__(self, cache: Path, name: str, rows: int) -> None:
-        self._text: BinaryIO = (cache / f"{name}.json").open("wb")
-        self._ends = _Array(cache / f"{name}.ends.npy", np.int64, (rows,))
+        self._files = ExitStack()
+        self._text: BinaryIO = self._files.enter_context((cache / f"{name}.json").open("wb"))
+        self._ends = self._files.enter_context(_Array(cache / f"{name}.ends.npy", np.int64, (rows,)))
         self._end = 0
 
     def __enter__(self) -> _Json:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._text.close()
-        self._ends.close()
+        self._files.close()
 
     def write(self, values: Sequence[Any]) -> None:
         texts = [orjson.dumps(value) for value in values]

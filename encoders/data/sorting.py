@@ -18,7 +18,7 @@ from encoders.data.dataset import by_user
 
 # code: the action of a behaviour, or whether an example was clicked
 RECORD = np.dtype([("user", "<i4"), ("item", "<i4"), ("time", "<i8"), ("code", "u1")])
-IN_MEMORY = 1_000_000  # rows sorted at a time
+IN_MEMORY = 250_000  # rows sorted at a time
 _FILES = 256  # open at a time, at most
 
 Records = npt.NDArray[np.void]  # of RECORD

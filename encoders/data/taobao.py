@@ -27,6 +27,7 @@ much again while they are merged; the tables of ads and profiles are held; logs 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ DAYS = (1_511_539_200, 1_512_316_800)  # 2017-11-25 .. 2017-12-03, Beijing, s
 
 _SLOT = 3_600_000  # ms
 _SLOT_ITEMS = 16_384  # remembered of a slot
+_NONE: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
 _OUTSIDE = "time outside the days that the data set covers"
 
 _WHOLE, _TEXT, _SOME_TEXT = Column("whole"), Column("text"), Column("text", required=False)
@@ -321,30 +323,50 @@ class _Shown:
             kept = np.argsort(chances, kind="stable")[:_SLOT_ITEMS]
             self._rows[slot] = chances[kept], items[kept]
 
-    def pools(self, ids: I8) -> dict[int, npt.NDArray[np.int32]]:
-        """Slot -> places of items clicked in the slot before it."""
-        return {slot + 1: places(ids, items) for slot, (_, items) in self._rows.items() if len(items)}
+    def pools(self, ids: I8) -> Pools:
+        """What may be drawn in each slot: places of items clicked in the slot before it."""
+        if not self._rows:
+            return Pools(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), 0, np.zeros(0, dtype=np.int32))
+        first, last = min(self._rows) + 1, max(self._rows) + 1
+        found = [
+            places(ids, self._rows[slot - 1][1]) if slot - 1 in self._rows else _NONE for slot in range(first, last + 1)
+        ]
+        size = np.array([len(pool) for pool in found])
+        return Pools(np.cumsum(size) - size, size, first, np.concatenate(found))
 
 
-def _sampled(part: Records, pools: dict[int, npt.NDArray[np.int32]], seed: int, store: Store) -> Records:
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """The items of all slots from `first` on, one slot after the other."""
+
+    begin: I8  # [slots]
+    size: I8  # [slots]
+    first: int
+    items: npt.NDArray[np.int32]
+
+    def of(self, time: I8) -> tuple[I8, I8]:
+        """Where the pool of each time (ms) begins, and its size; 0 where there is none."""
+        slot = time // _SLOT - self.first
+        inside = (slot >= 0) & (slot < len(self.size))
+        slot = np.where(inside, slot, 0)
+        return self.begin[slot], np.where(inside, self.size[slot], 0)
+
+
+def _sampled(part: Records, pools: Pools, seed: int, store: Store) -> Records:
     """Examples of some users' behaviours, in order; equal times in random order, so that no place tells the label."""
     clicks = part[part["code"] == 0]
-    slots = clicks["time"] // _SLOT
+    begin, size = pools.of(clicks["time"])
+    store.note("clicks without a click in the hour before, which are no examples", (size == 0).sum())
+    clicks, begin, size = clicks[size > 0], begin[size > 0], size[size > 0]
     out = []
-    for slot in np.unique(slots).tolist():
-        positive = clicks[slots == slot]
-        if slot not in pools:
-            store.note("clicks without a click in the hour before, which are no examples", len(positive))
-            continue
-        pool = pools[slot]
-        positive["code"] = 1
-        out.append(positive)
-        for turn in range(1, NEGATIVES + 1):
-            chance = _hash(positive["user"], positive["item"], positive["time"], seed + turn)
-            negative = positive.copy()
-            negative["code"], negative["item"] = 0, pool[(chance % np.uint64(len(pool))).astype(np.int64)]
-            out.append(negative[negative["item"] != positive["item"]])
-    rows = np.concatenate(out) if out else clicks[:0]
+    for turn in range(1, NEGATIVES + 1):
+        chance = _hash(clicks["user"], clicks["item"], clicks["time"], seed + turn)
+        drawn = clicks.copy()
+        drawn["item"] = pools.items[begin + (chance % size.astype(np.uint64)).astype(np.int64)]
+        out.append(drawn[drawn["item"] != clicks["item"]])
+        out[-1]["code"] = 0
+    clicks["code"] = 1
+    rows = np.concatenate([clicks, *out])
     return in_order(rows[np.argsort(_hash(rows["user"], rows["item"], rows["time"], seed), kind="stable")])
 
 
