@@ -498,15 +498,15 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Ten times the clicks of the same users and items. Held in memory, each click and its examples would take 17 bytes
+    """Five times the clicks of the same users and items. Held in memory, each click and its examples would take 17 bytes
     a row, and its line in the file 30.
     """
     peaks = []
-    for rows in (25_000, 250_000):
+    for rows in (100_000, 500_000):
         source = tmp_path / str(rows)
         source.mkdir()
         _many(source, rows, kinds=1)
         command = [sys.executable, "-c", _GROWTH, str(source), str(tmp_path / f"out{rows}")]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         peaks.append(int(done.stdout) * 1024)
-    assert peaks[1] - peaks[0] < 0.5 * 225_000 * (30 + 17 * (2 + taobao.NEGATIVES)), peaks
+    assert peaks[1] - peaks[0] < 0.5 * 400_000 * (30 + 17 * (2 + taobao.NEGATIVES)), peaks
