@@ -498,7 +498,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Five times the clicks of the same users and items. Held in memory, each click and its examples would take 17 bytes
+    """Five times the clicks of the same users and items. Held in memory, a click and its examples would take 17 bytes
     a row, and its line in the file 30.
     """
     peaks = []
