@@ -647,9 +647,8 @@ def kept_crosses(user: Tensor, count: Tensor, newest: Tensor, config: ModelConfi
     if config.cross_table not in ("frequent", "recent") or int(size.max()) <= config.cross_rows:
         return torch.ones(len(user), dtype=torch.bool, device=user.device)
     first, second = (count, newest) if config.cross_table == "frequent" else (newest, count)
-    order = torch.argsort(second, descending=True, stable=True)
-    for column, descending in ((first, True), (user, False)):
-        order = order[torch.argsort(column[order], descending=descending, stable=True)]
+    order = torch.argsort(first << 32 | second, descending=True, stable=True)
+    order = order[torch.argsort(user[order], stable=True)]
     place = torch.arange(len(order), device=user.device) - (size.cumsum(0) - size)[user[order]]  # among the user's
     kept = torch.empty(len(order), dtype=torch.bool, device=user.device)
     kept[order] = place < config.cross_rows
