@@ -20,7 +20,7 @@ from encoders.data.dataset import DataError, Dataset
 from encoders.features import FeatureSpec, ItemEncoder, ProfileEncoder
 from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
 
-GROUP_SIZE = 16  # candidates of a group, at most
+GROUP_SIZE = 32  # candidates of a group, at most
 GROUP_SPAN = 3_600_000  # ms from the first to the last example of a group
 _CHUNK = 32  # batches among which groups are ordered by history length, so that padding stays small
 

@@ -41,7 +41,6 @@ _STYLES = ("plain", "bright", "vintage", "compact", "classic", "light", "sturdy"
 
 _SLOTS = 12  # a day's places for visits of a user: two hours each
 _SLOT = _DAY // _SLOTS
-_PAGE = (8, 16)  # impressions of a request
 _OWN = (3, 9)  # a visit's behaviours before its request
 _SWITCH = 0.7  # chance that a user is after something else than on the last visiting day
 _BUYS = 0.08  # of the clicks
@@ -73,10 +72,11 @@ class Marketplace:
     brands: int = 120
     past: int = 70  # behaviours of a user before the first day, on average
     history: int = 1_000  # of which a user has at most this many
+    page: tuple[int, int] = (8, 16)  # impressions of a request, from and to
     embedding_dim: int = 128
 
 
-EXPERIMENT = Marketplace(users=4_000, items=20_000, examples=300_000, past=150)
+EXPERIMENT = Marketplace(users=4_000, items=20_000, examples=300_000, past=150, page=(16, 32))
 LARGE = Marketplace(users=2_000, items=1_000_000, examples=100_000, past=8_000, history=10_000)
 
 
@@ -408,7 +408,7 @@ class _Visits:
 
 
 def _visits(sizes: Marketplace, people: _People, random: Random) -> _Visits:
-    lengths = random.integers(_PAGE[0], _PAGE[1] + 1, -(-sizes.examples // _PAGE[0]))
+    lengths = random.integers(sizes.page[0], sizes.page[1] + 1, -(-sizes.examples // sizes.page[0]))
     behind = np.cumsum(lengths)
     count = int(np.searchsorted(behind, sizes.examples) + 1) if sizes.examples else 0
     lengths = lengths[:count]
@@ -447,7 +447,7 @@ def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random) -> tuple[Ex
                 user, size = visits.user[chosen], visits.size[chosen]
                 opened = START + slot * _SLOT + random.integers(60 * _MINUTE, 80 * _MINUTE, len(user))
                 _prepare(scene, shelf, user, aim, opened, log, random)
-                parts.append(_answer(shelf, scene.hidden, user, size, opened, log, random))
+                parts.append(_answer(shelf, scene.hidden, user, size, opened, sizes.page[1], log, random))
     if not parts:
         none = np.empty(0, dtype=np.int32)
         empty = Examples(none, none, none.astype(bool), none.astype(np.int64), none.astype(np.float32))
@@ -467,11 +467,11 @@ def _prepare(scene: _Scene, shelf: _Shelf, user: I4, aim: I4, opened: I8, log: _
 
 
 def _answer(
-    shelf: _Shelf, hidden: Hidden, user: I4, size: I8, opened: I8, log: _Log, random: Random
+    shelf: _Shelf, hidden: Hidden, user: I4, size: I8, opened: I8, most: int, log: _Log, random: Random
 ) -> tuple[npt.NDArray[Any], ...]:
     """The pages' impressions as columns: user, item, clicked, time, probability, terms. Clicks go into the log."""
     history = log.newest(user)
-    candidates = _retrieved(shelf, history, random)
+    candidates = _retrieved(shelf, history, most, random)
     terms = oracle.terms_of(hidden, user, candidates, history)
     probability = oracle.sigmoid(oracle.logits(terms)).astype(np.float32)
     clicked = random.random(candidates.shape) < probability
@@ -486,12 +486,11 @@ def _answer(
     return whose[shown], candidates[shown], clicked[shown], time[shown], probability[shown], terms[shown]
 
 
-def _retrieved(shelf: _Shelf, history: I4, random: Random) -> I4:
+def _retrieved(shelf: _Shelf, history: I4, P: int, random: Random) -> I4:
     """Candidates [R, P] from around recent and older behaviours, from among the popular, and from anywhere; an item
     stands twice only where too few were found.
     """
     R, W = history.shape
-    P = _PAGE[1]
     shape = (R, 2 * P)
     length = (history != -1).sum(axis=1)[:, None]
     kind = random.random(shape)
