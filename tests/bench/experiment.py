@@ -1,0 +1,186 @@
+"""The frame of the experiments that train models: variants x seeds -> evaluations on the test slice.
+
+Every trial (one variant, one seed) is trained, measured and kept in `.local/state/trials` by data and options, so a run
+that was stopped, or ran out of its `MINUTES`, goes on where it was when it is started again. Two processes of one
+thread each work side by side; first every variant's first seed, then the second ...
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from encoders.data import oracle, synthetic
+from encoders.data.dataset import Dataset
+from encoders.data.fingerprint import fingerprint
+from encoders.data.source import open_dataset
+from encoders.evaluate import Sampling, Truth, measure, split_of
+from encoders.evaluation import Evaluation
+from encoders.intervals import Interval
+from encoders.train import TrainOptions
+from encoders.trials import key_of, trained
+from infra.settings import load
+
+MEASURE_FORMAT = 1  # raised when equal trials no longer give equal evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set that every process can open for itself: a marketplace, or a folder."""
+
+    name: str
+    world: synthetic.Marketplace | None = None
+    world_seed: int = 0
+    folder: str = ""
+    change: Callable[[Dataset], Dataset] | None = None  # a module's function, applied to what was read
+
+    def open(self) -> tuple[Dataset, Truth | None]:
+        """The data set, and the true click probabilities where there are such."""
+        if self.world is None:
+            data, truth = open_dataset(self.folder), None
+        else:
+            made = synthetic.with_oracle(self.world, self.world_seed)
+            data, truth = made.data, functools.partial(_truth, made.oracle.hidden)
+        return (self.change(data) if self.change else data), truth
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One line of an experiment's table."""
+
+    name: str
+    options: TrainOptions  # the seed is replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What came of one variant with one seed."""
+
+    evaluation: Evaluation
+    validation_gauc: float
+    epochs: int
+    seconds: float
+
+
+class OutOfTimeError(Exception):
+    """The minutes are spent before all trials are done; what was done is kept."""
+
+
+def trials(
+    source: Source,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    report: Callable[[str], None] = print,
+) -> dict[str, list[Trial]]:
+    """Variant -> its trials, one per seed. Trains what the cache lacks. Raises OutOfTimeError (see `MINUTES`)."""
+    cache = load().state / "trials"
+    wanted = [(variant.name, dataclasses.replace(variant.options, seed=seed)) for seed in seeds for variant in variants]
+    deadline = time.monotonic() + 60 * float(os.environ.get("MINUTES", "inf"))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        max_workers=min(2, len(wanted)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_open,
+        initargs=(source, cache, sampling),
+    )
+    found: dict[tuple[str, int], Trial] = {}
+    try:
+        waiting = {pool.submit(_trial, name, options): (name, options) for name, options in wanted}
+        while waiting:
+            left = deadline - time.monotonic()
+            done, _ = concurrent.futures.wait(
+                waiting, None if left == float("inf") else max(0.0, left), concurrent.futures.FIRST_COMPLETED
+            )
+            if not done:
+                raise OutOfTimeError(
+                    f"{len(found)} of {len(wanted)} trials are done; the same command goes on from here"
+                )
+            for future in done:
+                name, options = waiting.pop(future)
+                trial = found[name, options.seed] = future.result()
+                report(
+                    f"  {len(found)}/{len(wanted)} {source.name}: {name}, seed {options.seed}: validation GAUC "
+                    f"{trial.validation_gauc:.4f} after {trial.epochs} epochs in {trial.seconds:.0f} s"
+                )
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # what they trained so far is in their checkpoints
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {variant.name: [found[variant.name, seed] for seed in seeds] for variant in variants}
+
+
+def stop_here(error: OutOfTimeError) -> None:
+    """End the command: the run is a part of the whole, not a failure of it."""
+    print(f"MINUTES are spent: {error}.")
+    sys.exit(0)
+
+
+def cells(interval: Interval, name: str) -> dict[str, float | None]:
+    """An interval as three fields of a table's row."""
+    values = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {field: round(value, 5) if np.isfinite(value) else None for field, value in values.items()}
+
+
+# In the workers -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Worker:
+    """What a worker has opened."""
+
+    data: Dataset
+    truth: Truth | None
+    name: str  # fingerprint of the data
+    cache: Path
+    sampling: Sampling
+
+
+_worker: list[_Worker] = []
+
+
+def _open(source: Source, cache: Path, sampling: Sampling) -> None:
+    torch.set_num_threads(1)
+    data, truth = source.open()
+    _worker[:] = [_Worker(data, truth, fingerprint(data), cache, sampling)]
+
+
+def _trial(name: str, options: TrainOptions) -> Trial:
+    (own,) = _worker
+    fitted = trained(own.data, options, own.cache, name=own.name)
+    sampled = json.dumps([MEASURE_FORMAT, dataclasses.asdict(own.sampling)])
+    path = own.cache / f"{key_of(own.name, options)}.{hashlib.sha256(sampled.encode()).hexdigest()[:8]}.npz"
+    if not path.exists():
+        split, batches = split_of(own.data), fitted.batches(own.data)
+        groups = batches.groups(split.test, split.end)
+        measure(
+            fitted.model, batches, own.data, groups, name=name, seed=options.seed, sampling=own.sampling,
+            truth=own.truth,
+        ).save(path)  # fmt: skip
+    return Trial(Evaluation.load(path), float(fitted.best["gauc"] or 0.0), fitted.epochs, fitted.seconds)
+
+
+def _truth(
+    hidden: oracle.Hidden, users: npt.NDArray[np.int32], items: npt.NDArray[np.int32], past: npt.NDArray[np.int32]
+) -> npt.NDArray[np.floating]:
+    return oracle.sigmoid(oracle.logits(oracle.terms_of(hidden, users, items, past)))
+
+
+def of(trials_of: Mapping[str, Sequence[Trial]]) -> dict[str, list[Evaluation]]:
+    """The evaluations alone, as `encoders.evaluation` takes them."""
+    return {name: [trial.evaluation for trial in found] for name, found in trials_of.items()}
