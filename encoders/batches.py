@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from encoders import lsh
-from encoders.data.dataset import DataError, Dataset
+from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples
 from encoders.features import FeatureSpec, ItemEncoder, ProfileEncoder
 from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
 
@@ -89,25 +89,7 @@ class Batches:
 
     def groups(self, since: int, until: int) -> Groups:
         """Groups of the examples with `since` <= time < `until` (ms)."""
-        examples = self.examples
-        places = np.flatnonzero((examples.time >= since) & (examples.time < until))
-        user, time = examples.user[places], examples.time[places]
-        # Where the next group begins if one begins here: another user, a full group, or a later request.
-        here = np.arange(len(places))
-        end = np.minimum(np.searchsorted(user, user, side="right"), here + GROUP_SIZE)
-        behind = _search(time, here, end, time + GROUP_SPAN + 1)
-        starts, at = [], 0
-        while at < len(places):
-            starts.append(at)
-            at = int(behind[at])
-        start = np.array(starts, dtype=np.int64)
-        whose = user[start].astype(np.int64)
-        return Groups(
-            user=whose,
-            first=places[start],
-            size=behind[start] - start,
-            history=_search(self.log.time, self._begin[whose], self._begin[whose + 1], time[start]),
-        )
+        return groups_of(self.examples, self.log, self._begin, since, until)
 
     def plan(self, groups: Groups, size: int, random: np.random.Generator | None = None) -> list[I8]:
         """Which groups each batch of up to `size` holds; a random order where `random` is given. Groups of like history
@@ -192,6 +174,28 @@ class Batches:
         if model is not None and model.config.lsh == "learned":
             return model.learning_signs(torch.from_numpy(self.embedding[items]))
         return torch.from_numpy(self._signs[items])
+
+
+def groups_of(examples: Examples, log: BehaviourLog, begin: I8, since: int, until: int) -> Groups:
+    """As `Batches.groups`, of data that nobody has encoded. `begin` [U + 1]: where each user's behaviours begin."""
+    places = np.flatnonzero((examples.time >= since) & (examples.time < until))
+    user, time = examples.user[places], examples.time[places]
+    # Where the next group begins if one begins here: another user, a full group, or a later request.
+    here = np.arange(len(places))
+    end = np.minimum(np.searchsorted(user, user, side="right"), here + GROUP_SIZE)
+    behind = _search(time, here, end, time + GROUP_SPAN + 1)
+    starts, at = [], 0
+    while at < len(places):
+        starts.append(at)
+        at = int(behind[at])
+    start = np.array(starts, dtype=np.int64)
+    whose = user[start].astype(np.int64)
+    return Groups(
+        user=whose,
+        first=places[start],
+        size=behind[start] - start,
+        history=_search(log.time, begin[whose], begin[whose + 1], time[start]),
+    )
 
 
 def _search(values: npt.NDArray[np.int64], begin: I8, end: I8, wanted: I8) -> I8:

@@ -56,6 +56,7 @@ I8 = npt.NDArray[np.int64]
 F8 = npt.NDArray[np.float64]
 Random = np.random.Generator
 T = TypeVar("T")
+Drift = Callable[[I4, I8], F4]  # items [R, P] and times of their pages' first impressions [R, P], ms -> [R, P]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,10 @@ def generate(world: Marketplace | None = None, seed: int = 0) -> Dataset:
     return with_oracle(world, seed).data
 
 
-def with_oracle(world: Marketplace | None = None, seed: int = 0) -> World:
-    """The data set, and what decided about its clicks."""
+def with_oracle(world: Marketplace | None = None, seed: int = 0, drift: Drift | None = None) -> World:
+    """The data set, and what decided about its clicks. `drift`: what is added to the items' quality as time goes by;
+    the oracle's terms have it in them, `Hidden` has not.
+    """
     sizes = world or Marketplace()
     random = np.random.default_rng(seed)
     catalogue = _catalogue(sizes, random)
@@ -111,7 +114,7 @@ def with_oracle(world: Marketplace | None = None, seed: int = 0) -> World:
     visits = _visits(sizes, people, random)
     scene = _Scene(sizes, catalogue, people, hidden)
     log = _pre_history(scene, visits, random)
-    examples, terms = _live(scene, visits, log, random)
+    examples, terms = _live(scene, visits, log, random, drift)
     data = Dataset(
         name=f"market-{seed}",
         items=_items(sizes, catalogue, hidden, random),
@@ -427,7 +430,7 @@ def _visits(sizes: Marketplace, people: _People, random: Random) -> _Visits:
     return _Visits(user.astype(np.int32), slot, lengths)
 
 
-def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random) -> tuple[Examples, F4]:
+def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random, drift: Drift | None) -> tuple[Examples, F4]:
     """The examples with their terms; what happens is added to the log. Slot by slot: a user has one visit in each at
     most, so all visits of a slot are computed together, and each sees all that was before it.
     """
@@ -447,7 +450,7 @@ def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random) -> tuple[Ex
                 user, size = visits.user[chosen], visits.size[chosen]
                 opened = START + slot * _SLOT + random.integers(60 * _MINUTE, 80 * _MINUTE, len(user))
                 _prepare(scene, shelf, user, aim, opened, log, random)
-                parts.append(_answer(shelf, scene.hidden, user, size, opened, sizes.page[1], log, random))
+                parts.append(_answer(shelf, scene.hidden, user, size, opened, sizes.page[1], log, random, drift))
     if not parts:
         none = np.empty(0, dtype=np.int32)
         empty = Examples(none, none, none.astype(bool), none.astype(np.int64), none.astype(np.float32))
@@ -467,15 +470,26 @@ def _prepare(scene: _Scene, shelf: _Shelf, user: I4, aim: I4, opened: I8, log: _
 
 
 def _answer(
-    shelf: _Shelf, hidden: Hidden, user: I4, size: I8, opened: I8, most: int, log: _Log, random: Random
+    shelf: _Shelf,
+    hidden: Hidden,
+    user: I4,
+    size: I8,
+    opened: I8,
+    most: int,
+    log: _Log,
+    random: Random,
+    drift: Drift | None,
 ) -> tuple[npt.NDArray[Any], ...]:
     """The pages' impressions as columns: user, item, clicked, time, probability, terms. Clicks go into the log."""
     history = log.newest(user)
     candidates = _retrieved(shelf, history, most, random)
     terms = oracle.terms_of(hidden, user, candidates, history)
-    probability = oracle.sigmoid(oracle.logits(terms)).astype(np.float32)
-    clicked = random.random(candidates.shape) < probability
+    luck = random.random(candidates.shape)
     time = opened[:, None] + np.cumsum(random.integers(2_000, 8_000, candidates.shape), axis=1)
+    if drift is not None:
+        terms[..., oracle.TERMS.index("quality")] += drift(candidates, np.broadcast_to(time[:, :1], time.shape))
+    probability = oracle.sigmoid(oracle.logits(terms)).astype(np.float32)
+    clicked = luck < probability
     shown = np.arange(candidates.shape[1]) < size[:, None]
 
     whose = np.broadcast_to(user[:, None], candidates.shape)
