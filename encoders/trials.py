@@ -9,13 +9,11 @@ was when it is asked for again; a bundle in the cache is whole.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from encoders.checkpoint import CheckpointError
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.fingerprint import fingerprint
 from encoders.data.source import open_dataset
+from encoders.lock import alone
 from encoders.train import Fitted, Report, TrainingError, TrainOptions, fit, silence
 
 FORMAT = 1  # raised when equal options no longer train equal models
@@ -48,7 +47,7 @@ def trained(
     """
     key = key_of(name or fingerprint(data), options)
     folder, checkpoint = cache / key, cache / f"{key}.checkpoint"
-    with _alone(cache / f"{key}.lock"):
+    with alone(cache / f"{key}.lock"):
         if (folder / TENSORS).exists():
             return stored(folder)
         fitted = fit(data, options, checkpoint=checkpoint, report=report)
@@ -133,12 +132,3 @@ def _trial(options: TrainOptions, cache: Path) -> Path:
     assert _worker.data is not None
     trained(_worker.data, options, cache, name=_worker.name)
     return cache / key_of(_worker.name, options)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the file's lock; it is given back also where the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

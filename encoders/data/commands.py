@@ -32,13 +32,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--format", choices=tuple(readers(0)), required=True, help="what --input holds")
     command.add_argument("--input", type=Path, help="folder of the published files; not for synthetic")
     command.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
-    command.add_argument("--seed", type=int, default=0, help="of the sampled negatives and of the synthetic data")
+    command.add_argument("--seed", type=seed_of, default=0, help="of the sampled negatives and of the synthetic data")
     command.set_defaults(command=_prepare)
 
     command = below.add_parser("check", help="show that no label and nothing of the future builds an input")
     command.add_argument("data", help=f"prepared folder, folder of MovieLens, or {SYNTHETIC!r}")
-    command.add_argument("--seed", type=int, default=0, help="of the synthetic data and of the changes made")
+    command.add_argument("--seed", type=seed_of, default=0, help="of the synthetic data and of the changes made")
     command.set_defaults(command=_check)
+
+
+def seed_of(text: str) -> int:
+    """The value of --seed. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 63):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 to 2^63 - 1")
+    return int(text)
 
 
 def readers(seed: int) -> dict[str, Read]:

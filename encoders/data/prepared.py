@@ -36,6 +36,7 @@ import polars as pl
 
 from encoders.data.dataset import NEVER, BehaviourLog, DataError, Dataset, Examples, Items, UserProfiles
 from encoders.data.store import FORMAT, META
+from encoders.lock import alone
 
 TABLES = ("items", "users", "behaviours", "examples")
 _CACHE_FORMAT = 1
@@ -94,7 +95,9 @@ def open_prepared(folder: Path) -> Dataset:
     stamp = _stamp(folder)
     cache = folder / "cache"
     if not _fresh(cache, stamp):
-        _fill(folder, cache, actions, stamp)
+        with alone(folder / ".lock"):  # processes that train together open the folder together
+            if not _fresh(cache, stamp):
+                _fill(folder, cache, actions, stamp)
     probability = _column(cache, "examples.probability")
     return Dataset(
         name=name,
@@ -124,14 +127,15 @@ def _meta(folder: Path) -> tuple[str, tuple[str, ...]]:
     path = folder / META
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version, name, actions = meta["format"], meta["name"], tuple(meta["actions"])
+        version, name, actions = meta["format"], meta["name"], meta["actions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} does not read: {error!r}") from error
     if version != FORMAT:
         raise DataError(f"{path} has format {version!r}; this version reads {FORMAT}: prepare the data again")
-    if not isinstance(name, str) or not all(isinstance(action, str) for action in actions) or len(actions) > 255:
-        raise DataError(f"{path}: name must be text, and actions at most 255 texts")
-    return name, actions
+    listed = isinstance(actions, list) and all(isinstance(action, str) for action in actions)
+    if not isinstance(name, str) or not listed or len(actions) > 255:
+        raise DataError(f"{path}: name must be text, and actions a list of at most 255 texts")
+    return name, tuple(actions)
 
 
 def _stamp(folder: Path) -> dict[str, Any]:
@@ -215,7 +219,7 @@ class _Table:
 def _fill_items(table: _Table, cache: Path) -> int:
     table.need(
         id=_is_text,
-        embedding=lambda kind: isinstance(kind, pl.Array),
+        embedding=_is_vector,
         crosses=_is_texts,
         added=_is_whole,
         removed=_is_whole,
@@ -230,7 +234,7 @@ def _fill_items(table: _Table, cache: Path) -> int:
     ):
         for batch in table.batches(["embedding", "crosses", "added", "removed"], _WIDE_ROWS):
             table.demand(batch["embedding"].is_not_null(), "embedding is null")
-            vectors = batch["embedding"].explode(empty_as_null=False, keep_nulls=False) if dim else batch["embedding"]
+            vectors = batch["embedding"].explode(empty_as_null=False, keep_nulls=False)
             numbers = vectors.cast(pl.Float32).fill_null(float("nan")).to_numpy().reshape(len(batch), dim)
             table.demand(np.isfinite(numbers).all(axis=1), "embedding holds a value that is not a finite number")
             embeddings.write(numbers)
@@ -238,7 +242,9 @@ def _fill_items(table: _Table, cache: Path) -> int:
             table.demand(np.array([not row or None not in row for row in names]), "crosses hold a null")
             crosses.write([row or [] for row in names])
             added.write(table.whole(batch, "added", _LATEST, -_LATEST))
-            removed.write(batch["removed"].cast(pl.Int64).fill_null(NEVER).to_numpy())
+            ends = batch["removed"].cast(pl.Int64).fill_null(NEVER)
+            table.demand(ends >= batch["added"], "removed is before added")
+            removed.write(ends.to_numpy())
     return table.rows
 
 
@@ -291,7 +297,8 @@ def _demand_distinct(table: _Table, hashes: list[npt.NDArray[np.uint64]]) -> Non
 def _demand_finite(table: _Table, batch: pl.DataFrame) -> None:
     for column in batch.columns:
         if batch[column].dtype.is_float():
-            table.demand(batch[column].is_finite().fill_null(True), f"{column} is not a finite number")
+            finite = batch[column].cast(pl.Float32, strict=False).is_finite().fill_null(True)
+            table.demand(finite, f"{column} is not a finite number of 32 bits")
         elif isinstance(batch[column].dtype, pl.List):
             table.demand(
                 batch[column].list.drop_nulls().list.len().eq_missing(batch[column].list.len()),
@@ -385,6 +392,10 @@ def _is_text(kind: pl.DataType) -> bool:
 
 def _is_texts(kind: pl.DataType) -> bool:
     return kind == pl.List(pl.String)
+
+
+def _is_vector(kind: pl.DataType) -> bool:
+    return isinstance(kind, pl.Array) and kind.inner.is_numeric() and len(kind.shape) == 1 and kind.shape[0] > 0
 
 
 def _is_whole(kind: pl.DataType) -> bool:

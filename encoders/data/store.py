@@ -261,7 +261,7 @@ def prepare(read: Callable[[Path, Store], None], source: Path, out: Path, in_mem
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is already there; choose another folder or remove it")
-    part = out.with_name(f"{out.name}.part")
+    part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     store = Store(part, in_memory)
     try:

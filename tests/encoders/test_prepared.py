@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,14 +156,27 @@ BREAKS: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: (folder / "users.parquet").write_bytes(b"PAR1 no"), r"users.parquet cannot be read"),
     (lambda folder: (folder / "meta.json").write_text("{"), r"meta.json does not read"),
     (_meta(format=2), r"has format 2; this version reads 1"),
-    (_meta(actions=[1]), r"actions at most 255 texts"),
+    (_meta(actions=[1]), r"actions a list of at most 255 texts"),
+    (_meta(actions="view"), r"actions a list of at most 255 texts"),
     (_meta(actions=["view"]), r"behaviours.parquet: row 0: action is not in 0..0"),
     (_without("items", "embedding"), r"items.parquet: no column embedding; there are id"),
     (_with("items", embedding=_vectors([1, 0], [0, NAN], [1, 1])), r"items.parquet: row 1: embedding holds a value"),
     (_with("items", embedding=_vectors([1, 0], [0, 1], [float("inf"), 1])), r"items.parquet: row 2: embedding holds"),
     (_with("items", embedding=_vectors([1, 0], None, [1, 1])), r"items.parquet: row 1: embedding is null"),
     (_with("items", embedding=pl.Series([1.0, 2, 3])), r"items.parquet: column embedding cannot be Float64"),
+    (
+        _with("items", embedding=pl.Series([[]] * 3, dtype=pl.Array(pl.Float32, 0))),
+        r"items.parquet: column embedding cannot be Array",
+    ),
+    (
+        _with("items", embedding=pl.Series([["x", "1"]] * 3, dtype=pl.Array(pl.String, 2))),
+        r"items.parquet: column embedding cannot be Array",
+    ),
     (_with("items", added=pl.Series([1, None, 3])), r"items.parquet: row 1: added is null"),
+    (
+        _with("items", added=pl.Series([1, 2, 3]), removed=pl.Series([None, 1, 4])),
+        r"items.parquet: row 1: removed is before added",
+    ),
     (_with("items", id=pl.Series(["a", "b", "a"])), r"items.parquet: row 2: the id 'a' stands twice"),
     (_with("items", id=pl.Series(["a", "", "c"])), r"items.parquet: row 1: the id is empty, longer than 128"),
     (_with("items", id=pl.Series(["a", "b\n", "c"])), r"items.parquet: row 1: the id is empty, .*control character"),
@@ -169,6 +184,10 @@ BREAKS: list[tuple[Callable[[Path], None], str]] = [
     (
         _with("items", **{"feature:price": pl.Series([1.0, NAN, 2.0])}),
         r"items.parquet: row 1: feature:price is not a finite",
+    ),
+    (
+        _with("items", **{"feature:price": pl.Series([1.0, 2.0, 1e300])}),
+        r"items.parquet: row 2: feature:price is not a finite number of 32 bits",
     ),
     (_with("items", **{"feature:price": pl.Series([True, False, True])}), r"column feature:price cannot be Boolean"),
     (
@@ -192,6 +211,21 @@ def test_what_is_wrong_is_named(folder: Path, damage: Callable[[Path], None], me
     with pytest.raises(DataError, match=message):
         open_prepared(folder)
     assert not (folder / "cache").exists()
+
+
+def test_those_that_open_at_once_fill_one_cache(folder: Path) -> None:
+    """As the processes of torchrun do; a file's lock parts threads too."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            found = [pool.submit(open_prepared, folder) for _ in range(4)]
+            assert [len(one.result().log) for one in found] == [3] * 4
+
+
+def test_a_folder_of_another_s_stays(tmp_path: Path) -> None:
+    (tmp_path / "data.part").mkdir()
+    prepare(lambda _, store: copy(_data(), store, "made"), tmp_path, tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.part"]
 
 
 def test_rows_are_counted_across_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +268,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no log_standard_*.csv" in capsys.readouterr().err
     assert main(["data", "prepare", "--format", "amazon", "--out", str(tmp_path / "no")]) == 1
     assert "--input is needed" in capsys.readouterr().err
+    for seed in ("-1", "one", str(2**63)):
+        with pytest.raises(SystemExit):
+            main(["data", "check", "synthetic", "--seed", seed])
+        assert f"'{seed}' is not a whole number of 0 to 2^63 - 1" in capsys.readouterr().err
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 5), st.integers(0, 2)), max_size=60)
