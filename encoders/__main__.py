@@ -2,7 +2,7 @@
 
     python -m encoders train --data FOLDER|synthetic --out bundle/
     torchrun --nproc-per-node 2 -m encoders train --data FOLDER|synthetic --out bundle/
-    python -m encoders evaluate bundle/ --data FOLDER|synthetic --against dssm,cold,din
+    python -m encoders evaluate bundle/ --against dssm,cold,din
     python -m encoders export-data --data FOLDER|synthetic --out DIR
     python -m encoders data prepare|check: see encoders.data.commands
 
@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from encoders.baselines import MODELS
-from encoders.bundle import SERVED, BundleError, load_model, manifest_sha256
+from encoders.bundle import SERVED, BundleError, Loaded, load_model, manifest_sha256
 from encoders.checkpoint import CheckpointError
-from encoders.data.commands import add_commands
-from encoders.data.dataset import DataError
+from encoders.data.commands import add_commands, seed_of
+from encoders.data.dataset import DataError, Dataset
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.distributed import PeerError, peers
 from encoders.evaluate import Figures, evaluate
@@ -44,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.name}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{options.name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{options.name}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         kept = getattr(options, "checkpoint", None)
-        left = f"the same command goes on from {kept}" if kept and kept.exists() else "nothing was written"
-        print(f"{options.name}: stopped, {left}", file=sys.stderr)
+        left = f", the same command goes on from {kept}" if kept and kept.exists() else ""
+        print(f"{options.name}: stopped{left}", file=sys.stderr)
         return 130
     return 0
 
@@ -58,6 +59,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise BundleError(f"{options.out} is already there; choose another folder or remove it")
     wanted = _options(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows now, not after the training
     with peers() as together:
         data = open_dataset(options.data, options.seed)
         metrics = train(
@@ -68,6 +70,7 @@ def _train(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             log=options.log,
             peers=together,
+            source=options.data,
         )
     if together.leads:
         _table(metrics["test"])
@@ -87,10 +90,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     bundle, rivals = load_model(options.bundle), _names(options.against)
     if unknown := [name for name in rivals if name not in MODELS]:
         raise TrainingError(f"model {unknown[0]!r} is not known; known are {', '.join(MODELS)}")
-    data = open_dataset(options.data, options.seed)
+    data = _data_of(bundle, options)
     _table(evaluate(bundle, data))
     if rivals:
         print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials")]))
+
+
+def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:
+    """The data asked for, or else those that the bundle was trained on."""
+    metrics = bundle.manifest.metrics
+    source = options.data or metrics.get("source")
+    if source is None:
+        raise DataError(f"{options.bundle} does not say what it was trained on: name the data with --data")
+    data = open_dataset(source, metrics.get("seed", 0) if options.seed is None else options.seed)
+    if (name := metrics.get("data", data.name)) != data.name:
+        print(f"{options.name}: the bundle was trained on {name}, these data are {data.name}", file=sys.stderr)
+    return data
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -123,9 +138,10 @@ def _table(rows: Mapping[str, Figures]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m encoders", description="Train and evaluate bundles.")
     commands = parser.add_subparsers(dest="name", required=True)
+    named = f"prepared folder, folder of MovieLens in any of its forms, or {SYNTHETIC!r}"
     data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--data", required=True, help=f"folder of MovieLens in any of its forms, or {SYNTHETIC!r}")
-    data.add_argument("--seed", type=int, default=0, help="of the weights and of the synthetic data")
+    data.add_argument("--data", required=True, help=named)
+    data.add_argument("--seed", type=seed_of, default=0, help="of the weights and of the synthetic data")
 
     command = commands.add_parser("train", parents=[data], help="train a model and write its bundle")
     command.add_argument("--out", type=Path, required=True, help="folder of the bundle; must not exist yet")
@@ -139,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--log", type=Path, help="CSV file of loss and validation figures")
     command.set_defaults(command=_train)
 
-    command = commands.add_parser("evaluate", parents=[data], help="figures of a bundle on the data's last part")
+    command = commands.add_parser("evaluate", help="figures of a bundle on the data's last part")
     command.add_argument("bundle", type=Path)
+    command.add_argument("--data", help=f"{named}; default: what the bundle was trained on")
+    command.add_argument("--seed", type=seed_of, help="of the synthetic data; default: the bundle's")
     command.add_argument("--against", default="", metavar="MODEL,...", help=f"trained alike, of {', '.join(MODELS)}")
     command.add_argument("--cache", type=Path, help="folder of trained models; default: trials/ below the state folder")
     command.set_defaults(command=_evaluate)

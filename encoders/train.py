@@ -144,8 +144,12 @@ def train(
     log: Path | None = None,
     report: Report = print,
     peers: Peers = ALONE,
+    source: str | None = None,
 ) -> dict[str, Any]:
-    """Train on `data`, write the bundle to `out`, give its metrics. Raises as `fit` does, and BundleError."""
+    """Train on `data`, write the bundle to `out`, give its metrics. Raises as `fit` does, and BundleError.
+
+    `source`: the data as commands name them, kept in the manifest so that `evaluate` finds them again.
+    """
     run = _trained(data, options or TrainOptions(), checkpoint, log, report, peers)
     if not peers.leads:
         return {}
@@ -153,6 +157,7 @@ def train(
     test = figures(*predict(fitted.model, batches, batches.groups(split.test, split.end)))
     metrics = {
         "data": data.name,
+        "source": source,
         **fitted.history(),
         "test": {"model": test, **baselines(data, split.test, split.end)},
     }

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from encoders import lsh
 from encoders.__main__ import main
 from encoders.baselines import MODELS
 from encoders.batches import GROUP_SIZE, GROUP_SPAN, Batches
-from encoders.bundle import BundleError, load_bundle, new_model
+from encoders.bundle import BundleError, load_bundle, new_model, seeded_bundle
 from encoders.data.dataset import NEVER, DataError, Dataset
 from encoders.data.source import open_dataset
 from encoders.data.synthetic import Marketplace, generate
@@ -381,18 +382,28 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_bundle(out).sha256 in said
     assert load_bundle(out).manifest.precision == "fp32"
     assert main(["evaluate", str(out), "--data", str(folder)]) == 0
-    assert "popularity" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert ("popularity" in shown.out, shown.err) == (True, "")
+    assert main(["evaluate", str(out)]) == 0  # on what it was trained on
+    assert capsys.readouterr().out == shown.out
+    others = tmp_path / "other films"
+    shutil.copytree(folder, others)
+    assert main(["evaluate", str(out), "--data", str(others)]) == 0
+    assert "the bundle was trained on films, these data are other films" in capsys.readouterr().err
     assert main(["export-data", "--data", str(folder), "--out", str(tmp_path / "events")]) == 0
     data = open_dataset(str(folder))
     for name, events in (("items", data.item_updates()), ("behaviours", data.behaviours()), ("users", data.users())):
         lines = (tmp_path / "events" / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == list(events)
 
+    seeded_bundle(tmp_path / "untrained")
     capsys.readouterr()
     for arguments, message in (
         (["train", "--data", str(folder), "--out", str(out)], "is already there"),
         (["train", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "b")], "is not a folder"),
+        (["train", "--data", "never read", "--out", str(folder / "movies.csv" / "b")], "movies.csv: File exists"),
         (["evaluate", str(tmp_path / "none"), "--data", str(folder)], "cannot be read"),
+        (["evaluate", str(tmp_path / "untrained")], "does not say what it was trained on"),
         (["export-data", "--data", str(folder), "--out", str(folder / "movies.csv")], "movies.csv"),
     ):
         assert main(arguments) == 1
