@@ -41,6 +41,7 @@ _STYLES = ("plain", "bright", "vintage", "compact", "classic", "light", "sturdy"
 
 _SLOTS = 12  # a day's places for visits of a user: two hours each
 _SLOT = _DAY // _SLOTS
+_OPENS = 60 * _MINUTE  # from the slot's begin to the first requests
 _OWN = (3, 9)  # a visit's behaviours before its request
 _SWITCH = 0.7  # chance that a user is after something else than on the last visiting day
 _BUYS = 0.08  # of the clicks
@@ -75,6 +76,7 @@ class Marketplace:
     history: int = 1_000  # of which a user has at most this many
     page: tuple[int, int] = (8, 16)  # impressions of a request, from and to
     embedding_dim: int = 128
+    restocked: bool = False  # new items are shown from the next visits on, not from the next day on
 
 
 EXPERIMENT = Marketplace(users=4_000, items=20_000, examples=300_000, past=150, page=(16, 32))
@@ -444,13 +446,17 @@ def _live(scene: _Scene, visits: _Visits, log: _Log, random: Random, drift: Drif
         here = here[random.random(len(here)) < _SWITCH]
         aim[here] = _aims(sizes, people, here, random)
         for slot in np.unique(visits.slot[begin:end]):
+            own, offered = shelf, shelf
+            if sizes.restocked:
+                since, until = START + slot * _SLOT, START + (slot + 1) * _SLOT
+                own, offered = (_Shelf(sizes, scene.catalogue, at, until) for at in (since, since + _OPENS))
             low, high = np.searchsorted(visits.slot, [slot, slot + 1])
             for at in range(low, high, _TOGETHER):
                 chosen = slice(at, min(high, at + _TOGETHER))
                 user, size = visits.user[chosen], visits.size[chosen]
-                opened = START + slot * _SLOT + random.integers(60 * _MINUTE, 80 * _MINUTE, len(user))
-                _prepare(scene, shelf, user, aim, opened, log, random)
-                parts.append(_answer(shelf, scene.hidden, user, size, opened, sizes.page[1], log, random, drift))
+                opened = START + slot * _SLOT + random.integers(_OPENS, _OPENS + 20 * _MINUTE, len(user))
+                _prepare(scene, own, user, aim, opened, log, random)
+                parts.append(_answer(offered, scene.hidden, user, size, opened, sizes.page[1], log, random, drift))
     if not parts:
         none = np.empty(0, dtype=np.int32)
         empty = Examples(none, none, none.astype(bool), none.astype(np.int64), none.astype(np.float32))
