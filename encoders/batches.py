@@ -155,7 +155,7 @@ class Batches:
         item = self.log.item[places]
         distinct, where = np.unique(item, return_inverse=True)
         index = torch.from_numpy(where.reshape(item.shape))
-        with torch.no_grad():
+        with torch.set_grad_enabled(model.history_gradient and torch.is_grad_enabled()):
             vectors = model.item_vectors(self._items.take(distinct))
         as_of = self.examples.time[groups.first]
         return Users(
