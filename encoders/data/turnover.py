@@ -3,7 +3,7 @@
 `drifting` makes a marketplace whose items change together with what decides about clicks; `replayed` gives the items
 of any data set running counters of their behaviours. `delayed` turns either into a plain `Dataset` in which every
 version that somebody meets is an item row of its own, so that batches, training and evaluation need not know of
-versions. Guarantee: a request as of t sees versions from strictly before `Lateness.seen(t)`, and nothing else of them.
+versions. Guarantee: a request as of t sees versions from strictly before `Lateness.seen`, and nothing else of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ALWAYS = -1  # time of an item's first version
 SWING = 0.7  # of quality, per standard deviation of demand and of the discount: docs/experiments/staleness.md
 _TREND_NOISE = 0.3  # standard deviation of what is published of the demand
 _DISCOUNT = 0.1  # standard deviation of the published price cut
+_SPREAD = 2_654_435_769  # 2^32 / golden ratio: its multiples modulo 2^32 are spread evenly
 _PRIOR = 5.0  # behaviours' worth of doubt in the share that liked an item
 
 F4 = npt.NDArray[np.float32]
@@ -39,16 +40,22 @@ class Lateness:
     """How late updates of items are seen. Times in ms."""
 
     delay: int = 0  # from an update to the index
-    every: int = 0  # updates become visible together, at multiples of this; 0: each for itself
+    every: int = 0  # an item's updates become visible together, once in each such time; 0: each for itself
 
     def __post_init__(self) -> None:
         if self.delay < 0 or self.every < 0:
             raise ValueError("lateness must not be negative")
 
-    def seen(self, time: I8) -> I8:
-        """The time up to which updates are seen at each time."""
+    def seen(self, item: Ints, time: I8) -> I8:
+        """The time up to which updates of the items are seen at each time. Every item has a place of its own in the
+        cycle, evenly spread over items, so that what is found does not hang on the hours at which requests come.
+        """
         late = time - self.delay
-        return late // self.every * self.every if self.every else late
+        if not self.every:
+            return late
+        place = (item.astype(np.int64) * _SPREAD % (1 << 32) >> 8) * self.every >> 24
+        found: I8 = (late - place) // self.every * self.every + place
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +134,9 @@ def drifting(sizes: synthetic.Marketplace, seed: int, every: int) -> tuple[Livin
 
 
 def replayed(data: Dataset) -> Living:
-    """Every behaviour is an update of its item: how many there were, and the share of clicks among them."""
+    """Every behaviour is an update of its item: how many there were, and the share of clicks among them. The items are
+    there from the beginning.
+    """
     log, M = data.log, len(data.items.ids)
     order = np.lexsort((log.time, log.item))
     item = np.concatenate([np.arange(M, dtype=np.int32), log.item[order]])
@@ -142,7 +151,9 @@ def replayed(data: Dataset) -> Living:
     clicks -= np.repeat(clicks[first], size)
     liked = (clicks + _PRIOR / 2) / (count + _PRIOR)
     published = {"ratings": np.log1p(count).astype(np.float32), "liked": liked.astype(np.float32)}
-    return Living(data, versions, published, np.zeros(len(order), dtype=np.float32))
+    items = dataclasses.replace(data.items, added=np.zeros(M, dtype=np.int64))
+    there = dataclasses.replace(data, items=items)
+    return Living(there, versions, published, np.zeros(len(order), dtype=np.float32))
 
 
 # What is seen of them -------------------------------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def delayed(
     extra_item, extra_time = (np.zeros(0, dtype=np.int64),) * 2 if also is None else also
     item = np.concatenate([data.examples.item[here], data.log.item, extra_item.ravel()]).astype(np.int32)
     time = np.concatenate([as_of, data.log.time, extra_time.ravel()])
-    seen, added = lateness.seen(time), data.items.added[item]
+    seen, added = lateness.seen(item, time), data.items.added[item]
     version, row = np.unique(living.versions.at(item, np.maximum(seen, added)), return_inverse=True)
     met = np.full(len(version), NEVER)
     np.minimum.at(met, row, time)

@@ -48,15 +48,35 @@ def test_the_last_version_strictly_before(times: list[list[int]], asked: list[tu
         assert place == max(k for k, (owner, when) in enumerate(listed) if owner == item and when < time)
 
 
-@given(delay=st.integers(0, 10**8), every=st.integers(0, 10**8), time=st.integers(10**9, 10**13))
-def test_updates_are_seen_in_their_batch_and_never_early(delay: int, every: int, time: int) -> None:
-    seen = int(Lateness(delay, every).seen(np.array([time]))[0])
-    assert seen <= time - delay
+@given(
+    delay=st.integers(0, 10**8),
+    every=st.integers(0, 2 * 10**10),
+    item=st.integers(0, 10**6),
+    time=st.integers(10**11, 10**13),
+    later=st.integers(0, 5),
+)
+def test_updates_are_seen_in_their_cycle_and_never_early(
+    delay: int, every: int, item: int, time: int, later: int
+) -> None:
+    def seen(time: int) -> int:
+        return int(Lateness(delay, every).seen(np.array([item]), np.array([time]))[0])
+
+    assert seen(time) <= time - delay
     if every:
-        assert seen % every == 0
-        assert seen > time - delay - every
+        assert seen(time) > time - delay - every
+        assert seen(time + later * every) == seen(time) + later * every
+        assert seen(seen(time) + delay) == seen(time)
+        assert seen(seen(time) + delay + every - 1) == seen(time)
     else:
-        assert seen == time - delay
+        assert seen(time) == time - delay
+
+
+@pytest.mark.parametrize("every", [1_000, 200 * DAY])
+def test_cycles_are_spread_over_items(every: int) -> None:
+    lag = START - Lateness(every=every).seen(np.arange(500), np.full(500, START))
+    counts = np.bincount(lag * 10 // every, minlength=10)
+    assert counts.min() > 40
+    assert counts.max() < 60
 
 
 @pytest.mark.parametrize(
@@ -91,7 +111,8 @@ def test_examples_and_behaviours_see_their_versions(world: tuple[Living, Oracle]
     data, versions = found.data, living.versions
     for name in ("user", "clicked", "time"):
         np.testing.assert_array_equal(getattr(data.examples, name), getattr(base.examples, name))
-    seen = lateness.seen(found.as_of)
+    np.testing.assert_array_equal(found.as_of, request_times(base))
+    seen = lateness.seen(base.examples.item, found.as_of)
     added = base.items.added[base.examples.item]
     version = found.version[data.examples.item]
     np.testing.assert_array_equal(versions.item[version], base.examples.item)
@@ -102,7 +123,7 @@ def test_examples_and_behaviours_see_their_versions(world: tuple[Living, Oracle]
 
     version = found.version[data.log.item]
     np.testing.assert_array_equal(versions.item[version], base.log.item)
-    late = np.maximum(lateness.seen(base.log.time), base.items.added[base.log.item])
+    late = np.maximum(lateness.seen(base.log.item, base.log.time), base.items.added[base.log.item])
     assert (versions.time[version] < late).all()
 
     place = int(data.examples.item[0])
@@ -169,6 +190,7 @@ def test_drift_is_in_the_truth_and_in_what_is_published(world: tuple[Living, Ora
 
 def test_counters_know_the_past_alone() -> None:
     data = generate(SMALL, 2)
+    assert not delayed(replayed(data), Lateness(10_000 * DAY))[0].missing.any()
     found, _ = delayed(replayed(data), Lateness())
     click = data.actions.index("click")
     for place in range(0, len(data.examples), 97):
