@@ -69,6 +69,7 @@ def _train(options: argparse.Namespace) -> None:
             precision=options.precision,
             checkpoint=options.checkpoint,
             log=options.log,
+            report=_say,
             peers=together,
             source=options.data,
         )
@@ -93,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     data = _data_of(bundle, options)
     _table(evaluate(bundle, data))
     if rivals:
-        print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials")]))
+        print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials", _say)]))
 
 
 def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:
@@ -106,6 +107,10 @@ def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:
     if (name := metrics.get("data", data.name)) != data.name:
         print(f"{options.name}: the bundle was trained on {name}, these data are {data.name}", file=sys.stderr)
     return data
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # whoever reads along through a pipe waits for each epoch
 
 
 def _names(text: str) -> tuple[str, ...]:
