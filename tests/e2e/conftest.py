@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
@@ -24,6 +25,36 @@ from infra.settings import Settings, environment
 from tests.conftest import free_ports
 
 HISTORY_LENGTH = 60
+MOVIES, USERS, RATINGS, SITTING = 60, 30, 25, 5
+_WORDS = ("Blue", "Lost", "Night", "River", "Stone", "Winter")
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in MovieLens' CSV form, whose users rate a few films on each of several days."""
+    folder, random = tmp_path_factory.mktemp("small-set"), np.random.default_rng(4)
+    movies = [
+        f'{at},"{_WORDS[at % 6]} {_WORDS[at // 6 % 6]} {at} ({1960 + at})",{("Comedy", "Drama", "War")[at % 3]}'
+        for at in range(1, MOVIES + 1)
+    ]
+    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n")
+    ratings = [
+        f"{user},{movie},{3 + 2 * (movie % 3 == user % 3)},{1_000_000 + place // SITTING * 86_400 + user * 100 + place}"
+        for user in range(1, USERS + 1)
+        for place, movie in enumerate(random.choice(np.arange(1, MOVIES + 1), RATINGS, replace=False).tolist())
+    ]
+    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]) + "\n")
+    return folder
+
+
+def environ_of(settings: Settings) -> dict[str, str]:
+    """The environment of a command that uses these settings, the test's broker among them."""
+    return {
+        **os.environ,
+        **environment(settings),
+        "KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @dataclasses.dataclass
@@ -35,10 +66,9 @@ class Running:
     processes: dict[str, subprocess.Popen[bytes]] = dataclasses.field(default_factory=dict)
 
     def start(self, name: str, *arguments: str) -> None:
-        environ = {**os.environ, **environment(self.settings), "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments], env=environ, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-m", *arguments], env=environ_of(self.settings), stdout=log, stderr=subprocess.STDOUT
             )
 
     def stop(self) -> None:

@@ -17,37 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
 from api.stack import Stack, StackError, stack_of
 from infra import processes
 from infra.kafka.broker import Broker
-from infra.settings import Settings, environment
+from infra.settings import Settings
 from tests.conftest import JARS, free_ports
+from tests.e2e.conftest import MOVIES, RATINGS, USERS, environ_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
-MOVIES, USERS, RATINGS = 60, 30, 25
-WORDS = ("Blue", "Lost", "Night", "River", "Stone", "Winter")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in MovieLens' CSV form."""
-    folder, random = tmp_path_factory.mktemp("small-set"), np.random.default_rng(4)
-    movies = [
-        f'{at},"{WORDS[at % 6]} {WORDS[at // 6 % 6]} {at} ({1960 + at})",{("Comedy", "Drama", "War")[at % 3]}'
-        for at in range(1, MOVIES + 1)
-    ]
-    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n")
-    ratings = [
-        f"{user},{movie},{3 + 2 * (movie % 3 == user % 3)},{1_000_000 + user * 100 + place}"
-        for user in range(1, USERS + 1)
-        for place, movie in enumerate(random.choice(np.arange(1, MOVIES + 1), RATINGS, replace=False).tolist())
-    ]
-    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -59,9 +38,13 @@ def small(settings: Callable[..., Settings]) -> Iterator[Settings]:
 
 
 def run(one: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, **environment(one), "KAFKA_BOOTSTRAP": one.kafka_bootstrap, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "api", *arguments], env=environ, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", "api", *arguments],
+        env=environ_of(one),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
 
 
@@ -73,7 +56,7 @@ def running(one: Settings) -> dict[str, int]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("source", "items", "behaviours"),
-    [("data", MOVIES, USERS * RATINGS), pytest.param("ml100k", 1_682, 100_000, marks=pytest.mark.data)],
+    [("films", MOVIES, USERS * RATINGS), pytest.param("ml100k", 1_682, 100_000, marks=pytest.mark.data)],
 )
 def test_the_demo_from_nothing_and_again(
     small: Settings, request: pytest.FixtureRequest, source: str, items: int, behaviours: int
@@ -87,7 +70,7 @@ def test_the_demo_from_nothing_and_again(
     assert [int(rank) for rank, *_ in ranked] == list(range(1, 11))
     scores = [float(score) for _, score, *_ in ranked]
     assert scores == sorted(scores, reverse=True)
-    if source == "data":
+    if source == "films":
         assert all(title.split()[-1] == movie for _, _, title, movie in ranked)
     changes = re.findall(r"(changed|restored) +score +(\S+) -> +(\S+) +visible after +(\d+) ms", first.stdout)
     assert [what for what, *_ in changes] == ["changed", "restored"]
@@ -140,9 +123,9 @@ def test_up_and_down_touch_only_their_own(small: Settings) -> None:
 
 
 @pytest.mark.parametrize("command", ["up", "demo"])
-def test_a_taken_port_is_said_before_anything_starts(small: Settings, data: Path, command: str) -> None:
+def test_a_taken_port_is_said_before_anything_starts(small: Settings, films: Path, command: str) -> None:
     with socket.create_server(("127.0.0.1", small.api_port)):
-        done = run(small, command, *([str(data)] if command == "demo" else []))
+        done = run(small, command, *([str(films)] if command == "demo" else []))
     assert done.returncode == 1
     assert str(small.api_port) in done.stderr
     assert done.stderr.strip().count("\n") == 0
