@@ -18,7 +18,7 @@ from infra.settings import Settings
 from tests.conftest import ROOT
 from tests.e2e.conftest import environ_of
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text()
 KILLED_AFTER = "epoch 2"  # its checkpoint is that of epoch 1 at least
@@ -68,7 +68,7 @@ def test_every_command_does_what_the_page_shows(stack: Settings, films: Path, tm
         if step.shown[-1] == "Killed":
             _kill_after(process, KILLED_AFTER)
             continue
-        printed, errors = process.communicate(timeout=100)
+        printed, errors = process.communicate(timeout=250)
         assert process.returncode == 0, f"{command}\n{errors}"
         if "/v1/recommend" in command:
             _recommended(json.loads(printed), json.loads("".join(step.shown)))
