@@ -7,6 +7,7 @@ gives the value (a percentile over all samples with the range over windows). Tab
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -33,6 +34,15 @@ def hardware() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
+
+
+def _jsonable(value: Any) -> Any:
+    """The value with null for what is no finite number: an interval that too few users gave must not cost the run."""
+    if isinstance(value, dict):
+        return {name: _jsonable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Report:
@@ -77,7 +87,7 @@ class Report:
             "figures": self.figures,
             "tables": self.tables,
         }
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n")
         canvas = plt.figure(figsize=(11, 4.2), layout="constrained")
         draw(canvas)
         canvas.savefig(path.with_suffix(".png"), dpi=110)
