@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ def free_ports(count: int) -> list[int]:
     finally:
         for probe in probes:
             probe.close()
+
+
+def wait_until(there: Callable[[], object], what: str, deadline_s: float = 60.0) -> None:
+    """Poll until something is there. Raises AssertionError."""
+    deadline = time.monotonic() + deadline_s
+    while not there():
+        assert time.monotonic() < deadline, f"{what} did not come true in {deadline_s:.0f} s"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

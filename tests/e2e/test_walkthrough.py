@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import httpx
 import pytest
 
 from infra.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_until
 from tests.e2e.conftest import environ_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -56,11 +55,12 @@ def test_the_page_has_ten_commands() -> None:
 def test_every_command_does_what_the_page_shows(stack: Settings, films: Path, tmp_path: Path) -> None:
     environ = {**environ_of(stack), "PYTHONPATH": str(ROOT)}
     environ.pop("PYTHONUNBUFFERED", None)
+    ready = f"http://127.0.0.1:{stack.api_port}/readyz"
     for step in steps():
         command = step.command.replace(".venv/bin/python", sys.executable).replace("../shared/data/ml-100k", str(films))
         command = command.replace("localhost:8080", f"127.0.0.1:{stack.api_port}")
         if "/v1/recommend" in command:
-            _wait_for_generation(stack)
+            wait_until(lambda: httpx.get(ready).is_success, "the generation serves")
         process = subprocess.Popen(
             ["bash", "-c", f"exec {command}" if step.shown[-1] == "Killed" else command],
             cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -107,10 +107,3 @@ def _recommended(answer: dict[str, object], shown: dict[str, object]) -> None:
     ids = answer["ids"]
     assert isinstance(ids, list)
     assert len(ids) == 3
-
-
-def _wait_for_generation(stack: Settings) -> None:
-    deadline = time.monotonic() + 60
-    while not httpx.get(f"http://127.0.0.1:{stack.api_port}/readyz").is_success:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -11,7 +11,8 @@ import pytest
 
 from encoders.bundle import Bundle
 from infra.settings import Settings
-from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 EAGER = {

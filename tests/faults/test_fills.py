@@ -15,7 +15,8 @@ from infra.settings import Settings
 from streams import events
 from streams.fill import BULK_LAG
 from streams.groups import group_admin
-from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 ITEMS = 12_000

@@ -13,7 +13,8 @@ from kafka import KafkaProducer
 from encoders.bundle import Bundle
 from infra.settings import Settings
 from streams import events
-from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 UPDATES, ITEMS = 20_000, 3_000

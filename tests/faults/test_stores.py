@@ -14,7 +14,8 @@ from encoders.bundle import Bundle
 from infra.kafka.broker import admin_of
 from infra.settings import Settings
 from streams.worker import NEEDS_REFILL, read_heartbeat
-from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 JOBS = ("ingest", "encode:one", "replicate:one")

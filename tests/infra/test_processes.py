@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from infra import processes
+from tests.conftest import wait_until
 
 _SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 _STUBBORN = [
@@ -25,13 +24,6 @@ _STUBBORN = [
 ]
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
-
-
 def test_start_find_list_stop(tmp_path: Path) -> None:
     one = processes.start("one", _SLEEP, tmp_path)
     two = processes.start("two", _SLEEP, tmp_path)
@@ -39,7 +31,7 @@ def test_start_find_list_stop(tmp_path: Path) -> None:
         assert one.alive()
         assert processes.find("one", tmp_path) == one
         assert processes.listing(tmp_path) == [one, two]
-        wait_for(lambda: one.log.read_text() == "up\n")
+        wait_until(lambda: one.log.read_text() == "up\n", "the job is up", 10)
         with pytest.raises(processes.ProcessError, match="already running"):
             processes.start("one", _SLEEP, tmp_path)
         assert processes.stop(one)
@@ -62,11 +54,11 @@ def test_it_outlives_the_command_that_started_it(tmp_path: Path) -> None:
 
 def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     job = processes.start("stubborn", _STUBBORN, tmp_path)
-    wait_for(lambda: job.log.read_text().strip())
+    wait_until(lambda: job.log.read_text().strip(), "its child's pid", 10)
     child = int(job.log.read_text())
     assert not processes.stop(job, deadline_s=0.2)
     assert not job.alive()
-    wait_for(lambda: processes.identity_of(child) is None)
+    wait_until(lambda: processes.identity_of(child) is None, "the child is gone", 10)
 
 
 def test_a_stranger_with_the_recorded_pid_is_left_alone(tmp_path: Path) -> None:
@@ -85,7 +77,7 @@ def test_a_stranger_with_the_recorded_pid_is_left_alone(tmp_path: Path) -> None:
 def test_one_that_was_killed_is_not_alive_and_can_be_started_again(tmp_path: Path) -> None:
     job = processes.start("job", _SLEEP, tmp_path)
     os.kill(job.pid, signal.SIGKILL)
-    wait_for(lambda: not job.alive())
+    wait_until(lambda: not job.alive(), "the job has ended", 10)
     assert processes.find("job", tmp_path) is None
     again = processes.start("job", _SLEEP, tmp_path)
     assert again.pid != job.pid
@@ -111,6 +103,6 @@ def test_a_large_log_is_set_aside(tmp_path: Path) -> None:
     with log.open("wb") as file:
         file.truncate(17 << 20)
     job = processes.start("job", [sys.executable, "-c", "print('new')"], tmp_path)
-    wait_for(lambda: not job.alive())
+    wait_until(lambda: not job.alive(), "the job has ended", 10)
     assert log.read_text() == "new\n"
     assert (tmp_path / "job.log.1").stat().st_size == 17 << 20

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from streams import events
 from streams.events import Item
 from streams.publish import Publisher
 from streams.worker import read_heartbeat
+from tests.conftest import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 EMBEDDING = 8
@@ -46,14 +47,6 @@ FEATURES = FeatureSpec(
     actions=("click",),
     attributes=("bid",),
 )
-PERIOD_S = 0.05
-
-
-def wait_until(there: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not there():
-        assert time.monotonic() < deadline, f"{what} did not come true in {deadline_s:.0f} s"
-        time.sleep(PERIOD_S)
 
 
 def item_body(item_id: str, version: int, random: np.random.Generator, **changes: object) -> dict[str, object]:

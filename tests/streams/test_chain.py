@@ -15,7 +15,8 @@ from encoders.bundle import Bundle
 from infra.settings import Settings
 from streams import events
 from streams.worker import read_heartbeat
-from tests.streams.chain import check_rows, item_body, oracle, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import check_rows, item_body, oracle, running_chain
 
 pytestmark = pytest.mark.e2e
 

@@ -16,7 +16,8 @@ from index.histories import HistoriesReader
 from infra.settings import Settings
 from streams import events
 from streams.publish import Publisher
-from tests.streams.chain import running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import running_chain
 
 pytestmark = pytest.mark.e2e
 START = events.to_ms(events.msgspec.convert("2026-01-01T00:00:00Z", events.Time))

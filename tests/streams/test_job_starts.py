@@ -17,7 +17,8 @@ from infra.kafka.broker import admin_of
 from infra.settings import Settings
 from streams import events
 from streams.worker import Heartbeat, read_heartbeat
-from tests.streams.chain import Chain, item_body, running_chain, wait_until
+from tests.conftest import wait_until
+from tests.streams.chain import Chain, item_body, running_chain
 
 pytestmark = pytest.mark.e2e
 

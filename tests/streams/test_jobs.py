@@ -14,7 +14,7 @@ from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
 from streams.supervisor import Jobs
 from streams.worker import NEEDS_REFILL, Heartbeat, read_heartbeat
-from tests.streams.chain import wait_until
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -26,8 +26,8 @@ from infra.settings import Settings, environment
 from streams import events, rollout
 from streams.publish import Publisher
 from streams.worker import read_heartbeat
-from tests.conftest import JARS, free_ports
-from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle, wait_until
+from tests.conftest import JARS, free_ports, wait_until
+from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle
 
 pytestmark = pytest.mark.e2e
 
