@@ -21,7 +21,8 @@ from index.kernels import simtier_counts
 
 def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[Any], version: int) -> Explanation:
     """`hot`: the item's hot record [1]."""
-    counts = simtier_counts(hot["signature"], side.block.window, generation.head.edges)[0]
+    histograms = [simtier_counts(hot["signature"], one, generation.head.edges)[0] for one in side.block.windows]
+    counts = np.concatenate(histograms)
     blocks = _blocks(side.block, generation.head, hot[0], counts)
     z = np.sum([part for _, part in blocks], axis=0)
     slope, constant = _along_active_units(generation.head, z)
@@ -35,7 +36,7 @@ def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[A
         score=float(slope @ z + constant),
         constant=constant,
         contributions=contributions,
-        tiers=_tiers(generation, counts),
+        tiers=_tiers(generation, histograms[0], histograms[-1]),
         crosses=_cross_names(generation, hot[0]["crosses"]),
         row_version=version,
         user=side.seen(),
@@ -69,9 +70,10 @@ def _along_active_units(head: Head, z: NDArray[np.float64]) -> tuple[NDArray[np.
     return slope[0], float(constant[0])
 
 
-def _tiers(generation: Generation, counts: NDArray[np.int32]) -> list[Tier]:
+def _tiers(generation: Generation, counts: NDArray[np.int32], newest: NDArray[np.int32]) -> list[Tier]:
     edges = [0, *generation.head.edges.tolist(), generation.layout.bits + 1]
-    return [Tier(low, high - 1, count) for low, high, count in zip(edges[:-1], edges[1:], counts.tolist(), strict=True)]
+    columns = zip(edges[:-1], edges[1:], counts.tolist(), newest.tolist(), strict=True)
+    return [Tier(low, high - 1, count, recent) for low, high, count, recent in columns]
 
 
 def _cross_names(generation: Generation, slots: NDArray[np.uint16]) -> list[str]:

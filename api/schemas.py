@@ -177,11 +177,14 @@ class Contribution(Struct):
 
 
 class Tier(Struct):
-    """Behaviours of the window whose signature agrees with the item's in `low`..`high` bits, both included."""
+    """Behaviours of the window whose signature agrees with the item's in `low`..`high` bits, both included; and how
+    many of the newest (config `short_window`) do.
+    """
 
     low: int
     high: int
     count: int
+    newest: int
 
 
 class Explanation(Struct):

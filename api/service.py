@@ -56,7 +56,8 @@ class Service:
 
     def _warm_up(self, generation: Generation) -> None:
         """Compiles kernels and runs one empty user through the model before the first request pays for it."""
-        kernels.warm_up(generation.layout, len(generation.head.edges) + 1)
+        tiers = len(generation.head.edges) + 1
+        kernels.warm_up(generation.layout, tiers, generation.head.T.shape[1] // tiers)
         nobody = self.users.inline(InlineUser(), moment(None, "as_of"))
         items.warm_up(generation, nobody)
         gc.collect()

@@ -65,8 +65,9 @@ class UserSide:
     @property
     def nbytes(self) -> int:
         block, source = self.block, self.source
-        arrays = (block.P, block.C, block.D, block.G, block.window, source.keys, source.actions, source.times)
-        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays)
+        arrays = (block.P, block.C, block.D, block.G, source.keys, source.actions, source.times)
+        windows = sum(window.nbytes for window in block.windows)
+        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays) + windows
 
     def seen(self) -> UserSeen:
         source = self.source
@@ -210,7 +211,7 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
             raise invalid("user.features", str(error)) from error
         block = generation.user_fold.block(None, behaviours, source.as_of)
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
-    tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window)
+    tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, *block.windows)
     used = int(np.count_nonzero(there))
     took = (time.perf_counter() - began) * 1e3
     return UserSide(block, tables, source, used, len(there) - used, degraded, took)

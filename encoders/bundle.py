@@ -1,6 +1,6 @@
 """The bundle: one model as a folder of `model.safetensors` and `manifest.json`. Written by training, read by every job.
 
-`manifest.json` (UTF-8 JSON, format 1): `format`; `version` = first 16 hex digits of the SHA-256 of the rest, so it
+`manifest.json` (UTF-8 JSON, format 2): `format`; `version` = first 16 hex digits of the SHA-256 of the rest, so it
 follows from the content; `model` (its name in `baselines.MODELS`; absent = "aif"); `config` (ModelConfig, with the tier
 edges; absent fields have their defaults); `features` (FeatureSpec, with crosses and actions); `row` (the arguments of
 the index's RowLayout); `tensors` = SHA-256 of the tensors' file and the shape of each; `metrics` of training.
@@ -29,7 +29,7 @@ from encoders.baselines import MODELS, build
 from encoders.features import Categorical, FeatureSpec, Numeric, SpecError
 from encoders.model import AIF, ModelConfig, Ranker
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TENSORS = "model.safetensors"
 SERVED = "aif"  # the one model that can be served

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import torch
 from encoders.model import NO_CROSS, Features, Sizes
 
 _SLOTS = 65_536  # crosses are stored as u2
+_KINDS = 15  # of crosses that have weights of their own, at most
 _MEMO_LIMIT = 1 << 20  # remembered strings per feature; beyond it the memory starts again
 _NUMERIC_LIMIT = 8.0  # standardised numbers are clipped to this
 
@@ -105,7 +107,18 @@ class FeatureSpec:
             item=(_table_rows(self.item_categories), len(self.item_categories), len(self.item_numerics)),
             user=(_table_rows(self.user_categories), len(self.user_categories), len(self.user_numerics)),
             actions=len(self.actions),
+            cross_kinds=self.cross_kinds,
         )
+
+    @property
+    def cross_kinds(self) -> tuple[int, ...]:
+        """The kind of each cross of the vocabulary: the place, from 1, of what stands before the colon of its name
+        among the most frequent such words; 0 = none of them.
+        """
+        words = [name.partition(":")[0] if ":" in name else "" for name in self.crosses]
+        counted = Counter(word for word in words if word)
+        kinds = {word: place for place, (word, _) in enumerate(counted.most_common(_KINDS), start=1)}
+        return tuple(kinds.get(word, 0) for word in words)
 
     def action_codes(self, names: Sequence[str]) -> npt.NDArray[np.uint8]:
         """Codes of action names; index the result with another store's codes to translate a whole history."""

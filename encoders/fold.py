@@ -87,7 +87,7 @@ class UserBlock:
     D: F4  # [h, b]
     G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
     cross_slots: U2  # [c], ascending; slot k belongs to row k + 1 of G
-    window: U1  # [Lw, b / 8], signatures of the newest behaviours
+    windows: tuple[U1, ...]  # each [Lw, b / 8], newest behaviours: SimTier's window, and the short one
     generation: str
     as_of: int
 
@@ -96,7 +96,7 @@ class UserBlock:
 class Head:
     """What every request of a generation shares: SimTier's table and edges, and the MLP behind the first ReLU."""
 
-    T: F4  # [h, tiers]
+    T: F4  # [h, tiers of every window]
     edges: npt.NDArray[np.int32]  # [tiers - 1], ascending
     weights: tuple[F4, ...]  # each [outputs, inputs]; the last has one output; ReLU stands before each
     biases: tuple[F4, ...]  # each [outputs]
@@ -166,7 +166,7 @@ class UserFold:
         self._generation = generation or bundle.manifest.version
         self._token_table = _array(model.token_table())
         self._recency_edges = np.array(RECENCY_EDGES, dtype=np.int64)
-        absent = model.W1s @ model.no_cross
+        absent = model.absent_cross()
         self._absent = absent if model.config.has("sim") else torch.zeros_like(absent)  # [h]
 
     def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
@@ -182,15 +182,13 @@ class UserFold:
             if model.config.has("simtier") and not len(past):
                 P = P + model.W1t @ model.no_window
             slots, G = self._sim(tokens, past, as_of)
-        counted = min(len(past), self._config.window) if model.config.has("simtier") else 0
-        window = past.signatures[len(past) - counted :]
         return UserBlock(
             P=_array(P),
             C=_array(C),
             D=_array(D),
             G=_array(G),
             cross_slots=slots,
-            window=np.ascontiguousarray(window),
+            windows=self._windows(past.signatures),
             generation=self._generation,
             as_of=as_of,
         )
@@ -236,6 +234,11 @@ class UserFold:
                 constant = model.W1d @ model.no_din
         return (D + model.dots.fold(user) if model.dots else D), constant
 
+    def _windows(self, signatures: U1) -> tuple[U1, ...]:
+        """What SimTier's histograms are over, newest behaviours last; nothing where it is switched off."""
+        sizes = self._config.windows if self._config.has("simtier") else (0,) * len(self._config.windows)
+        return tuple(np.ascontiguousarray(signatures[max(0, len(signatures) - size) :]) for size in sizes)
+
     def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
         """Slots of the user's crosses that are kept [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
         flat = past.crosses.ravel()
@@ -255,8 +258,9 @@ class UserFold:
         kept = kept_crosses(
             torch.zeros(len(count), dtype=torch.int64), torch.from_numpy(count), torch.from_numpy(newest), self._config
         )
-        G = torch.cat([counts, mean], dim=1)[kept] @ self._model.W1s.T  # [c, h]
-        return flat[used[start]][kept.numpy()], torch.cat([self._absent[None, :], G])
+        slots = flat[used[start]][kept.numpy()]
+        G = self._model.fold_crosses(torch.from_numpy(slots.astype(np.int64)), torch.cat([counts, mean], dim=1)[kept])
+        return slots, torch.cat([self._absent[None, :], G])
 
 
 def cross_bytes(config: ModelConfig, met: int) -> int:
@@ -279,7 +283,8 @@ def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
     used = (rows.crosses != NO_CROSS)[:, :, None]  # [n, C, 1]
     cross = (block.G[table[rows.crosses]] * used).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
     cross = np.where(used.any(axis=1), cross, block.G[0])
-    counts = lsh.tier_counts(lsh.matches(rows.signature, block.window), head.edges)
+    histograms = [lsh.tier_counts(lsh.matches(rows.signature, window), head.edges) for window in block.windows]
+    counts = np.concatenate(histograms, axis=1)  # [n, tiers of every window]
     z = (
         rows.joint
         + block.P

@@ -8,8 +8,8 @@ input gives NaN. A component named in `ModelConfig.without` adds nothing to the 
 its weights do not learn.
 
 Three classes, so that rivals (encoders/baselines.py) share what is not in dispute: `Ranker` has what every model has
-(towers, tokens, LSH), `Frame` the first layer around a user's interest in an item, `AIF` the interest by BEA, LSH-DIN
-and dot products.
+(towers, tokens, LSH), `Frame` the first layer around a user's interest in an item, `AIF` the interest by BEA and
+LSH-DIN.
 
 Letters in the shape comments: B users, K candidates per user, M distinct items, L behaviours (padded on the left,
 oldest first), R newest `recent` of them, d dim, h width, n bridges, b bits, t tiers, C crosses per item.
@@ -57,6 +57,7 @@ class ModelConfig:
     bits: int = 128  # b, a multiple of 8
     crosses: int = 6  # C, kept per item
     window: int = 1_000  # newest behaviours that SimTier counts
+    short_window: int = 16  # newest behaviours that it counts once more: what the user is about now; 0 = none
     recent: int = 50  # newest behaviours that the user tower attends to
     head: tuple[int, ...] = (32,)  # hidden layers after the first
     embedding_dim: int = 128  # of the items' frozen embedding
@@ -67,7 +68,7 @@ class ModelConfig:
     din_shift: float = 0.5  # LSH-DIN uses din_scale * (matches / b - din_shift)
     din_scale: float = 2.0
     without: tuple[str, ...] = ()  # of COMPONENTS: switched off
-    dots: int = 0  # dot products of the user with the item's LSH signature
+    dots: int = 8  # dot products of the user with the item's LSH signature
     bridge_dots: int = 0  # dot products of the user with the item's bridge weights
     bridge_temperature: float = 1.0  # factor of the affinities between bridges and items, and bridges and tokens
     bridge_top: int = 0  # bridges that an item attends to; 0 = all
@@ -98,8 +99,6 @@ class ModelConfig:
             raise ValueError("the bridges' temperature must be > 0, their dropout in [0, 1), their diversity >= 0")
         if self.lsh not in LSH or self.bits_per_projection not in (1, 2):
             raise ValueError(f"lsh must be one of {', '.join(LSH)}, with 1 or 2 bits per projection")
-        if self.lsh == "cosine" and self.dots:
-            raise ValueError("dot products with signatures need signatures, not the exact cosine")
         if self.cross_table not in CROSS_TABLES:
             raise ValueError(f"the table of crosses must be one of {', '.join(CROSS_TABLES)}")
         if not len(_SKETCH) <= self.cross_rows < 1 << 16:
@@ -108,6 +107,11 @@ class ModelConfig:
     @property
     def tiers(self) -> int:
         return len(self.tier_edges) + 1
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Behaviours in each of SimTier's histograms."""
+        return (self.window, self.short_window) if self.short_window else (self.window,)
 
     @property
     def unservable(self) -> str:
@@ -128,6 +132,7 @@ class Sizes:
     item: tuple[int, int, int]
     user: tuple[int, int, int]
     actions: int  # named actions; code 0 = unknown comes on top
+    cross_kinds: tuple[int, ...] = ()  # kind of each cross that owns a slot, from slot 1 on; 0 = of no kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,11 +379,11 @@ class Meeting:
 
 
 class Frame(Ranker):
-    """The user tower, SimTier, SIM cross features, the first layer and the head, around a model's `interest`."""
+    """The user tower, SimTier, SIM, dot products, the first layer and the head, around a model's `interest`."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        h, d, t = config.width, config.dim, config.tiers
+        h, d, t = config.width, config.dim, config.tiers * len(config.windows)
         simtier, sim = config.has("simtier"), config.has("sim")
         self.user_tower = UserTower(config)
         self.tier_table = nn.Parameter(torch.randn(t, d) * 0.05, requires_grad=simtier)
@@ -388,8 +393,12 @@ class Frame(Ranker):
         self.W1u = first_layer_block(h, d)
         self.W1x = first_layer_block(h, d)
         self.W1t = first_layer_block(h, d, learns=simtier)
-        self.W1s = first_layer_block(h, d + SIM_COUNTS, learns=sim)
+        kinds = [first_layer_block(h, d + SIM_COUNTS) for _ in range(max(sizes.cross_kinds, default=0) + 1)]
+        self.W1s = nn.Parameter(torch.stack([block.detach() for block in kinds]), requires_grad=sim)  # one per kind
+        self.cross_kinds = torch.tensor([0, *sizes.cross_kinds], device="cpu")  # by slot
         self.b1 = nn.Parameter(torch.zeros(h))
+        signature = config.embedding_dim if config.lsh == "cosine" else config.bits
+        self.dots = Dots(config.dots, signature, config, config.bits**-0.5) if config.dots else None
         self.head = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([h, *config.head, 1]))
 
     def interest(self, meeting: Meeting) -> Tensor:
@@ -406,25 +415,31 @@ class Frame(Ranker):
             + self.b1
         )  # [B, K, h]
         if config.has("simtier"):
-            window = slice(-config.window, None)
-            z = z + self._simtier(meeting.matches[:, :, window], users.valid[:, window]) @ self.W1t.T
+            z = z + self._simtier(meeting.matches, users.valid) @ self.W1t.T
         if config.has("sim"):
-            z = z + self._sim(users, meeting.tokens, candidates.crosses[meeting.index]) @ self.W1s.T
+            z = z + self._sim(users, meeting.tokens, candidates.crosses[meeting.index])
+        if self.dots:
+            z = z + self.dots(meeting.user, candidates.signatures[meeting.index])
         for layer in self.head:
             z = layer(functional.relu(z))
         out: Tensor = z.squeeze(2)
         return out
 
     def serving_flops(self, length: int, window: int) -> float:
-        """Of the folded frame: the first layer's sums, SimTier's popcounts and table, the crosses' rows, the head."""
+        """Of the folded frame: the first layer's sums, SimTier's popcounts and table, the crosses' rows, the dot
+        products, the head.
+        """
         config, h = self.config, self.config.width
         total = 2.0 * h  # joint_i + P_u, and the first ReLU
         if config.has("simtier"):
             words = config.bits / 64
             pair = 3 * words + 2 * (config.tiers - 1)  # XOR, popcount, add; compare with each edge and count
-            total += min(length, window) * pair + 2 * h * config.tiers
+            short = min(length, config.short_window)
+            total += (min(length, window) + short) * pair + 2 * h * config.tiers * len(config.windows)
         if config.has("sim"):
             total += h * (config.crosses + 1)  # a row of G per cross, and the mean
+        if self.dots:
+            total += 2.0 * h * config.bits
         return total + sum(2.0 * a * b for a, b in itertools.pairwise([h, *config.head, 1]))
 
     def _meet(self, users: Users, candidates: Candidates) -> Meeting:
@@ -443,60 +458,56 @@ class Frame(Ranker):
         )
 
     def _simtier(self, matches: Tensor, valid: Tensor) -> Tensor:
-        """SimTier(u,i): log1p of the window's histogram over tiers, times the tiers' embeddings [B, K, d]."""
+        """SimTier(u,i): log1p of the windows' histograms over tiers, times the tiers' embeddings [B, K, d]."""
+        counts = torch.cat([self._tier_counts(matches[:, :, -w:], valid[:, -w:]) for w in self.config.windows], dim=2)
+        known = valid.any(dim=1)[:, None, None]
+        return torch.where(known, torch.log1p(counts) @ self.tier_table, self.no_window)
+
+    def _tier_counts(self, matches: Tensor, valid: Tensor) -> Tensor:
+        """Behaviours in each tier [B, K, t]."""
         inside = valid[:, None, :]
         at_least = [inside.sum(dim=2).expand(matches.shape[:2])]  # behaviours in tier >= 0, 1, ...; each [B, K]
         at_least += [((matches >= edge) & inside).sum(dim=2) for edge in self.config.tier_edges]
         reached = torch.stack([*at_least, torch.zeros_like(at_least[0])], dim=2)  # [B, K, t + 1]
-        counts = (reached[:, :, :-1] - reached[:, :, 1:]).to(torch.float32)  # [B, K, t]
-        return torch.where(at_least[0][:, :, None] > 0, torch.log1p(counts) @ self.tier_table, self.no_window)
+        return (reached[:, :, :-1] - reached[:, :, 1:]).to(torch.float32)
 
     def _sim(self, users: Users, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """SIM(u, c_i): mean over the item's crosses of the user's summary of each [B, K, d + 2].
+        """W1s SIM(u, c_i): mean over the item's crosses of the user's row of each [B, K, h].
 
         `wanted` [B, K, C]: slots of the items' crosses.
         """
         row = torch.arange(len(wanted), device=wanted.device)[:, None, None] << 16  # a key is (user, slot)
         used = (users.crosses != NO_CROSS) & users.valid[:, :, None]  # [B, L, C]
+        absent = self.absent_cross()
         if not used.any():
-            return self.no_cross.expand(*wanted.shape[:2], -1)
+            return absent.expand(*wanted.shape[:2], -1)
         found, order = torch.sort((row | users.crosses)[used], stable=True)
         keys, count = torch.unique_consecutive(found, return_counts=True)
         member = (torch.nonzero(used.flatten()).squeeze(1) // users.crosses.shape[2])[order]  # places in [B * L]
         newest = member[count.cumsum(0) - 1]  # behaviours stand oldest first
         mean = functional.embedding_bag(member, tokens.flatten(0, 1), count.cumsum(0) - count, mode="mean")
         counts = sim_counts(count.to(torch.float32), users.ages.flatten()[newest])
-        summary = torch.cat([counts, mean], dim=1)  # [keys, d + 2]
+        rows = self.fold_crosses(keys & 0xFFFF, torch.cat([counts, mean], dim=1))  # [keys, h]
         if self.config.cross_table == "sketch":
-            found_rows = self._sketched(keys, summary, row, wanted)
+            found_rows = _sketched(keys, rows - absent, row, wanted, self.config.cross_rows) + absent
         else:
             kept = kept_crosses(keys >> 16, count, newest, self.config)
-            found_rows = self._looked_up(keys[kept], summary[kept], row | wanted)
+            found_rows = _looked_up(keys[kept], torch.cat([rows[kept], absent[None, :]]), row | wanted)
         counted = (wanted != NO_CROSS).to(torch.float32)  # [B, K, C]
         mean = (counted[:, :, None, :] @ found_rows).squeeze(2) / counted.sum(dim=2, keepdim=True).clamp(min=1)
-        return torch.where(counted.sum(dim=2, keepdim=True) > 0, mean, self.no_cross)
+        return torch.where(counted.sum(dim=2, keepdim=True) > 0, mean, absent)
 
-    def _looked_up(self, keys: Tensor, summary: Tensor, wanted: Tensor) -> Tensor:
-        """Summaries [keys, d + 2] of the wanted keys, the default where there is none [B, K, C, d + 2]."""
-        place = torch.searchsorted(keys, wanted)
-        met = functional.pad(keys, (0, 1), value=-1)[place] == wanted
-        return torch.cat([summary, self.no_cross[None, :]])[torch.where(met, place, len(keys))]
+    def fold_crosses(self, slots: Tensor, summaries: Tensor) -> Tensor:
+        """G_u [m, h]: W1s SIM(u, c) of summaries [m, d + 2] in the crosses `slots` i8 [m], by their kind's weights."""
+        kinds = self.cross_kinds[torch.where(slots < len(self.cross_kinds), slots, 0)]
+        order = torch.argsort(kinds, stable=True)
+        parts = torch.split(summaries[order], torch.bincount(kinds, minlength=len(self.W1s)).tolist())
+        rows = torch.cat([part @ W.T for part, W in zip(parts, self.W1s, strict=True)])
+        return rows[torch.argsort(order)]
 
-    def _sketched(self, keys: Tensor, summary: Tensor, row: Tensor, wanted: Tensor) -> Tensor:
-        """The same out of a count sketch (Charikar et al., 2002) of each user's summaries less the default: in each of
-        a few small tables a cross is added to its bucket with its sign; what is read is the mean over the tables of
-        bucket times sign, not their median, so that it stays linear.
-        """
-        width = self.config.cross_rows // len(_SKETCH)
-        estimate = self.no_cross.expand(*wanted.shape, -1)
-        for factor in _SKETCH:
-            bucket, sign = _hashed(keys & 0xFFFF, factor, width)
-            table = summary.new_zeros(len(row) * width, summary.shape[1]).index_add(
-                0, (keys >> 16) * width + bucket, sign[:, None] * (summary - self.no_cross)
-            )
-            bucket, sign = _hashed(wanted, factor, width)
-            estimate = estimate + sign[..., None] * table[(row >> 16) * width + bucket] / len(_SKETCH)
-        return estimate
+    def absent_cross(self) -> Tensor:
+        """The row of a cross that the user never met, and of an item without crosses [h]."""
+        return self.W1s[0] @ self.no_cross
 
 
 class Dots(nn.Module):
@@ -528,7 +539,7 @@ class Dots(nn.Module):
 
 
 class AIF(Frame):
-    """The network that is served: the user's interest in an item by BEA, LSH-DIN and dot products."""
+    """The network that is served: the user's interest in an item by BEA and LSH-DIN."""
 
     def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
@@ -538,7 +549,6 @@ class AIF(Frame):
         self.no_din = nn.Parameter(torch.zeros(d), requires_grad=din)
         self.W1b = first_layer_block(h, d, learns=bea)
         self.W1d = first_layer_block(h, d, learns=din)
-        self.dots = Dots(config.dots, config.bits, config, config.bits**-0.5) if config.dots else None
         self.bridge_dots = Dots(config.bridge_dots, config.bridges, config, 1.0) if config.bridge_dots else None
 
     # Item side ------------------------------------------------------------------------------------------------------
@@ -570,7 +580,7 @@ class AIF(Frame):
     # Where both meet ------------------------------------------------------------------------------------------------
 
     def interest(self, meeting: Meeting) -> Tensor:
-        """BEA, LSH-DIN and the dot products, through their blocks of the first layer [B, K, h]."""
+        """BEA and LSH-DIN, through their blocks of the first layer [B, K, h]."""
         config, R, index = self.config, self.config.recent, meeting.index
         tokens, valid = meeting.tokens, meeting.users.valid
         z = self.b1.new_zeros(*index.shape, config.width)
@@ -583,8 +593,6 @@ class AIF(Frame):
                 z = z + self.bridge_dots(meeting.user, w)
         if config.has("lsh_din"):
             z = z + self.long_interest(meeting) @ self.W1d.T
-        if self.dots:
-            z = z + self.dots(meeting.user, meeting.candidates.signatures[index])
         return z
 
     def long_interest(self, meeting: Meeting) -> Tensor:
@@ -612,8 +620,6 @@ class AIF(Frame):
         config, total = self.config, super().serving_flops(length, window)
         if config.has("bea") or self.bridge_dots:
             total += 2.0 * config.width * config.bridges
-        if self.dots:
-            total += 2.0 * config.width * config.bits
         return total + self.long_flops(length) if config.has("lsh_din") else total
 
     def long_flops(self, length: int) -> float:  # noqa: ARG002  does not depend on it
@@ -653,6 +659,30 @@ def kept_crosses(user: Tensor, count: Tensor, newest: Tensor, config: ModelConfi
     kept = torch.empty(len(order), dtype=torch.bool, device=user.device)
     kept[order] = place < config.cross_rows
     return kept
+
+
+def _looked_up(keys: Tensor, rows: Tensor, wanted: Tensor) -> Tensor:
+    """Rows [keys + 1, h] of the wanted keys, the last one where there is none [B, K, C, h]."""
+    place = torch.searchsorted(keys, wanted)
+    met = functional.pad(keys, (0, 1), value=-1)[place] == wanted
+    return rows[torch.where(met, place, len(keys))]
+
+
+def _sketched(keys: Tensor, rows: Tensor, user: Tensor, wanted: Tensor, size: int) -> Tensor:
+    """The same out of a count sketch (Charikar et al., 2002) of `size` rows for each user: in each of a few small
+    tables a cross is added to its bucket with its sign; what is read is the mean over the tables of bucket times sign,
+    not their median, so that it stays linear. `rows` are less the default.
+    """
+    width = size // len(_SKETCH)
+    estimate = rows.new_zeros(*wanted.shape, rows.shape[1])
+    for factor in _SKETCH:
+        bucket, sign = _hashed(keys & 0xFFFF, factor, width)
+        table = rows.new_zeros(len(user) * width, rows.shape[1]).index_add(
+            0, (keys >> 16) * width + bucket, sign[:, None] * rows
+        )
+        bucket, sign = _hashed(wanted, factor, width)
+        estimate = estimate + sign[..., None] * table[(user >> 16) * width + bucket] / len(_SKETCH)
+    return estimate
 
 
 def _hashed(slots: Tensor, factor: int, width: int) -> tuple[Tensor, Tensor]:

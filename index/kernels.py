@@ -39,33 +39,33 @@ class UserTables:
     D: F4  # [b/4, 16, h]
     G: F4  # [c+1, h]
     cross_slots: NDArray[np.uint16]  # [c]
-    window: popcount_ir.Blocks
-    logs: F4  # log1p of 0..window length
+    windows: tuple[popcount_ir.Blocks, ...]
+    logs: F4  # log1p of 0..length of the longest window
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.window.data, self.logs)
-        return sum(array.nbytes for array in arrays)
+        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.logs)
+        return sum(array.nbytes for array in arrays) + sum(window.data.nbytes for window in self.windows)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadTables:
     """What `score` needs of a generation's head; made once per generation by `head_tables`."""
 
-    T: F4  # [tiers, h]
+    T: F4  # [tiers of every window, h]
     edges: NDArray[np.int64]
     layers: Callable[..., None]  # the compiled MLP
     weights: F4  # all layers' [in, out], one after the other
     biases: F4  # all layers' [out]
 
 
-def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], window: NDArray[np.uint8]) -> UserTables:
-    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], window u1[Lw, b/8].
-    Raises KernelError when shapes do not go together."""
+def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], *windows: NDArray[np.uint8]) -> UserTables:
+    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], and the windows u1[Lw, b/8]
+    of SimTier's histograms. Raises KernelError when shapes do not go together."""
     width, bits = D.shape
     fitting = P.shape == (width,) and C.shape[0] == width and G.shape == (len(cross_slots) + 1, width)
-    if not fitting or bits % 8 or window.ndim != 2 or window.shape[1] != bits // 8:
-        raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape}")
+    if not fitting or bits % 8 or any(window.ndim != 2 or window.shape[1] != bits // 8 for window in windows):
+        raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} windows {[w.shape for w in windows]}")
     signs = np.array([[1 if value >> bit & 1 else -1 for bit in range(4)] for value in range(16)], np.float32)
     fours = np.ascontiguousarray(D.T, np.float32).reshape(bits // 4, 4, width)
     return UserTables(
@@ -74,17 +74,17 @@ def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], win
         np.matmul(signs, fours),
         np.ascontiguousarray(G, np.float32),
         np.ascontiguousarray(cross_slots, np.uint16),
-        popcount_ir.blocks_of(window),
-        np.log1p(np.arange(len(window) + 1, dtype=np.float32)),
+        tuple(map(popcount_ir.blocks_of, windows)),
+        np.log1p(np.arange(max(map(len, windows), default=0) + 1, dtype=np.float32)),
     )
 
 
 def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Sequence[F4]) -> HeadTables:
-    """From T [h, tiers], ascending integer edges [tiers - 1], and the MLP after the first layer: weights[i] [out, in]
-    (torch's form), biases[i] [out], ReLU between layers, the last out = 1. Raises KernelError."""
+    """From T [h, tiers of every window], ascending integer edges [tiers - 1], and the MLP after the first layer:
+    weights[i] [out, in] (torch's form), biases[i] [out], ReLU between layers, the last out = 1. Raises KernelError."""
     sizes = [int(T.shape[0]), *(len(bias) for bias in biases)]
     shapes = [weight.shape for weight in weights]
-    if T.shape[1] != len(edges) + 1 or shapes != list(zip(sizes[1:], sizes[:-1], strict=True)) or sizes[-1] != 1:
+    if T.shape[1] % (len(edges) + 1) or shapes != list(zip(sizes[1:], sizes[:-1], strict=True)) or sizes[-1] != 1:
         raise KernelError(f"T {T.shape}, {len(edges)} edges, weights {shapes}")
     return HeadTables(
         np.ascontiguousarray(T.T, np.float32),
@@ -102,17 +102,24 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
     assert fields is not None
     joint, bridge, signature = (fields[name] for name in ("joint", "bridge", "signature"))
     width, bridges, size = joint[0].shape[0], bridge[0].shape[0], signature[0].shape[0]
-    if user.C.shape != (bridges, width) or len(user.D) != 2 * size or head.T.shape[1] != width:
-        raise KernelError(f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, head T {head.T.shape}")
+    tiers = (len(head.edges) + 1) * len(user.windows)
+    if user.C.shape != (bridges, width) or len(user.D) != 2 * size or head.T.shape != (tiers, width):
+        raise KernelError(
+            f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, {len(user.windows)} windows, "
+            f"head T {head.T.shape}"
+        )
     hot = np.ascontiguousarray(hot)
     first, record = hot.ctypes.data, hot.dtype.itemsize
-    counts = popcount_ir.counts(first + signature[1], record, len(hot), size, user.window, head.edges)
+    histograms = [
+        popcount_ir.counts(first + signature[1], record, len(hot), size, window, head.edges) for window in user.windows
+    ]
+    counts = np.concatenate(histograms, axis=1) if len(histograms) > 1 else histograms[0]
     z, out = np.empty((min(len(hot), TILE), width), np.float32), np.empty(len(hot), np.float32)
     slots = _cross_map()
     slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
     tables = [a.ctypes.data for a in (user.P, user.C, user.D, user.G, slots, user.logs, head.T, z)]
     layers = [a.ctypes.data for a in (head.weights, head.biases)]
-    join = score_ir.join(hot.dtype, len(head.edges) + 1)
+    join = score_ir.join(hot.dtype, tiers)
     for start in range(0, len(hot), TILE):  # so that z stays in the cache between the two
         rows = min(TILE, len(hot) - start)
         join(first + start * record, rows, counts[start:].ctypes.data, *tables)
@@ -123,16 +130,16 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
 
 def score_oracle(
     hot: NDArray[Any],
-    block: tuple[F4, F4, F4, F4, NDArray[np.uint16], NDArray[np.uint8]],
+    block: tuple[Any, ...],
     T: F4,
     edges: NDArray[Any],
     weights: Sequence[F4],
     biases: Sequence[F4],
 ) -> NDArray[np.float64]:
     """f8[n]: `score` from the arguments of `user_tables` and `head_tables`."""
-    P, C, D, G, cross_slots, window = block
+    P, C, D, G, cross_slots, *windows = block
     signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
-    tiers = simtier_counts_oracle(hot["signature"], window, edges)
+    tiers = np.concatenate([simtier_counts_oracle(hot["signature"], window, edges) for window in windows], axis=1)
     z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C.T + signs @ D.T
     z += np.log1p(tiers.astype(np.float64)) @ T.T
     rows_of = {int(slot): row for row, slot in enumerate(cross_slots, 1)}
@@ -181,8 +188,8 @@ def top_k_oracle(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64
     return np.lexsort((tie_rank, -scores))[:k]
 
 
-def warm_up(layout: RowLayout, tiers: int) -> None:
-    """Compiles every kernel for this layout, so that no request pays for it."""
+def warm_up(layout: RowLayout, tiers: int, windows: int) -> None:
+    """Compiles every kernel for this layout and this number of SimTier's histograms, so that no request pays for it."""
     hot = aligned_empty(1, layout.hot)
     hot.view(np.uint8)[:] = 0
     width = layout.width
@@ -192,10 +199,10 @@ def warm_up(layout: RowLayout, tiers: int) -> None:
         np.zeros((width, layout.bits), np.float32),
         np.zeros((1, width), np.float32),
         np.zeros(0, np.uint16),
-        np.zeros((1, layout.bits // 8), np.uint8),
+        *[np.zeros((1, layout.bits // 8), np.uint8)] * windows,
     )
     head = head_tables(
-        np.zeros((width, tiers), np.float32),
+        np.zeros((width, tiers * windows), np.float32),
         np.arange(1, tiers),
         [np.zeros((1, width), np.float32)],
         [np.zeros(1, np.float32)],

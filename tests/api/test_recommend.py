@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from api import schemas
+from encoders.model import ModelConfig
 from tests.api.conftest import HOUR, NOW, USERS, Host, Seen, behaviours_of, catalogue
 
 ITEMS = catalogue(200)
@@ -174,6 +175,8 @@ def test_the_shares_of_an_explanation_add_up_to_the_score(host: Host, user: str,
     for one in found["contributions"]:
         assert one["norm"] == pytest.approx(np.linalg.norm(one["z"]))
     assert sum(tier["count"] for tier in found["tiers"]) == found["user"]["behaviours_used"]
+    newest = sum(tier["newest"] for tier in found["tiers"])
+    assert newest == min(ModelConfig().short_window, found["user"]["behaviours_used"])
     assert (found["tiers"][0]["low"], found["tiers"][-1]["high"]) == (0, 128)
     assert found["crosses"] == next(one for one in ITEMS if one.item_id == item).crosses
     assert found["row_version"] == 1

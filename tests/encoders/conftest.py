@@ -19,7 +19,7 @@ from encoders.fold import Behaviours, EncodedItems, ItemFold
 from encoders.model import Candidates, ModelConfig, Users
 
 TINY = ModelConfig(
-    width=16, dim=8, bridges=3, bits=16, crosses=2, window=5, recent=3, head=(12, 8), embedding_dim=12,
+    width=16, dim=8, bridges=3, bits=16, crosses=2, window=5, short_window=2, recent=3, head=(12, 8), embedding_dim=12,
     heads=2, hidden=10, category_dim=4, tier_edges=(6, 9), din_shift=0.4, din_scale=3.0,
 )  # fmt: skip
 VARIANTS = dataclasses.replace(TINY, dots=2, bridge_dots=1, bridge_top=2, bridge_temperature=1.7)

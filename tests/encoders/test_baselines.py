@@ -75,7 +75,7 @@ def test_padding_never_changes_a_score(
 @every
 def test_the_order_of_a_short_history_does_not_matter(world: Callable[..., Any], name: str) -> None:
     w = world("tiny", 0)
-    model = made(w, name, recent=20, window=20)
+    model = made(w, name, recent=20, window=20, short_window=20)
     users, candidates = w.batch([12, 12], [None, {}])
     users = dataclasses.replace(users, ages=torch.full_like(users.ages, 10**6))  # else the newest would be another
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
@@ -334,6 +334,6 @@ def test_costs_grow_with_the_history_where_the_model_reads_it() -> None:
         assert costs[name][2] - costs[name][1] == pytest.approx((costs[name][1] - costs[name][0]) / 900 * 1_000)
     assert costs["eta"][2] - costs["eta"][1] == 1_000 * (3 * 2 + 1)  # Hamming distances alone
     at = {name: cost[1] for name, cost in costs.items()}
-    assert at["dssm"] < at["inttower"] < at["sdim"] < at["aif"] < at["cold"] < at["eta"] < at["din-plain"] < at["din"]
+    assert at["dssm"] < at["inttower"] < at["aif"] < at["sdim"] < at["cold"] < at["eta"] < at["din-plain"] < at["din"]
     assert at["dssm"] == 2 * 64
     assert at["inttower"] == 3 * 16 * (2 * 16 + 1) + 3 * 4

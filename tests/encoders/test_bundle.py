@@ -126,7 +126,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "not UTF-8": (lambda b: (b / "manifest.json").write_bytes(b"\xff\xfe{"), "is not JSON"),
     "not an object": (lambda b: (b / "manifest.json").write_text("[]"), "names no format"),
     "no format": (lambda b: rewrite(b, lambda f: f.pop("format")), "names no format"),
-    "later format": (lambda b: rewrite(b, lambda f: f.update(format=2)), "format 2, this program reads format 1"),
+    "later format": (lambda b: rewrite(b, lambda f: f.update(format=3)), "format 3, this program reads format 2"),
     "edited manifest": (lambda b: rewrite(b, lambda f: f["metrics"].update(x=1), version=False), "its content gives"),
     "flipped tensor bit": (lambda b: _flip(b / "model.safetensors", -9), "model.safetensors has SHA-256"),
     "cut tensors": (

@@ -83,7 +83,8 @@ def test_folded_score_is_the_training_forms_whatever_is_switched_off(
     assert block.D.any() == (("lsh_din" not in without and length > 0) or dots > 0)
     assert block.G.any() == ("sim" not in without)
     assert head.T.any() == ("simtier" not in without)
-    assert len(block.window) == (0 if "simtier" in without else min(length, config.window))
+    sizes = [0 if "simtier" in without else min(length, window) for window in (config.window, config.short_window)]
+    assert [len(window) for window in block.windows] == sizes
 
 
 @relaxed
@@ -112,7 +113,7 @@ def by_hand(
     packed = lsh.signatures(columns.embedding, p["centre"].astype("f4"), p["projection"].astype("f4"))
     bits = np.unpackbits(packed, axis=1, bitorder="little")
     past_bits = np.unpackbits(past.signatures, axis=1, bitorder="little")
-    d = config.dim
+    d, kinds = config.dim, bundle.manifest.features.cross_kinds
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
@@ -161,24 +162,25 @@ def by_hand(
             din = sum(
                 config.din_scale * (m / config.bits - config.din_shift) * e for m, e in zip(equal, tokens, strict=True)
             ) / len(tokens)
-            counts = np.zeros(config.tiers)
-            for m in equal[-config.window :]:
-                counts[sum(edge <= m for edge in config.tier_edges)] += 1
+            counts = np.zeros(2 * config.tiers)
+            for first, newest in ((0, equal[-config.window :]), (config.tiers, equal[-config.short_window :])):
+                for m in newest:
+                    counts[first + sum(edge <= m for edge in config.tier_edges)] += 1
             tier = sum(np.log1p(c) * e for c, e in zip(counts, p["tier_table"], strict=True))
         else:
             din, tier = p["no_din"], p["no_window"]
-        summaries = []
+        rows = []
         for slot in columns.crosses[i][columns.crosses[i] != 0]:
             inside = [j for j in range(len(tokens)) if slot in past.crosses[j]]
             if inside:
                 days = (as_of - past.times[inside[-1]]) / DAY
                 mean = np.mean([tokens[j] for j in inside], axis=0)
-                summaries.append(np.concatenate([[np.log1p(len(inside)), 1 / (1 + days)], mean]))
+                kind = kinds[slot - 1] if slot <= len(kinds) else 0
+                rows.append(p["W1s"][kind] @ np.concatenate([[np.log1p(len(inside)), 1 / (1 + days)], mean]))
             else:
-                summaries.append(p["no_cross"])
-        sim = np.mean(summaries, axis=0) if summaries else p["no_cross"]
-        z = p["b1"].copy()
-        for name, part in (("u", user), ("x", x[i]), ("b", w @ V), ("d", din), ("t", tier), ("s", sim)):
+                rows.append(p["W1s"][0] @ p["no_cross"])
+        z = p["b1"] + (np.mean(rows, axis=0) if rows else p["W1s"][0] @ p["no_cross"])
+        for name, part in (("u", user), ("x", x[i]), ("b", w @ V), ("d", din), ("t", tier)):
             z += p[f"W1{name}"] @ part
         s = 2.0 * bits[i] - 1.0
         for name, item, scale in (("dots", s, config.bits**-0.5), ("bridge_dots", w, 1.0)):
@@ -224,11 +226,12 @@ def test_block_is_what_the_design_says(world: Callable[..., Any]) -> None:
     assert block.P.shape == (config.width,)
     assert block.C.shape == (config.width, config.bridges)
     assert block.D.shape == (config.width, config.bits)
-    np.testing.assert_array_equal(block.window, behaviours.signatures[4:9])  # the newest 5 of the first 9
+    np.testing.assert_array_equal(block.windows[0], behaviours.signatures[4:9])  # the newest 5 of the first 9
+    np.testing.assert_array_equal(block.windows[1], behaviours.signatures[7:9])
     slots = sorted({int(slot) for slot in behaviours.crosses[:9].ravel() if slot})
     np.testing.assert_array_equal(block.cross_slots, np.array(slots, dtype=np.uint16))
     assert block.G.shape == (len(slots) + 1, config.width)
-    for array in (block.P, block.C, block.D, block.G, block.window, block.cross_slots):
+    for array in (block.P, block.C, block.D, block.G, *block.windows, block.cross_slots):
         assert array.flags.c_contiguous
     assert UserFold(w.bundle).block(None, behaviours, NOW).generation == w.bundle.manifest.version
 
@@ -238,8 +241,10 @@ def test_behaviours_after_as_of_do_not_enter(world: Callable[..., Any]) -> None:
     with_later = w.behaviours(np.random.default_rng(5), 7, later=3)
     fold = UserFold(w.bundle)
     one, other = fold.block(None, with_later, NOW), fold.block(None, with_later.until(NOW), NOW)
-    for name in ("P", "C", "D", "G", "window"):
+    for name in ("P", "C", "D", "G"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    for window, same in zip(one.windows, other.windows, strict=True):
+        np.testing.assert_array_equal(window, same)
     assert not np.array_equal(one.P, fold.block(None, with_later, NOW + 1).P)
 
 

@@ -195,7 +195,7 @@ def test_every_width_is_served_as_it_is_trained(
     hot = aligned_empty(80, RowLayout.from_json(w.bundle.manifest.row).hot)
     for name in ("joint", "bridge", "signature", "crosses"):
         hot[name] = getattr(w.rows, name)
-    user = kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window)
+    user = kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, *block.windows)
     tables = kernels.head_tables(head.T, head.edges, head.weights, head.biases)
     np.testing.assert_allclose(kernels.score(hot, user, tables), wanted, atol=2e-5)
     hot["signature"][:, -1] ^= 0x80
@@ -235,7 +235,7 @@ def test_projection_and_thresholds_learn_through_lsh_din() -> None:
 @pytest.mark.parametrize("without", [(), ("lsh_din",), ("simtier",)])
 def test_a_training_moves_the_projection_where_lsh_din_is_on(tmp_path: Path, without: tuple[str, ...]) -> None:
     """The trainer's kept weights hold a projection of their own, the bundle serves it, and evaluation uses it."""
-    config = dataclasses.replace(CONFIG, lsh="learned", without=without)
+    config = dataclasses.replace(CONFIG, lsh="learned", without=without, dots=0)
     options = dataclasses.replace(OPTIONS, config=config, epochs=1)
     data = small_data()
     fitted = fit(data, options, report=silence)
@@ -291,7 +291,6 @@ def test_configs_that_do_not_fit_are_refused() -> None:
     for changes, message in (
         ({"lsh": "magic"}, "lsh must be one of"),
         ({"bits_per_projection": 3}, "1 or 2 bits"),
-        ({"lsh": "cosine", "dots": 1}, "need signatures"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]

@@ -239,14 +239,14 @@ def test_serving_cost_of_the_folded_form_is_counted_by_hand() -> None:
     config = ModelConfig(
         width=16, dim=8, heads=2, bridges=3, bits=64, crosses=2, tier_edges=(30, 34), head=(12, 8), window=100
     )
-    join = 2 * 16 + 2 * 16 * 3 + 2 * 16 * 64 + 2 * 16 * 3 + 16 * (2 + 1)
+    join = 2 * 16 + 2 * 16 * 3 + 2 * 16 * 64 + 2 * (2 * 16 * 3) + 16 * (2 + 1)  # two histograms
     mlp = 2 * (16 * 12 + 12 * 8 + 8 * 1)
     pairs = 3 + 2 * 2
-    assert AIF(config, SIZES).serving_flops(50, 100) == join + mlp + 50 * pairs
-    assert AIF(config, SIZES).serving_flops(5_000, 100) == join + mlp + 100 * pairs
+    assert AIF(config, SIZES).serving_flops(50, 100) == join + mlp + (50 + 16) * pairs
+    assert AIF(config, SIZES).serving_flops(5_000, 100) == join + mlp + (100 + 16) * pairs
     free = dataclasses.replace(config, dots=4, bridge_dots=4)
-    assert AIF(free, SIZES).serving_flops(50, 100) == join + mlp + 50 * pairs
-    bare = dataclasses.replace(config, without=("bea", "lsh_din", "simtier", "sim"))
+    assert AIF(free, SIZES).serving_flops(50, 100) == join + mlp + (50 + 16) * pairs
+    bare = dataclasses.replace(config, without=("bea", "lsh_din", "simtier", "sim"), dots=0)
     assert AIF(bare, SIZES).serving_flops(50, 100) == 2 * 16 + mlp
 
 

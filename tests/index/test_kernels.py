@@ -25,6 +25,7 @@ def case(
     crosses: int = 5,
     tiers: int = 8,
     hidden: tuple[int, ...] = (32,),
+    windows: int = 2,
 ) -> tuple[NDArray[Any], tuple[Any, ...], tuple[Any, ...]]:
     """(hot, arguments of user_tables, arguments of head_tables)."""
     rng = np.random.default_rng(seed)
@@ -57,7 +58,8 @@ def case(
     sizes = [width, *hidden, 1]
     weights = [floats(o, i) for i, o in itertools.pairwise(sizes)]
     biases = [floats(o) for o in sizes[1:]]
-    return hot, (*block, signatures), (floats(width, tiers), edges, weights, biases)
+    newest = [signatures[max(0, window - length) :] for length in (window, 16, 0)[:windows]]
+    return hot, (*block, *newest), (floats(width, tiers * windows), edges, weights, biases)
 
 
 LAYOUTS = [
@@ -197,7 +199,7 @@ def test_top_k_puts_nan_last_and_takes_large_ranks() -> None:
 
 def test_warm_up_leaves_nothing_to_compile() -> None:
     layout = RowLayout(width=24, bits=40)
-    kernels.warm_up(layout, 5)
+    kernels.warm_up(layout, 5, 2)
     hot, block, head = case(5, layout, tiers=5, hidden=(8, 8))
     user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
     started = time.perf_counter()
