@@ -62,7 +62,7 @@ class TrainOptions:
     patience: int = 4  # epochs without a better validation slice, after which training has converged
     least_gain: float = 5e-4  # of the validation GAUC that counts as better
     learning_rate: float = 2e-3
-    weight_decay: float = 1e-3
+    weight_decay: float = 0.5
     table_decay: float = 0.3  # of the category tables, which would otherwise learn items by heart
     averaged_steps: int = 200  # the weights kept are a moving average over about as many steps
     batch_groups: int = 64  # groups of a step, over all processes
@@ -374,8 +374,7 @@ def _step(run: _Run, part: Groups) -> tuple[float, bool]:
     weights = [weight for group in run.optimiser.param_groups for weight in group["params"]]
     loss, late = run.peers.add_up(weights, [loss, float(run.peers.leads and run.left <= 0)])
     if not math.isfinite(loss):
-        rate = run.options.learning_rate
-        raise TrainingError(f"the loss is {loss} at step {run.step + 1} with learning rate {rate:g}: try a lower one")
+        raise _diverged(run, f"the loss is {loss} at step {run.step + 1}")
     for learner in run.learners:
         nn.utils.clip_grad_norm_(learner.parameters(), _CLIP)
     run.optimiser.step()
@@ -423,7 +422,10 @@ def _validate(run: _Run, lines: Log, report: Report) -> None:
     material = run.material
     measured: Figures = {"gauc": None, "auc": None, "logloss": None}
     if run.peers.leads:
-        measured = figures(*predict(run.average, material.batches, material.validation))
+        logits, labels, users = predict(run.average, material.batches, material.validation)
+        if not np.isfinite(logits).all():  # the epoch's last step may be the one that broke the weights
+            raise _diverged(run, "a score of the validation slice is not finite")
+        measured = figures(logits, labels, users)
     row = {**run.row(run.loss / max(1.0, run.examples)), **{key: measured[key] for key in ("gauc", "auc", "logloss")}}
     (score,) = run.peers.agree([_score(row)])
     if run.best is None or score > run.best + run.options.least_gain:
@@ -433,6 +435,10 @@ def _validate(run: _Run, lines: Log, report: Report) -> None:
     run.place, run.loss, run.examples = 0, 0.0, 0.0
     lines.write(row)
     report(epoch_line(row, min(run.seconds / run.epoch * (run.options.epochs - run.epoch), run.left)))
+
+
+def _diverged(run: _Run, what: str) -> TrainingError:
+    return TrainingError(f"{what} with learning rate {run.options.learning_rate:g}: try a lower one")
 
 
 def _score(row: Mapping[str, Any]) -> float:
