@@ -79,7 +79,7 @@ class Marketplace:
     restocked: bool = False  # new items are shown from the next visits on, not from the next day on
 
 
-EXPERIMENT = Marketplace(users=4_000, items=20_000, examples=300_000, past=150, page=(16, 32))
+EXPERIMENT = Marketplace(users=2_000, items=10_000, examples=120_000, past=150, page=(16, 32))
 LARGE = Marketplace(users=2_000, items=1_000_000, examples=100_000, past=8_000, history=10_000)
 
 
