@@ -7,7 +7,7 @@ import importlib
 import sys
 
 BENCHES = {
-    "bea_sweep": "1 to 64 bridges: accuracy, use and remedies, and a search for a failure (hours, in parts; quick 1 min)",
+    "bea_sweep": "1 to 64 bridges: accuracy, use, remedies, and a search for a failure (hours, in parts; quick 1 min)",
     "crosses": "memory per user against accuracy, by table of the user's crosses (hours, in parts; quick 2 min)",
     "lsh_bits": "accuracy, bytes and cost of 16 to 512 bits, by kind of signature (hours, in parts; quick 2 min)",
     "cost": "CPU per request with all work counted, against sequential COLD and DSSM (5 min; quick 2)",

@@ -2,7 +2,8 @@
 
 Every trial (one variant, one seed) is trained, measured and kept in `.local/state/trials` by data and options, so a run
 that was stopped, or ran out of its `MINUTES`, goes on where it was when it is started again. Two processes of one
-thread each work side by side; first every variant's first seed, then the second ...
+thread each work side by side; first every variant's first seed, then the second ... A training that diverges is kept
+too, as `Failed`: `attempts` gives it to the experiment, `trials` raises it when all others have ended.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from encoders.batches import Batches
 from encoders.data import oracle, synthetic
 from encoders.data.dataset import Dataset
 from encoders.data.fingerprint import fingerprint
@@ -30,7 +32,7 @@ from encoders.data.source import open_dataset
 from encoders.evaluate import Sampling, Truth, measure, split_of
 from encoders.evaluation import Evaluation
 from encoders.intervals import Interval
-from encoders.train import TrainOptions
+from encoders.train import Fitted, TrainingError, TrainOptions
 from encoders.trials import key_of, trained
 from infra.settings import load
 
@@ -73,6 +75,17 @@ class Trial:
     validation_gauc: float
     epochs: int
     seconds: float
+    notes: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A variant and seed whose training diverged."""
+
+    message: str
+
+
+Notes = Callable[[Fitted, Batches, Dataset], dict[str, float]]  # a module's function: what a trained model shows
 
 
 class OutOfTimeError(Exception):
@@ -87,7 +100,29 @@ def trials(
     *,
     report: Callable[[str], None] = print,
 ) -> dict[str, list[Trial]]:
-    """Variant -> its trials, one per seed. Trains what the cache lacks. Raises OutOfTimeError (see `MINUTES`)."""
+    """Variant -> its trials, one per seed. Trains what the cache lacks. Raises OutOfTimeError (see `MINUTES`), and
+    TrainingError where a training diverged.
+    """
+    found: dict[str, list[Trial]] = {}
+    for name, outcomes in attempts(source, variants, seeds, sampling, report=report).items():
+        found[name] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Failed):
+                raise TrainingError(f"{name}: {outcome.message}")
+            found[name].append(outcome)
+    return found
+
+
+def attempts(
+    source: Source,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    notes: Notes | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, list[Trial | Failed]]:
+    """As `trials`, where a training may diverge. `notes` is run on every trained model, and kept by its name."""
     cache = load().state / "trials"
     wanted = [(variant.name, dataclasses.replace(variant.options, seed=seed)) for seed in seeds for variant in variants]
     deadline = time.monotonic() + 60 * float(os.environ.get("MINUTES", "inf"))
@@ -95,9 +130,9 @@ def trials(
         max_workers=min(2, len(wanted)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_open,
-        initargs=(source, cache, sampling),
+        initargs=(source, cache, sampling, notes),
     )
-    found: dict[tuple[str, int], Trial] = {}
+    found: dict[tuple[str, int], Trial | Failed] = {}
     try:
         waiting = {pool.submit(_trial, name, options): (name, options) for name, options in wanted}
         while waiting:
@@ -112,9 +147,13 @@ def trials(
             for future in done:
                 name, options = waiting.pop(future)
                 trial = found[name, options.seed] = future.result()
+                begin = f"  {len(found)}/{len(wanted)} {source.name}: {name}, seed {options.seed}: "
+                if isinstance(trial, Failed):
+                    report(f"{begin}diverged, {trial.message}")
+                    continue
                 report(
-                    f"  {len(found)}/{len(wanted)} {source.name}: {name}, seed {options.seed}: validation GAUC "
-                    f"{trial.validation_gauc:.4f} after {trial.epochs} epochs in {trial.seconds:.0f} s"
+                    f"{begin}validation GAUC {trial.validation_gauc:.4f} after {trial.epochs} epochs in "
+                    f"{trial.seconds:.0f} s"
                 )
     except BaseException:
         for process in list((pool._processes or {}).values()):  # what they trained so far is in their checkpoints
@@ -149,30 +188,58 @@ class _Worker:
     name: str  # fingerprint of the data
     cache: Path
     sampling: Sampling
+    notes: Notes | None
 
 
 _worker: list[_Worker] = []
 
 
-def _open(source: Source, cache: Path, sampling: Sampling) -> None:
+def _open(source: Source, cache: Path, sampling: Sampling, notes: Notes | None) -> None:
     torch.set_num_threads(1)
     data, truth = source.open()
-    _worker[:] = [_Worker(data, truth, fingerprint(data), cache, sampling)]
+    _worker[:] = [_Worker(data, truth, fingerprint(data), cache, sampling, notes)]
 
 
-def _trial(name: str, options: TrainOptions) -> Trial:
+def _trial(name: str, options: TrainOptions) -> Trial | Failed:
     (own,) = _worker
-    fitted = trained(own.data, options, own.cache, name=own.name)
-    sampled = json.dumps([MEASURE_FORMAT, dataclasses.asdict(own.sampling)])
-    path = own.cache / f"{key_of(own.name, options)}.{hashlib.sha256(sampled.encode()).hexdigest()[:8]}.npz"
+    key = key_of(own.name, options)
+    failed = own.cache / f"{key}.failed"  # equal options diverge again
+    if failed.exists():
+        return Failed(failed.read_text())
+    try:
+        fitted = trained(own.data, options, own.cache, name=own.name)
+    except TrainingError as error:
+        _write(failed, str(error))
+        (own.cache / f"{key}.checkpoint").unlink(missing_ok=True)
+        return Failed(str(error))
+    batches = functools.cache(functools.partial(fitted.batches, own.data))
+    path = own.cache / f"{key}.{_digest(dataclasses.asdict(own.sampling))}.npz"
     if not path.exists():
-        split, batches = split_of(own.data), fitted.batches(own.data)
-        groups = batches.groups(split.test, split.end)
+        split = split_of(own.data)
+        groups = batches().groups(split.test, split.end)
         measure(
-            fitted.model, batches, own.data, groups, name=name, seed=options.seed, sampling=own.sampling,
+            fitted.model, batches(), own.data, groups, name=name, seed=options.seed, sampling=own.sampling,
             truth=own.truth,
         ).save(path)  # fmt: skip
-    return Trial(Evaluation.load(path), float(fitted.best["gauc"] or 0.0), fitted.epochs, fitted.seconds)
+    notes: dict[str, float] = {}
+    if own.notes is not None:
+        noted = own.cache / f"{key}.{_digest([own.notes.__module__, own.notes.__qualname__])}.json"
+        if not noted.exists():
+            _write(noted, json.dumps(own.notes(fitted, batches(), own.data)))
+        notes = json.loads(noted.read_text())
+    best = float(fitted.best["gauc"] or 0.0)
+    return Trial(Evaluation.load(path), best, fitted.epochs, fitted.seconds, notes)
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps([MEASURE_FORMAT, what]).encode()).hexdigest()[:8]
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    staging = path.with_name(f".{path.name}.part")
+    staging.write_text(text)
+    staging.replace(path)
 
 
 def _truth(
