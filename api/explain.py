@@ -36,7 +36,7 @@ def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[A
         score=float(slope @ z + constant),
         constant=constant,
         contributions=contributions,
-        tiers=_tiers(generation, histograms[0], histograms[-1]),
+        tiers=_tiers(generation, histograms[0], histograms[1] if len(histograms) > 1 else 0 * histograms[0]),
         crosses=_cross_names(generation, hot[0]["crosses"]),
         row_version=version,
         user=side.seen(),

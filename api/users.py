@@ -74,7 +74,7 @@ class UserSide:
         how: Literal["store", "inline", "prefetched"] = "prefetched" if self.prefetched else "store"
         return UserSeen(
             cold=source.profile is None and self.used == 0,
-            profile=source.profile is not None,
+            profile=bool(source.profile),
             source="inline" if source.position == INLINE else how,
             behaviours_used=self.used,
             behaviours_without_row=self.without_row,
@@ -212,9 +212,10 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
         block = generation.user_fold.block(None, behaviours, source.as_of)
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
     tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, *block.windows)
-    used = int(np.count_nonzero(there))
+    with_row = int(np.count_nonzero(there))
+    used = min(with_row, generation.bundle.manifest.config.longest)
     took = (time.perf_counter() - began) * 1e3
-    return UserSide(block, tables, source, used, len(there) - used, degraded, took)
+    return UserSide(block, tables, source, used, len(there) - with_row, degraded, took)
 
 
 def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, source: UserSource) -> UserSide:

@@ -147,7 +147,7 @@ class Batches:
 
     def users(self, groups: Groups, model: Ranker) -> Users:
         """The user side of a batch."""
-        begin = np.maximum(self._begin[groups.user], groups.history - self._config.window)
+        begin = np.maximum(self._begin[groups.user], groups.history - self._config.longest)
         L = int((groups.history - begin).max())
         places = groups.history[:, None] - L + np.arange(L)  # [B, L], padded on the left
         valid = places >= begin[:, None]

@@ -1,7 +1,9 @@
 """Several processes that train one model together, each on its share of every batch (`torchrun -m encoders train`).
 
-Guarantees: the gradient that all processes step with is that of the whole batch, as one process would compute it; all
-processes decide alike, because they see the same numbers; a process that ends takes the others with it (`PeerError`),
+Guarantees: the gradient that all processes step with is that of the whole batch, as one process would compute it (but
+for what a model takes from a batch itself: IntTower's contrastive negatives and the scale of learned signatures are
+those of a process' share, and every process drops bridges of its own); all processes decide alike, because they see the
+same numbers; a process that ends takes the others with it (`PeerError`),
 at once where its connection closes, after `timeout_s` where it hangs.
 """
 

@@ -44,7 +44,7 @@ class Split:
     start: int  # the first example
     validation: int
     test: int
-    end: int  # behind the last behaviour
+    end: int  # behind the last example
 
 
 def split_of(data: Dataset) -> Split:

@@ -70,11 +70,12 @@ class Behaviours:
     def __len__(self) -> int:
         return len(self.times)
 
-    def until(self, as_of: int) -> Behaviours:
-        """Those not after `as_of`."""
-        cut = int(np.searchsorted(self.times, as_of, side="right"))
+    def until(self, as_of: int, longest: int) -> Behaviours:
+        """The newest `longest` of those not after `as_of`."""
+        end = int(np.searchsorted(self.times, as_of, side="right"))
+        cut = slice(max(0, end - longest), end)
         return Behaviours(
-            self.vectors[:cut], self.signatures[:cut], self.crosses[:cut], self.actions[:cut], self.times[:cut]
+            self.vectors[cut], self.signatures[cut], self.crosses[cut], self.actions[cut], self.times[cut]
         )
 
 
@@ -170,8 +171,10 @@ class UserFold:
         self._absent = absent if model.config.has("sim") else torch.zeros_like(absent)  # [h]
 
     def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
-        """The block of a user at `as_of` (ms); later behaviours do not enter. Raises FeatureError for a bad profile."""
-        past = behaviours.until(as_of)
+        """The block of a user at `as_of` (ms); later behaviours do not enter, nor any before the config's `longest`. A
+        profile without features is none. Raises FeatureError for a bad profile.
+        """
+        past = behaviours.until(as_of, self._config.longest)
         model = self._model
         with torch.inference_mode():
             tokens = self._tokens(past, as_of)  # [L, d]
@@ -206,7 +209,7 @@ class UserFold:
         """Profile vector [1, d], recent tokens [1, R, d] and user vector [d]."""
         model = self._model
         features = self._profiles.features([profile])
-        p = model.profiles(features, torch.tensor([profile is not None]))
+        p = model.profiles(features, torch.tensor([bool(profile)]))
         recent = tokens[None, max(0, len(tokens) - self._config.recent) :]
         return p, recent, model.user_tower(p, recent, _all(recent))[0]
 
@@ -316,7 +319,7 @@ def reference_scores(
         if error is not None:
             raise FeatureError(f"item {place}: {error}")
     packed = bundle.model.signatures(columns.embedding)
-    users = _one_user(bundle, profile, behaviours.until(as_of), as_of)
+    users = _one_user(bundle, profile, behaviours.until(as_of, config.longest), as_of)
     scores = []
     with torch.inference_mode():
         for at in range(0, len(items), _REFERENCE_CHUNK):
@@ -342,7 +345,7 @@ def _one_user(bundle: Bundle, profile: Mapping[str, Any] | None, past: Behaviour
     features: Features = ProfileEncoder(bundle.manifest.features).features([profile])
     return Users(
         profile=features,
-        known=torch.tensor([profile is not None]),
+        known=torch.tensor([bool(profile)]),
         vectors=torch.tensor(past.vectors)[None],
         signatures=torch.from_numpy(lsh.signs(past.signatures))[None],
         crosses=torch.from_numpy(past.crosses.astype(np.int64))[None],

@@ -57,6 +57,7 @@ class ModelConfig:
     bits: int = 128  # b, a multiple of 8
     crosses: int = 6  # C, kept per item
     window: int = 1_000  # newest behaviours that SimTier counts
+    length: int = 0  # newest behaviours that enter at all, in training and serving; 0 = as many as `window`
     short_window: int = 16  # newest behaviours that it counts once more: what the user is about now; 0 = none
     recent: int = 50  # newest behaviours that the user tower attends to
     head: tuple[int, ...] = (32,)  # hidden layers after the first
@@ -93,6 +94,8 @@ class ModelConfig:
             raise ValueError(f"the tier edges {self.tier_edges} do not ascend within 1..{self.bits}")
         if unknown := sorted(set(self.without) - set(COMPONENTS)):
             raise ValueError(f"{unknown[0]!r} cannot be switched off; known are {', '.join(COMPONENTS)}")
+        if self.short_window < 0 or (self.length and self.length < max(self.window, self.recent)):
+            raise ValueError("the short window must not be negative, nor a history shorter than its windows")
         if self.dots < 0 or self.bridge_dots < 0 or not 0 <= self.bridge_top <= self.bridges:
             raise ValueError("dot products must not be negative, nor bridge_top be above the number of bridges")
         if self.bridge_temperature <= 0 or not 0 <= self.bridge_dropout < 1 or self.bridge_diversity < 0:
@@ -109,9 +112,14 @@ class ModelConfig:
         return len(self.tier_edges) + 1
 
     @property
+    def longest(self) -> int:
+        """Newest behaviours that enter: of a longer history the rest is left out, in training and serving."""
+        return self.length or max(self.window, self.recent)
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Behaviours in each of SimTier's histograms."""
-        return (self.window, self.short_window) if self.short_window else (self.window,)
+        return (self.window, min(self.short_window, self.window)) if self.short_window else (self.window,)
 
     @property
     def unservable(self) -> str:
@@ -434,8 +442,8 @@ class Frame(Ranker):
         if config.has("simtier"):
             words = config.bits / 64
             pair = 3 * words + 2 * (config.tiers - 1)  # XOR, popcount, add; compare with each edge and count
-            short = min(length, config.short_window)
-            total += (min(length, window) + short) * pair + 2 * h * config.tiers * len(config.windows)
+            short = sum(config.windows[1:])
+            total += (min(length, window) + min(length, short)) * pair + 2 * h * config.tiers * len(config.windows)
         if config.has("sim"):
             total += h * (config.crosses + 1)  # a row of G per cross, and the mean
         if self.dots:

@@ -120,8 +120,12 @@ class Fitted:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The epoch whose weights were kept."""
-        return max(self.curve, key=_score)
+        """The epoch whose weights were kept: the last that was better than the one kept before by `least_gain`."""
+        kept = self.curve[0]
+        for row in self.curve[1:]:
+            if _score(row) > _score(kept) + self.options.least_gain:
+                kept = row
+        return kept
 
     def history(self) -> dict[str, Any]:
         """How it was trained, for the manifest's metrics."""
@@ -503,7 +507,7 @@ def _warn(material: Material, report: Report) -> None:
     users, clicks, shown = _clicks(material.batches, material.validation)
     mixed = int(((clicks > 0) & (clicks < shown)).sum())
     if not mixed:
-        report("no user of the validation slice has both classes, so there is no GAUC; its AUC decides instead")
+        report("no user of the validation slice has both classes, so there is no GAUC; its AUC or LogLoss decides")
 
 
 def _clicks(batches: Batches, groups: Groups) -> tuple[npt.NDArray[np.int64], ...]:

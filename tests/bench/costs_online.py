@@ -124,7 +124,7 @@ class Sequential(System):
         count = vectors.shape[1]
         users = Users(
             profile=self._profiles.features([profile]),
-            known=torch.tensor([profile is not None]),
+            known=torch.tensor([bool(profile)]),
             vectors=vectors,
             signatures=torch.empty(1, count, 0),
             crosses=torch.empty(1, count, 0, dtype=torch.int64),

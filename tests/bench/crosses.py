@@ -137,8 +137,8 @@ def _slots(data: Dataset, config: ModelConfig) -> list[Sequence[int]]:
 def _bytes(config: ModelConfig, met: Sequence[int]) -> tuple[int, int, int]:
     """Bytes of the table: of the median user, of the largest, and what no user exceeds."""
     if not config.has("sim"):
-        met = [0]
-        config = dataclasses.replace(config, cross_rows=3, cross_table="frequent")
+        only = cross_bytes(config, 0)  # the row of an absent cross
+        return only, only, only
     each = [cross_bytes(config, count) for count in met]
     return int(statistics.median(each)), max(each), cross_bytes(config, 65_535)
 

@@ -32,7 +32,7 @@ BITS, SOME_BITS = (16, 32, 64, 128, 256, 512), (16, 64, 256)
 PARTS = {"both": (), "LSH-DIN": ("simtier",), "SimTier": ("lsh_din",)}
 NEITHER = "neither"
 FINE = 1_024  # places of a tier edge on the exact cosine's scale
-TRAINED = ModelConfig(window=200)  # L <= 200 in training
+TRAINED = ModelConfig(window=200, dots=0)  # L <= 200 in training; no other reader of the signatures
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
 SAMPLING = Sampling(requests=0, shortlists=0)
 LENGTH, CANDIDATES = 1_000, 10_000
@@ -169,11 +169,11 @@ def _arrays(case: Case, candidates: int, random: np.random.Generator) -> tuple[A
 
     window = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
     C, D, G = normal(h, layout.bridges), normal(h, case.bits), normal(case.met + 1, h)
-    user = kernels.user_tables(normal(h), C, D, G, np.sort(slots), window)
+    user = kernels.user_tables(normal(h), C, D, G, np.sort(slots), window, window[: TRAINED.short_window])
     edges = np.array(lsh.tier_edges(random.binomial(case.bits, 0.5, 9_999), tiers, case.bits))
     sizes = [h, *TRAINED.head, 1]
     weights = [normal(b, a) for a, b in itertools.pairwise(sizes)]
-    return hot, user, kernels.head_tables(normal(h, tiers), edges, weights, [normal(size) for size in sizes[1:]])
+    return hot, user, kernels.head_tables(normal(h, 2 * tiers), edges, weights, [normal(size) for size in sizes[1:]])
 
 
 def _draw(canvas: Any, table: list[dict[str, Any]]) -> None:

@@ -39,8 +39,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"aif without {one}": {"without": (one,)} for one in COMPONENTS},
     "aif without dots": {"dots": 0},
     "aif without short window": {"short_window": 0},
-    # What the parts are worth where the strongest does not stand in for them.
-    **{f"aif without simtier, {one}": {"without": ("simtier", one)} for one in ("bea", "lsh_din", "sim")},
+    # What parts are worth where none of the others stands in for them.
+    **{
+        f"aif without {', '.join(several)}": {"without": several}
+        for several in (
+            ("bea", "lsh_din"),
+            ("bea", "lsh_din", "sim"),
+            ("simtier", "bea"),
+            ("simtier", "lsh_din"),
+            ("simtier", "sim"),
+        )
+    },
 }
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
 ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))

@@ -15,7 +15,17 @@ from tests.bench import serving_forms
 from tests.bench.serving_forms import Form, Scene
 
 SMALL = ModelConfig(
-    width=16, dim=16, bridges=3, window=40, recent=10, head=(8,), heads=2, hidden=12, category_dim=4, attention=(8, 4)
+    width=16,
+    dim=16,
+    bridges=3,
+    window=40,
+    length=1_000,
+    recent=10,
+    head=(8,),
+    heads=2,
+    hidden=12,
+    category_dim=4,
+    attention=(8, 4),
 )
 
 

@@ -19,8 +19,8 @@ from encoders.fold import Behaviours, EncodedItems, ItemFold
 from encoders.model import Candidates, ModelConfig, Users
 
 TINY = ModelConfig(
-    width=16, dim=8, bridges=3, bits=16, crosses=2, window=5, short_window=2, recent=3, head=(12, 8), embedding_dim=12,
-    heads=2, hidden=10, category_dim=4, tier_edges=(6, 9), din_shift=0.4, din_scale=3.0,
+    width=16, dim=8, bridges=3, bits=16, crosses=2, window=5, short_window=2, length=20, recent=3, head=(12, 8),
+    embedding_dim=12, heads=2, hidden=10, category_dim=4, tier_edges=(6, 9), din_shift=0.4, din_scale=3.0,
 )  # fmt: skip
 VARIANTS = dataclasses.replace(TINY, dots=2, bridge_dots=1, bridge_top=2, bridge_temperature=1.7)
 CONFIGS = {
@@ -80,7 +80,7 @@ class World:
 
         users = Users(
             profile=ProfileEncoder(spec).features(profiles),
-            known=torch.tensor([profile is not None for profile in profiles]),
+            known=torch.tensor([bool(profile) for profile in profiles]),
             vectors=padded(lambda h: h.vectors, (config.dim,), np.float32),
             signatures=padded(lambda h: lsh.signs(h.signatures), (config.bits,), np.float32),
             crosses=padded(lambda h: h.crosses, (config.crosses,), np.int64),

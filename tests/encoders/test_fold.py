@@ -108,6 +108,7 @@ def by_hand(
 ) -> np.ndarray:
     """DESIGN.md section 3 in float64, one pair at a time, without masks, padding or matrices of behaviours."""
     model, config = bundle.model, bundle.manifest.config
+    past = past.until(as_of, config.length or config.window)
     p = {name: tensor.numpy().astype(np.float64) for name, tensor in model.state_dict().items()}
     columns = ItemEncoder(bundle.manifest.features, config.embedding_dim, config.crosses).columns(items)
     packed = lsh.signatures(columns.embedding, p["centre"].astype("f4"), p["projection"].astype("f4"))
@@ -130,7 +131,7 @@ def by_hand(
     with torch.inference_mode():
         x = model.item_vectors(columns.features).numpy().astype(np.float64)
         known = ProfileEncoder(bundle.manifest.features).features([profile])
-        prof = p["no_profile"] if profile is None else model.profile_tower(known)[0].numpy().astype(np.float64)
+        prof = model.profile_tower(known)[0].numpy().astype(np.float64) if profile else p["no_profile"]
     tokens = []
     for vector, action, time in zip(past.vectors, past.actions.tolist(), past.times.tolist(), strict=True):
         bucket = sum(edge <= as_of - time for edge in RECENCY_EDGES)
@@ -240,7 +241,7 @@ def test_behaviours_after_as_of_do_not_enter(world: Callable[..., Any]) -> None:
     w = world("tiny", 2)
     with_later = w.behaviours(np.random.default_rng(5), 7, later=3)
     fold = UserFold(w.bundle)
-    one, other = fold.block(None, with_later, NOW), fold.block(None, with_later.until(NOW), NOW)
+    one, other = fold.block(None, with_later, NOW), fold.block(None, with_later.until(NOW, 7), NOW)
     for name in ("P", "C", "D", "G"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     for window, same in zip(one.windows, other.windows, strict=True):

@@ -227,6 +227,8 @@ def test_bridges_start_at_the_clusters_of_the_items(world: Callable[..., Any]) -
         ({"bridge_temperature": 0.0}, "temperature must be > 0"),
         ({"bridge_diversity": -0.1}, "diversity >= 0"),
         ({"attention": (0,)}, "every size"),
+        ({"short_window": -1}, "short window must not be negative"),
+        ({"length": 900}, "nor a history shorter than its windows"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

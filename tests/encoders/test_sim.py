@@ -20,7 +20,7 @@ from encoders.model import ModelConfig, _sketched, kept_crosses
 from tests.encoders.conftest import NOW, TINY, SomeItem, World
 
 ROWS = 5
-CONFIG = dataclasses.replace(TINY, crosses=3, cross_rows=ROWS)
+CONFIG = dataclasses.replace(TINY, crosses=3, cross_rows=ROWS, length=300)
 POOLED = dataclasses.replace(SAMPLE_SPEC, crosses=(), cross_slots=ROWS + 1)
 
 

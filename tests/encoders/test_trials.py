@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import threading
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import torch
 from encoders.bundle import BundleError, load_model
 from encoders.data.dataset import Dataset
 from encoders.data.fingerprint import fingerprint
-from encoders.train import Fitted, TrainingError, TrainOptions, fit
-from encoders.trials import key_of, run_trials, stored, trained
+from encoders.train import Fitted, TrainOptions, fit
+from encoders.trials import key_of, stored, trained
 from tests.encoders.small import OPTIONS, small_data
 
 SHORT = dataclasses.replace(OPTIONS, epochs=1)
@@ -105,21 +104,6 @@ def test_two_that_ask_at_once_train_once(data: Dataset, tmp_path: Path) -> None:
     second.join(60)
     assert len(found) == 2
     assert _equal(*found)
-
-
-def test_trials_in_processes(data: Dataset, tmp_path: Path) -> None:
-    bad = dataclasses.replace(SHORT, learning_rate=1e30, epochs=3)
-    wanted = [SHORT, dataclasses.replace(SHORT, model="dssm"), SHORT]
-    lines: list[str] = []
-    with pytest.raises(TrainingError, match="the loss is"):
-        run_trials(small_data, [*wanted, bad], tmp_path, processes=2, report=lines.append)
-    assert len(lines) == 3
-    assert sum("failed" in line for line in lines) == 1
-    aif, dssm, same = (stored(tmp_path / key_of(fingerprint(data), options)) for options in wanted)
-    assert _equal(aif, fit(data, SHORT, report=lines.append))
-    assert _equal(aif, same)
-    assert dssm.options.model == "dssm"
-    assert multiprocessing.active_children() == []
 
 
 def test_a_bundle_that_says_nothing_of_its_training(tmp_path: Path) -> None:
