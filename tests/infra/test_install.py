@@ -50,6 +50,7 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "infra" / "install.py", root / "infra")
     (root / "requirements" / "base.txt").write_text(pinned(wheel(wheels, "service", "1.0")))
     (root / "requirements" / "dev.txt").write_text(pinned(wheel(wheels, "checker", "1.0")))
+    (root / "requirements" / "peers.txt").write_text(pinned(wheel(wheels, "rival", "1.0")))
     (root / "requirements" / "torch.txt").write_text("torch==2.13.0\n")
     wheel(wheels, "torch", "2.13.0")
     return root
@@ -71,7 +72,7 @@ def test_first_second_and_changed(project: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert installed(project) == {"service-1.0", "torch-2.13.0"}
     assert make(project, "setup-dev").returncode == 0
-    assert installed(project) == {"service-1.0", "torch-2.13.0", "checker-1.0"}
+    assert installed(project) == {"service-1.0", "torch-2.13.0", "checker-1.0", "rival-1.0"}
 
     second = make(project, "setup-dev", PIP_FIND_LINKS="")  # nothing changed, so pip is not even asked
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
