@@ -304,6 +304,27 @@ def test_empty_batch(world: Callable[..., Any]) -> None:
     )
 
 
+def test_a_profile_without_features_is_none(world: Callable[..., Any]) -> None:
+    """As in a data set, whose users without features train the default (`Batches`)."""
+    w = world("tiny", 0)
+    past, fold = w.behaviours(np.random.default_rng(0), 4), UserFold(w.bundle)
+    np.testing.assert_array_equal(fold.block({}, past, NOW).P, fold.block(None, past, NOW).P)
+    assert not np.array_equal(fold.block({"age": 30}, past, NOW).P, fold.block(None, past, NOW).P)
+
+
+def test_what_is_before_the_newest_length_behaviours_does_not_enter(world: Callable[..., Any]) -> None:
+    w = world("tiny", 0)
+    past, fold, length = (
+        w.behaviours(np.random.default_rng(0), 33),
+        UserFold(w.bundle),
+        w.bundle.manifest.config.longest,
+    )
+    whole, newest = fold.block(None, past, NOW), fold.block(None, past.until(NOW, length), NOW)
+    for name in ("P", "C", "D", "G", "cross_slots"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(newest, name))
+    assert not np.array_equal(whole.D, fold.block(None, past.until(NOW, length - 1), NOW).D)
+
+
 def test_bad_profile_and_bad_item_are_feature_errors(world: Callable[..., Any]) -> None:
     w = world()
     nothing = w.behaviours(np.random.default_rng(0), 0)
