@@ -56,8 +56,8 @@ class Service:
 
     def _warm_up(self, generation: Generation) -> None:
         """Compiles kernels and runs one empty user through the model before the first request pays for it."""
-        tiers = len(generation.head.edges) + 1
-        kernels.warm_up(generation.layout, tiers, generation.head.T.shape[1] // tiers)
+        config = generation.bundle.manifest.config
+        kernels.warm_up(generation.layout, config.tiers, len(config.windows))
         nobody = self.users.inline(InlineUser(), moment(None, "as_of"))
         items.warm_up(generation, nobody)
         gc.collect()

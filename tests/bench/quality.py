@@ -33,7 +33,6 @@ SEEDS, QUICK_SEEDS = 3, 1
 ABLATION_SEEDS = 5  # of AIF and its ablations
 RATES = (2e-3, 4e-3)
 BOUND = "din"
-RIVALS = tuple(name for name in MODELS if name != "aif")
 TRAINED = ModelConfig(window=200)  # L <= 200 in training
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"aif without {one}": {"without": (one,)} for one in COMPONENTS},
