@@ -69,7 +69,7 @@ class Batches:
             self._profiles = _Bags(ProfileEncoder(spec).features(list(data.profiles.features)))
         except ValueError as error:
             raise DataError(f"a profile does not fit the bundle: {error}") from error
-        self._known = np.array([bool(features) for features in data.profiles.features], dtype=bool)
+        self.known = np.array([bool(features) for features in data.profiles.features], dtype=bool)  # [U], has a profile
         self.log, self.examples = data.log, data.examples
         self._codes = spec.action_codes(data.actions).astype(np.int64)
         self._begin = np.searchsorted(data.log.user, np.arange(len(data.profiles.ids) + 1))  # each user's behaviours
@@ -145,6 +145,10 @@ class Batches:
             index=torch.from_numpy(index.reshape(items.shape)),
         )
 
+    def profiles(self, users: I8) -> Features:
+        """Profiles of users, as their towers take them."""
+        return self._profiles.take(users)
+
     def users(self, groups: Groups, model: Ranker) -> Users:
         """The user side of a batch."""
         begin = np.maximum(self._begin[groups.user], groups.history - self._config.longest)
@@ -159,8 +163,8 @@ class Batches:
             vectors = model.item_vectors(self._items.take(distinct))
         as_of = self.examples.time[groups.first]
         return Users(
-            profile=self._profiles.take(groups.user),
-            known=torch.from_numpy(self._known[groups.user]),
+            profile=self.profiles(groups.user),
+            known=torch.from_numpy(self.known[groups.user]),
             vectors=vectors[index],
             signatures=self._signatures(distinct, model)[index],
             crosses=torch.from_numpy(self._crosses[item]),

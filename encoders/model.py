@@ -43,6 +43,7 @@ COMPONENTS = ("bea", "lsh_din", "simtier", "sim", "self_attention", "profile_att
 LSH = ("random", "learned", "cosine")  # what ModelConfig.lsh may be
 CROSS_TABLES = ("exact", "frequent", "recent", "hashed", "sketch")  # what ModelConfig.cross_table may be
 _KMEANS_ROUNDS = 25
+_NO_SPREAD = 1e-4  # root mean square of differences between vectors that are rounding, not features
 # Of the count sketch: one odd number per hash, whose product with a slot gives bucket and sign (multiply-shift).
 _SKETCH = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 
@@ -71,7 +72,7 @@ class ModelConfig:
     without: tuple[str, ...] = ()  # of COMPONENTS: switched off
     dots: int = 8  # dot products of the user with the item's LSH signature
     bridge_dots: int = 0  # dot products of the user with the item's bridge weights
-    bridge_temperature: float = 1.0  # factor of the affinities between bridges and items, and bridges and tokens
+    bridge_temperature: float = 2.0  # factor of the affinities between bridges and items, and bridges and tokens
     bridge_top: int = 0  # bridges that an item attends to; 0 = all
     bridge_dropout: float = 0.0  # chance of a bridge to be left out of a training step
     bridge_diversity: float = 0.0  # weight of the penalty on the bridges' mean squared pairwise cosine
@@ -199,6 +200,21 @@ class Tower(nn.Module):
         bags = functional.embedding_bag(x.ids, self.table, x.offsets, mode="mean")  # [M * categories, category_dim]
         numerics = torch.where(torch.isnan(x.numerics), self.missing, x.numerics)
         return bags.reshape(len(x.dense), self.categories, self.table.shape[1]), numerics, x.dense
+
+    @torch.no_grad()
+    def standardise(self, x: Features) -> None:
+        """Scale the untrained tower so that its vectors of `x` have mean 0 and, over all numbers, variance 1.
+
+        A random tower gives one long vector common to all rows and small differences from it. All attention over such
+        vectors starts flat, gets next to no gradient and stays there. After Mishkin & Matas, ICLR 2016. A tower whose
+        vectors do not differ is left as it is.
+        """
+        vectors = self(x)
+        mean = vectors.mean(dim=0)
+        spread = float((vectors - mean).square().mean().sqrt()) if len(vectors) else 0.0
+        if spread > _NO_SPREAD:
+            self.outer.weight.div_(spread)
+            self.outer.bias.sub_(mean).div_(spread)
 
 
 class UserTower(nn.Module):

@@ -79,16 +79,20 @@ def material_of(data: Dataset, split: Split, config: ModelConfig, seed: int) -> 
 
 
 def spec_of(data: Dataset, split: Split) -> FeatureSpec:
-    """The feature spec that the data call for; numbers and vocabularies from items that are there before validation."""
+    """The feature spec that the data call for: numbers and vocabularies of the items that are there before validation,
+    and of the profiles of users with an example before it.
+    """
     items = data.items
     seen = [k for k in range(len(items.ids)) if items.added[k] < split.validation]
     features = [items.features[k] for k in seen]
     crosses = Counter(cross for k in seen for cross in items.crosses[k])
+    users = np.unique(data.examples.user[data.examples.time < split.validation])
+    profiles = [data.profiles.features[k] for k in users]
     return FeatureSpec(
         item_categories=_categories(features),
         item_numerics=_numerics(features),
-        user_categories=_categories(data.profiles.features),
-        user_numerics=_numerics(data.profiles.features),
+        user_categories=_categories(profiles),
+        user_numerics=_numerics(profiles),
         crosses=tuple(sorted(name for name, _ in crosses.most_common(_VOCABULARY))),
         actions=data.actions,
         attributes=_numeric_attributes(items.attributes),

@@ -33,7 +33,7 @@ from encoders.data.fingerprint import fingerprint
 from encoders.distributed import ALONE, Peers
 from encoders.evaluate import Figures, baselines, figures, predict, split_of
 from encoders.features import FeatureSpec
-from encoders.model import AIF, ModelConfig, Ranker
+from encoders.model import AIF, Features, ModelConfig, Ranker
 from encoders.progress import EVERY, Log, epoch_line
 from encoders.spec import Material, material_of, spec_of
 
@@ -42,7 +42,7 @@ __all__ = ["Fitted", "TrainOptions", "TrainingError", "fit", "spec_of", "train"]
 TEACHER = "din"  # the upper bound, which AIF may be distilled from
 _CLIP = 5.0  # norm of the gradient
 _SAVE_SECONDS = 30.0  # between two checkpoints within an epoch
-_BRIDGE_SAMPLE = 20_000  # item vectors whose centres bridges start at
+_START_SAMPLE = 20_000  # items, and users, at which towers and bridges are scaled
 
 Report = Callable[[str], None]
 
@@ -69,6 +69,7 @@ class TrainOptions:
     minutes: float | None = None  # training ends after this time at the latest
     distil: float = 0.0  # weight of the loss towards the logits of `TEACHER`, trained beside AIF; 0 = off
     distil_after: int = 500  # steps in which the teacher learns alone
+    towers_from_data: bool = True  # towers start with vectors of mean 0 and variance 1
     bridges_from_data: bool = False  # bridges start at the centres of the item vectors
     autocast: bool = False  # bfloat16 in the forward pass
 
@@ -220,11 +221,11 @@ class _Run:
 
     def __init__(self, options: TrainOptions, material: Material, peers: Peers, started: float) -> None:
         self.options, self.material, self.peers, self.started = options, material, peers, started
-        self.model = _new(options.model, material, options.seed)
+        self.model = _new(options.model, material, options)
         if options.bridges_from_data and isinstance(self.model, AIF):
             _start_bridges(self.model, material, options.seed)
-        self.teacher = _new(TEACHER, material, options.seed) if options.distil else None
-        self.average = _new(options.model, material, options.seed).requires_grad_(False)
+        self.teacher = _new(TEACHER, material, options) if options.distil else None
+        self.average = _new(options.model, material, options).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.best_weights = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
         self.optimiser = torch.optim.AdamW(_parameter_groups(self.learners, options), lr=options.learning_rate)
@@ -455,23 +456,38 @@ def _score(row: Mapping[str, Any]) -> float:
 # Beginnings -----------------------------------------------------------------------------------------------------------
 
 
-def _new(name: str, material: Material, seed: int) -> Ranker:
-    model = build(name, material.config, material.spec.sizes, seed)
+def _new(name: str, material: Material, options: TrainOptions) -> Ranker:
+    """An untrained model that fits the data."""
+    model = build(name, material.config, material.spec.sizes, options.seed)
     model.centre.copy_(torch.from_numpy(material.centre))
     if material.thresholds is not None and model.thresholds is not None:
         with torch.no_grad():  # they may be ones that learn
             model.thresholds.copy_(torch.from_numpy(material.thresholds))
+    if options.towers_from_data:
+        model.item_tower.standardise(_some_items(material, options.seed))
+        users = np.unique(material.training.user)
+        users = users[material.batches.known[users]]
+        model.profile_tower.standardise(material.batches.profiles(_some(users, options.seed)))
     return model
 
 
 def _start_bridges(model: AIF, material: Material, seed: int) -> None:
     """Start the bridges at the centres of the known items' vectors, where these are enough."""
-    items = np.random.default_rng(seed).permutation(material.known)[:_BRIDGE_SAMPLE]
-    if len(items) < model.config.bridges:
+    with torch.no_grad():
+        vectors = model.item_vectors(_some_items(material, seed))
+    if len(vectors) < model.config.bridges:
         return
     torch.manual_seed(seed)
-    with torch.no_grad():
-        model.start_bridges(model.item_vectors(material.batches.candidates(items[None, :]).features))
+    model.start_bridges(vectors)
+
+
+def _some_items(material: Material, seed: int) -> Features:
+    """Some of the items that were there before validation."""
+    return material.batches.candidates(_some(material.known, seed)[None, :]).features
+
+
+def _some(places: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(places)[:_START_SAMPLE]
 
 
 def _parameter_groups(models: Iterable[Ranker], options: TrainOptions) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from encoders.data.fingerprint import fingerprint
 from encoders.lock import alone
 from encoders.train import Fitted, Report, TrainOptions, fit, silence
 
-FORMAT = 1  # raised when equal options no longer train equal models
+FORMAT = 2  # raised when equal options no longer train equal models
 
 
 def key_of(data: str, options: TrainOptions) -> str:

@@ -1,6 +1,7 @@
 """How many bridges BEA takes: accuracy and use of 1 to 64 bridges, of plain BEA and of remedies against its decline,
 and a search for settings in which more bridges do harm.
 
+The default model, and BEA *alone*, where nothing else looks at history and item together: there it has all the work.
 Converged runs only: every run ends when `PATIENCE` epochs brought nothing, and one that met the limit of epochs first
 is counted and flagged. A run that diverged counts as a model without skill. docs/experiments/bea_sweep.md says why
 these remedies and what was found.
@@ -34,28 +35,25 @@ from tests.bench.report import Report
 SEEDS, QUICK_SEEDS = 3, 1
 BRIDGES, FEW, MANY = (1, 2, 4, 8, 16, 32, 64), 16, 64
 PATIENCE, LIMIT = 6, 80  # epochs without a gain that mean convergence, and epochs at most
-TRAINED = ModelConfig(window=200)  # L <= 200 in training
+SOME_BRIDGES = (1, 4, 16, 64)
+FULL = ModelConfig(window=200)  # L <= 200 in training
+ALONE = dataclasses.replace(FULL, dots=0, without=("lsh_din", "simtier", "sim"))
 SAMPLING = Sampling(requests=0, shortlists=0)
 QUICK_WORLD = synthetic.Marketplace(users=150, items=400, examples=4_000)
-EPOCH_SECONDS, EPOCHS, EXAMPLES = 5.5, 15, 120_000  # of one core, seen on so many examples; for the estimate
+EPOCH_SECONDS, EPOCHS, EXAMPLES = 4.0, 16, 120_000  # of one core, seen on so many examples; for the estimate
 
 Runs = Sequence[Trial | Failed]
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """Options of BEA that bear on what many bridges do."""
+    """Options of BEA that bear on what many bridges do; plain BEA has none."""
 
     temperature: float = 1.0
     top: int = 0
     dropout: float = 0.0
     diversity: float = 0.0
     from_data: bool = False
-
-    @classmethod
-    def of(cls, options: TrainOptions) -> Remedy:
-        c = options.config
-        return cls(c.bridge_temperature, c.bridge_top, c.bridge_dropout, c.bridge_diversity, options.bridges_from_data)
 
     def on(self, options: TrainOptions, bridges: int) -> TrainOptions:
         config = dataclasses.replace(
@@ -69,19 +67,17 @@ class Remedy:
         return dataclasses.replace(options, config=config, bridges_from_data=self.from_data)
 
 
-PLAIN, COMBINED = "plain", "k-means, temperature 8, diversity"
+PLAIN, DEFAULT = "plain", "temperature 2"
 REMEDIES = {
     PLAIN: Remedy(),
+    DEFAULT: Remedy(temperature=2.0),
     "k-means start": Remedy(from_data=True),
-    COMBINED: Remedy(from_data=True, temperature=8.0, diversity=0.1),
-    "temperature 8": Remedy(temperature=8.0),
+    "temperature 2, diversity": Remedy(temperature=2.0, diversity=0.1),
     "diversity": Remedy(diversity=0.1),
     "top 4": Remedy(top=4),
     "dropout": Remedy(dropout=0.2),
 }
-DEFAULT = next((name for name, own in REMEDIES.items() if own == Remedy.of(TrainOptions())), "default")
-RIVAL = COMBINED if DEFAULT == PLAIN else DEFAULT  # what is to hold where plain BEA fails
-SWEPT = tuple(dict.fromkeys((PLAIN, COMBINED, DEFAULT)))  # over all BRIDGES; the others at FEW and MANY
+SWEPT = (PLAIN, DEFAULT)  # over all BRIDGES; the others at FEW and MANY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +86,26 @@ class Setting:
 
     learning_rate: float = TrainOptions().learning_rate
     head: tuple[int, ...] = ModelConfig().head
+    towers: str = "standardised"  # or "as drawn"
+
+    @property
+    def cells(self) -> dict[str, object]:
+        """As columns of a table."""
+        head = "-".join(map(str, self.head)) or "none"
+        return {"learning_rate": self.learning_rate, "head": head, "towers": self.towers}
 
     @property
     def name(self) -> str:
-        return f"learning rate {self.learning_rate:g}, head {'-'.join(map(str, self.head)) or 'none'}"
+        return f"learning rate {self.learning_rate:g}, head {self.cells['head']}, towers {self.towers}"
 
 
 USUAL = Setting()
 SETTINGS = (
     USUAL,
-    *(Setting(learning_rate=rate) for rate in (1e-3, 1e-2, 2e-2)),
+    *(Setting(learning_rate=rate) for rate in (1e-3, 4e-3, 1e-2, 2e-2)),
     *(Setting(head=head) for head in ((), (128, 64, 32))),
     Setting(learning_rate=2e-2, head=(128, 64, 32)),
+    Setting(towers="as drawn"),
 )
 SIZES = (30_000,)  # examples of smaller marketplaces, at the usual setting and the highest rate
 
@@ -120,16 +124,21 @@ class Line:
 
     def variant(self, base: TrainOptions) -> Variant:
         config = dataclasses.replace(base.config, head=self.setting.head)
-        options = dataclasses.replace(base, config=config, learning_rate=self.setting.learning_rate)
-        remedy = REMEDIES.get(self.remedy) or Remedy.of(TrainOptions())
-        return Variant(self.name, remedy.on(options, self.bridges))
+        options = dataclasses.replace(
+            base,
+            config=config,
+            learning_rate=self.setting.learning_rate,
+            towers_from_data=self.setting.towers == "standardised",
+        )
+        return Variant(self.name, REMEDIES[self.remedy].on(options, self.bridges))
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is trained on one data set."""
+    """What is trained on one data set with one model around BEA."""
 
     source: Source
+    model: ModelConfig
     sweep: tuple[Line, ...]
     search: tuple[Setting, ...]
 
@@ -141,27 +150,35 @@ class Part:
 
 def parts(quick: bool) -> dict[str, Part]:
     """Suffix of the figures -> what is trained; a part that is searched only has a name that is no suffix."""
+    alone = tuple(Line(name, n) for name in SWEPT for n in (1, FEW, MANY))
+    alone += tuple(Line(name, MANY) for name in REMEDIES if name not in SWEPT)
     if quick:
-        lines = tuple(Line(name, n) for name in dict.fromkeys((PLAIN, RIVAL)) for n in (1, FEW, MANY))
-        lines += tuple(Line(name, MANY) for name in REMEDIES if name not in (PLAIN, RIVAL))
-        return {"": Part(Source("marketplace", world=QUICK_WORLD), lines, (USUAL, Setting(learning_rate=2e-2)))}
-    swept = tuple(Line(name, n) for n in BRIDGES for name in SWEPT)
-    others = tuple(Line(name, n) for n in (FEW, MANY) for name in REMEDIES if name not in SWEPT)
-    world = synthetic.EXPERIMENT
-    found = {"": Part(Source("marketplace", world=world), (*swept, *others), SETTINGS)}
+        source = Source("marketplace", world=QUICK_WORLD)
+        return {
+            "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in (1, MANY)), ()),
+            "_alone": Part(source, ALONE, alone, (USUAL, Setting(learning_rate=2e-2))),
+        }
     if not ML_100K.is_dir():
         raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
-    real = tuple(line for line in swept if line.remedy in (PLAIN, RIVAL))
-    found["_ml100k"] = Part(Source("MovieLens 100K", folder=str(ML_100K)), real, SETTINGS)
+    world = synthetic.EXPERIMENT
+    source = Source("marketplace", world=world)
+    alone += tuple(Line(name, n) for n in BRIDGES for name in SWEPT)
+    alone += tuple(Line(name, FEW) for name in REMEDIES if name not in SWEPT)
+    real = Source("MovieLens 100K", folder=str(ML_100K))
+    found = {
+        "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in BRIDGES), ()),
+        "_alone": Part(source, ALONE, tuple(dict.fromkeys(alone)), SETTINGS),
+        "_ml100k": Part(real, FULL, tuple(Line(DEFAULT, n) for n in SOME_BRIDGES), ()),
+    }
     for size in SIZES:
         source = Source(f"marketplace, {size} examples", world=dataclasses.replace(world, examples=size))
-        found[f"{size} examples"] = Part(source, (), (USUAL, Setting(learning_rate=2e-2)))
+        found[f"{size} examples"] = Part(source, ALONE, (), (USUAL, Setting(learning_rate=2e-2)))
     return found
 
 
 def run(seed: int, quick: bool) -> None:
     report = Report("bea_sweep", seed, quick)
-    base = TrainOptions(config=TRAINED, patience=PATIENCE, epochs=2 if quick else LIMIT)
+    base = TrainOptions(patience=PATIENCE, epochs=2 if quick else LIMIT)
     seeds = [seed + k for k in range(QUICK_SEEDS if quick else SEEDS)]
     wanted = parts(quick)
     _announce(wanted, len(seeds), base)
@@ -169,9 +186,9 @@ def run(seed: int, quick: bool) -> None:
     held: dict[str, dict[Line, Runs]] = {}
     try:
         for suffix, part in wanted.items():
-            found[suffix] = _trained(part.source, part.lines, base, seeds)
+            found[suffix] = _trained(part, part.lines, base, seeds)
         for suffix, part in wanted.items():
-            held[suffix] = _trained(part.source, _to_hold(found[suffix], part.search), base, seeds)
+            held[suffix] = _trained(part, _to_hold(found[suffix], part.search), base, seeds)
     except OutOfTimeError as error:
         stop_here(error)
 
@@ -181,14 +198,15 @@ def run(seed: int, quick: bool) -> None:
         if part.sweep:
             report.table(f"sweep{suffix}", _sweep(own, part.sweep))
             _figures(report, own, part.sweep, suffix)
+        held_there = [line for line in held[suffix] if line.bridges == FEW]
         searched += [_gap(part.source, own, PLAIN, setting) for setting in part.search]
-        searched += [_gap(part.source, held[suffix], line.remedy, line.setting) for line in held[suffix] if
-                     line.bridges == FEW]  # fmt: skip
+        searched += [_gap(part.source, held[suffix], line.remedy, line.setting) for line in held_there]
     _holm(searched)
     report.table("search", searched)
-    report.table("seeds", [row for suffix, part in wanted.items() for row in _seeds(part.source, found[suffix])])
+    seeds_of = [_seeds(part, found[suffix]) for suffix, part in wanted.items()]
+    report.table("seeds", [row for rows_of_part in seeds_of for row in rows_of_part])
     _conclude(report, searched, [*found.values(), *held.values()])
-    report.finish(lambda canvas: _draw(canvas, report.tables["sweep"]))
+    report.finish(lambda canvas: _draw(canvas, report.tables["sweep"], report.tables["sweep_alone"]))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -203,23 +221,24 @@ def _announce(wanted: Mapping[str, Part], seeds: int, base: TrainOptions) -> Non
         seconds += seeds * len(part.lines) * EPOCH_SECONDS * min(EPOCHS, base.epochs) * size / EXAMPLES
     print(
         f"{count:.0f} trials, about {seconds / 3600:.1f} hours of one core (less what is kept from before), "
-        f"half of that by the clock on two free cores; where plain BEA fails, {RIVAL!r} is trained too. "
+        f"half of that by the clock on two free cores; where plain BEA fails, {DEFAULT!r} is trained too. "
         f"Default: {DEFAULT!r}.",
         flush=True,
     )
 
 
-def _trained(source: Source, lines: Sequence[Line], base: TrainOptions, seeds: Sequence[int]) -> dict[Line, Runs]:
+def _trained(part: Part, lines: Sequence[Line], base: TrainOptions, seeds: Sequence[int]) -> dict[Line, Runs]:
     if not lines:
         return {}
-    found = attempts(source, [line.variant(base) for line in lines], seeds, SAMPLING, notes=usage)
+    options = dataclasses.replace(base, config=part.model)
+    found = attempts(part.source, [line.variant(options) for line in lines], seeds, SAMPLING, notes=usage)
     return {line: found[line.name] for line in lines}
 
 
 def _to_hold(found: Mapping[Line, Runs], settings: Iterable[Setting]) -> list[Line]:
     """The settings in which plain BEA failed, with the remedy that is to hold there."""
     failed = [setting for setting in settings if _fails(*(found[Line(PLAIN, n, setting)] for n in (FEW, MANY)))]
-    return [Line(RIVAL, bridges, setting) for setting in failed for bridges in (FEW, MANY)]
+    return [Line(DEFAULT, bridges, setting) for setting in failed for bridges in (FEW, MANY)]
 
 
 def _fails(few: Runs, many: Runs) -> bool:
@@ -318,16 +337,16 @@ def _sweep(found: Mapping[Line, Runs], lines: Sequence[Line]) -> list[dict[str, 
 
 
 def _figures(report: Report, found: Mapping[Line, Runs], lines: Sequence[Line], suffix: str) -> None:
-    """Plateau and drop of every remedy that was trained with as many numbers of bridges as plain BEA.
+    """Plateau and drop of every remedy that was trained with all numbers of bridges.
 
     The plateau is the best mean of the test slice, which makes the drop look larger than it is, never smaller; beside
     it stands the drop from the plateau that the validation slice picks.
     """
-    bridges = [line.bridges for line in lines if line.remedy == PLAIN]
+    bridges = {line.bridges for line in lines}
     for name in dict.fromkeys(line.remedy for line in lines):
         runs = {line.bridges: found[line] for line in lines if line.remedy == name}
         own = {n: _evaluations(of, runs[MANY]) for n, of in runs.items()}
-        if sorted(own) != sorted(bridges):
+        if set(own) != bridges:
             continue
         if not all(own.values()):
             print(f"  {name}: all runs of some number of bridges and of {MANY} diverged, so there is no plateau")
@@ -358,8 +377,7 @@ def _slug(name: str) -> str:
 def _gap(source: Source, found: Mapping[Line, Runs], remedy: str, setting: Setting) -> dict[str, object]:
     """One line of the search: what MANY bridges lose to FEW."""
     few, many = (found[Line(remedy, bridges, setting)] for bridges in (FEW, MANY))
-    row: dict[str, object] = {"data": source.name, "remedy": remedy, "learning_rate": setting.learning_rate}
-    row |= {"head": "-".join(map(str, setting.head)) or "none", "seeds": len(many)}
+    row: dict[str, object] = {"data": source.name, "remedy": remedy, **setting.cells, "seeds": len(many)}
     for bridges, runs, other in ((FEW, few, many), (MANY, many, few)):
         if evaluations := _evaluations(runs, other):
             row |= cells(rows({"": evaluations})[0].figures["gauc"], f"gauc_{bridges}")
@@ -393,7 +411,8 @@ def _conclude(report: Report, searched: Sequence[Mapping[str, Any]], found: Iter
     for row in failed:
         drop = f"{row['drop']:.4f} [{row['drop_low']:.4f}, {row['drop_high']:.4f}]" if "drop" in row else "all"
         print(
-            f"  {row['data']}, learning rate {row['learning_rate']:g}, head {row['head']}: {MANY} bridges lose {drop} "
+            f"  {row['data']}, learning rate {row['learning_rate']:g}, head {row['head']}, towers {row['towers']}: "
+            f"{MANY} bridges lose {drop} "
             f"to {FEW}, {row['diverged_64']} runs diverged, p after Holm's correction {row.get('p_holm')}"
         )
     print(
@@ -405,11 +424,14 @@ def _conclude(report: Report, searched: Sequence[Mapping[str, Any]], found: Iter
         print(f"  NOT CONVERGED: {limit} runs met the limit of epochs; see not_converged in the tables")
 
 
-def _seeds(source: Source, found: Mapping[Line, Runs]) -> list[dict[str, object]]:
+def _seeds(part: Part, found: Mapping[Line, Runs]) -> list[dict[str, object]]:
     table: list[dict[str, object]] = []
     for line, runs in found.items():
-        setting = {"learning_rate": line.setting.learning_rate, "head": "-".join(map(str, line.setting.head)) or "none"}
-        named = {"data": source.name, "remedy": line.remedy, "bridges": line.bridges, **setting}
+        named: dict[str, object] = {
+            "data": part.source.name,
+            "model": "BEA alone" if part.model == ALONE else "default",
+        }
+        named |= {"remedy": line.remedy, "bridges": line.bridges, **line.setting.cells}
         for place, one in enumerate(runs):
             if isinstance(one, Failed):
                 table.append({**named, "run": place, "diverged": one.message})
@@ -423,11 +445,13 @@ def _seeds(source: Source, found: Mapping[Line, Runs]) -> list[dict[str, object]
     return table
 
 
-def _draw(canvas: Any, table: Sequence[Mapping[str, Any]]) -> None:
+def _draw(canvas: Any, full: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]]) -> None:
     accuracy, use = canvas.subplots(1, 2)
-    for place, name in enumerate(dict.fromkeys(row["remedy"] for row in table)):
+    named = [(f"default model, {row['remedy']}", row) for row in full]
+    named += [(f"BEA alone, {row['remedy']}", row) for row in alone]
+    for place, name in enumerate(dict.fromkeys(name for name, _ in named)):
         lines = sorted(
-            (row for row in table if row["remedy"] == name and "gauc" in row and "bridges_used" in row),
+            (row for own, row in named if own == name and "gauc" in row and "bridges_used" in row),
             key=lambda row: row["bridges"],
         )
         if not lines:
@@ -444,7 +468,7 @@ def _draw(canvas: Any, table: Sequence[Mapping[str, Any]]) -> None:
     use.set_yscale("log", base=2)
     use.set_ylabel("bridges told apart (lines), used (dots)")
     accuracy.set_ylabel("GAUC on the test slice, 95 % interval")
-    accuracy.legend(fontsize=7, loc="lower left")
+    accuracy.legend(fontsize=6, loc="center right")
     for axes in (accuracy, use):
         axes.set_xscale("log", base=2)
         axes.set_xticks(BRIDGES, [str(n) for n in BRIDGES])

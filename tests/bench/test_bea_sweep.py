@@ -18,7 +18,7 @@ from encoders.model import ModelConfig
 from encoders.train import TrainingError, TrainOptions, fit
 from infra.settings import Settings
 from tests.bench import bea_sweep, experiment
-from tests.bench.bea_sweep import COMBINED, FEW, MANY, PLAIN, REMEDIES, SETTINGS, USUAL, Line, usage_of
+from tests.bench.bea_sweep import DEFAULT, FEW, MANY, PLAIN, REMEDIES, SETTINGS, USUAL, Line, usage_of
 from tests.bench.experiment import Failed, Source, Trial, Variant
 from tests.bench.report import Report
 
@@ -59,6 +59,7 @@ def test_every_line_has_options_of_its_own() -> None:
     assert (
         len({variant.options for variant in variants}) == len({variant.name for variant in variants}) == len(set(lines))
     )
+    assert REMEDIES[DEFAULT].on(TrainOptions(), ModelConfig().bridges) == TrainOptions()
     assert Line("top 4", 4).variant(TrainOptions()).options.config.bridge_top == 0
 
 
@@ -102,7 +103,7 @@ def test_figures_and_search_say_what_was_found(capsys: pytest.CaptureFixture[str
 
 def test_holm_multiplies_the_least_p_by_the_number_of_settings() -> None:
     searched: list[dict[str, object]] = [{"remedy": PLAIN, "p": p} for p in (0.03, 0.01, 0.04)]
-    searched.append({"remedy": COMBINED, "p": 0.001})
+    searched.append({"remedy": DEFAULT, "p": 0.001})
     bea_sweep._holm(searched)
     assert [row.get("p_holm") for row in searched] == [0.06, 0.03, 0.06, None]
 

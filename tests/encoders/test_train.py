@@ -245,6 +245,46 @@ def test_bridges_start_at_the_data(little: Dataset) -> None:
     torch.testing.assert_close(drawn["b1"], measured["b1"], rtol=0, atol=1e-6)
 
 
+def test_towers_start_standardised(little: Dataset) -> None:
+    """Their vectors of what training sees have mean 0 and variance 1; where they cannot differ, they stay as drawn."""
+    options = dataclasses.replace(OPTIONS, epochs=1, learning_rate=1e-9)
+    fitted = fit(little, options, report=_nothing)
+    batches, split = fitted.batches(little), split_of(little)
+    known = np.flatnonzero(little.items.added < split.validation)
+    users = np.unique(batches.groups(split.start, split.validation).user)
+    with torch.inference_mode():
+        items = fitted.model.item_vectors(batches.candidates(known[None, :]).features)
+        profiles = fitted.model.profile_tower(batches.profiles(users[batches.known[users]]))
+    for vectors in (items, profiles):
+        assert vectors.mean(dim=0).abs().max() < 1e-3
+        assert vectors.square().mean().item() == pytest.approx(1.0, rel=1e-3)
+
+    alike = dataclasses.replace(little.profiles, features=[{"country": "pt"}] * len(little.profiles.ids))
+    same = fit(dataclasses.replace(little, profiles=alike), options, report=_nothing).model
+    assert all(torch.isfinite(tensor).all() for tensor in same.state_dict().values())
+    assert same.profile_tower.outer.weight.abs().max() < 1
+    drawn = fit(little, dataclasses.replace(options, towers_from_data=False), report=_nothing).model
+    assert drawn.item_tower.outer.weight.abs().max() < 1 < fitted.model.item_tower.outer.weight.abs().max()
+
+
+def test_profiles_of_the_future_do_not_shape_the_features(little: Dataset) -> None:
+    """Users whose first example comes with the validation slice have no say in the feature spec."""
+    split, own = split_of(little), little.examples
+    late = own.user < 4
+    kept = ~late | (own.time >= split.validation)
+    columns = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+    examples = dataclasses.replace(
+        own, **{name: None if column is None else column[kept] for name, column in columns.items()}
+    )
+    assert (examples.user < 4).any()
+    features = list(little.profiles.features)
+    features[:4] = [{**one, "new": f"value {k}", "height": 1e6 * k} for k, one in enumerate(features[:4])]
+    profiles = dataclasses.replace(little.profiles, features=features)
+    data = dataclasses.replace(little, examples=examples)
+    assert spec_of(dataclasses.replace(data, profiles=profiles), split) == spec_of(data, split)
+    assert spec_of(dataclasses.replace(little, profiles=profiles), split) != spec_of(little, split)
+
+
 def test_half_precision_steps_end_near_those_of_full(little: Dataset) -> None:
     full, half = (
         fit(little, dataclasses.replace(OPTIONS, epochs=1, autocast=autocast), report=_nothing)
