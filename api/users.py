@@ -73,7 +73,7 @@ class UserSide:
         source = self.source
         how: Literal["store", "inline", "prefetched"] = "prefetched" if self.prefetched else "store"
         return UserSeen(
-            cold=source.profile is None and self.used == 0,
+            cold=not source.profile and self.used == 0,
             profile=bool(source.profile),
             source="inline" if source.position == INLINE else how,
             behaviours_used=self.used,

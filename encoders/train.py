@@ -124,7 +124,7 @@ class Fitted:
         """The epoch whose weights were kept: the last that was better than the one kept before by `least_gain`."""
         kept = self.curve[0]
         for row in self.curve[1:]:
-            if _score(row) > _score(kept) + self.options.least_gain:
+            if _better(_score(row), _score(kept), self.options):
                 kept = row
         return kept
 
@@ -433,7 +433,7 @@ def _validate(run: _Run, lines: Log, report: Report) -> None:
         measured = figures(logits, labels, users)
     row = {**run.row(run.loss / max(1.0, run.examples)), **{key: measured[key] for key in ("gauc", "auc", "logloss")}}
     (score,) = run.peers.agree([_score(row)])
-    if run.best is None or score > run.best + run.options.least_gain:
+    if run.best is None or _better(score, run.best, run.options):
         run.best, run.best_epoch = score, run.epoch
         run.best_weights = {name: tensor.clone() for name, tensor in run.average.state_dict().items()}
     run.curve.append(row)
@@ -444,6 +444,11 @@ def _validate(run: _Run, lines: Log, report: Report) -> None:
 
 def _diverged(run: _Run, what: str) -> TrainingError:
     return TrainingError(f"{what} with learning rate {run.options.learning_rate:g}: try a lower one")
+
+
+def _better(score: float, kept: float, options: TrainOptions) -> bool:
+    """Is a validation score worth other weights than those kept?"""
+    return score > kept + options.least_gain
 
 
 def _score(row: Mapping[str, Any]) -> float:

@@ -75,6 +75,14 @@ def test_an_inline_user_scores_like_a_stored_one(host: Host) -> None:
     assert sent["user"] == {**stored["user"], "source": "inline"}
 
 
+def test_a_user_of_whom_nothing_is_known_is_cold_however_said(host: Host) -> None:
+    unknown = score(host, user_id="nobody", candidates=IDS, as_of=NOW)
+    empty = score(host, user={"features": {}, "behaviours": []}, candidates=IDS, as_of=NOW)
+    assert unknown["user"]["cold"]
+    assert empty["user"] == {**unknown["user"], "source": "inline"}
+    assert empty["scores"] == unknown["scores"]
+
+
 def test_times_may_be_rfc_3339(host: Host) -> None:
     text = np.datetime64(NOW, "ms").item().isoformat() + "Z"
     as_text, as_number = (score(host, user_id="anna", candidates=IDS, as_of=at) for at in (text, NOW))

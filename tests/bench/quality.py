@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from encoders.baselines import MODELS, build
+from encoders.batches import groups_of
 from encoders.data import synthetic
 from encoders.data.dataset import DataError
-from encoders.evaluate import Sampling, split_of
+from encoders.evaluate import Sampling, measure_popularity, split_of
 from encoders.evaluation import Row, compare, rows
-from encoders.metrics import gauc
+from encoders.metrics import calibration_error, gauc
 from encoders.model import COMPONENTS, ModelConfig, Sizes
 from encoders.train import TrainOptions
 from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
@@ -52,6 +53,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "aif with none of these": {"without": READERS, "dots": 0},
 }
 DRAWN = "aif with towers as drawn"  # not standardised before training
+POPULARITY = "popularity"  # has no cost: one number per item
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
 ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))
 
@@ -64,7 +66,10 @@ def run(seed: int, quick: bool) -> None:
     worlds["_ml100k"] = Source("MovieLens 100K", folder=str(ML_100K))
     sampling = Sampling(requests=20, shortlists=10, candidates=300) if quick else Sampling(60, 100, 1_000)
     try:
-        results = {suffix: _trained(source, seed, quick, sampling) for suffix, source in worlds.items()}
+        results = {
+            suffix: _trained(source, seed, quick, sampling) | _popularity(source, sampling)
+            for suffix, source in worlds.items()
+        }
     except OutOfTimeError as error:
         stop_here(error)
     costs = _costs(3 if quick else 15)
@@ -115,6 +120,21 @@ def _trained(source: Source, seed: int, quick: bool, sampling: Sampling) -> dict
     return found | trials(source, [models[0], *changed(ABLATIONS)], more, sampling)
 
 
+def _popularity(source: Source, sampling: Sampling) -> dict[str, list[Trial]]:
+    """What knows no user at all: items by their click rate before the validation slice."""
+    data, truth = source.open()
+    split = split_of(data)
+    begin = np.searchsorted(data.log.user, np.arange(len(data.profiles.ids) + 1))
+    before, test = (
+        measure_popularity(data, groups_of(data.examples, data.log, begin, since, until), split.validation, own, truth)
+        for since, until, own in (
+            (split.validation, split.test, Sampling(requests=0, shortlists=0)),
+            (split.test, split.end, sampling),
+        )
+    )
+    return {POPULARITY: [Trial(test, gauc(before.scores, before.labels, before.users), epochs=0, seconds=0.0)]}
+
+
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
@@ -154,8 +174,11 @@ def _table(
         for metric, interval in row.figures.items():
             line |= cells(interval, metric)
         line |= cells(gap.difference, "gauc_minus_aif") | {"p": gap.p, "p_users": _finite(gap.p_users)}
-        cost = costs["aif" if row.name == DRAWN else row.name]
-        lines.append(line | {"us_per_candidate": cost["us"], "flops_per_candidate": cost["flops"]})
+        errors = [calibration_error(one.scores, one.labels) for one in runs[row.name]]
+        line["calibration_error"] = round(statistics.mean(errors), 5)
+        if cost := costs.get("aif" if row.name == DRAWN else row.name):
+            line |= {"us_per_candidate": cost["us"], "flops_per_candidate": cost["flops"]}
+        lines.append(line)
     return lines
 
 
