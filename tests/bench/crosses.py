@@ -28,7 +28,7 @@ from tests.bench.lsh_bits import LENGTH, QUICK_WORLD, Case, kernel_us
 from tests.bench.report import Report
 
 SEEDS, QUICK_SEEDS = 3, 1
-ROWS = (16, 64, 256, 1_024)
+ROWS = (16, 64, 512)
 ITEM_CROSSES = 8  # of an item, all kept
 TRAINED = ModelConfig(window=200, crosses=ITEM_CROSSES)  # L <= 200 in training
 EXACT, NONE, FEW = "exact", "no crosses", "exact, low cardinality"
