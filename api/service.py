@@ -56,8 +56,7 @@ class Service:
 
     def _warm_up(self, generation: Generation) -> None:
         """Compiles kernels and runs one empty user through the model before the first request pays for it."""
-        config = generation.bundle.manifest.config
-        kernels.warm_up(generation.layout, config.tiers, len(config.windows))
+        kernels.warm_up(generation.layout, generation.head_tables)
         nobody = self.users.inline(InlineUser(), moment(None, "as_of"))
         items.warm_up(generation, nobody)
         gc.collect()

@@ -65,9 +65,8 @@ class UserSide:
     @property
     def nbytes(self) -> int:
         block, source = self.block, self.source
-        arrays = (block.P, block.C, block.D, block.G, source.keys, source.actions, source.times)
-        windows = sum(window.nbytes for window in block.windows)
-        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays) + windows
+        arrays = (block.P, block.C, block.D, block.G, block.window, source.keys, source.actions, source.times)
+        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays)
 
     def seen(self) -> UserSeen:
         source = self.source
@@ -211,7 +210,7 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
             raise invalid("user.features", str(error)) from error
         block = generation.user_fold.block(None, behaviours, source.as_of)
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
-    tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, *block.windows)
+    tables = user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths)
     with_row = int(np.count_nonzero(there))
     used = min(with_row, generation.bundle.manifest.config.longest)
     took = (time.perf_counter() - began) * 1e3

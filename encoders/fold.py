@@ -88,7 +88,8 @@ class UserBlock:
     D: F4  # [h, b]
     G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
     cross_slots: U2  # [c], ascending; slot k belongs to row k + 1 of G
-    windows: tuple[U1, ...]  # each [Lw, b / 8], newest behaviours: SimTier's window, and the short one
+    window: U1  # [Lw, b / 8], signatures of SimTier's window, the newest last
+    lengths: tuple[int, ...]  # how many of its newest each histogram counts: Lw, and those of the short window
     generation: str
     as_of: int
 
@@ -185,13 +186,17 @@ class UserFold:
             if model.config.has("simtier") and not len(past):
                 P = P + model.W1t @ model.no_window
             slots, G = self._sim(tokens, past, as_of)
+        config = self._config
+        size = config.window if config.has("simtier") else 0
+        window = np.ascontiguousarray(past.signatures[max(0, len(past) - size) :])
         return UserBlock(
             P=_array(P),
             C=_array(C),
             D=_array(D),
             G=_array(G),
             cross_slots=slots,
-            windows=self._windows(past.signatures),
+            window=window,
+            lengths=tuple(min(size, len(window)) for size in config.windows),
             generation=self._generation,
             as_of=as_of,
         )
@@ -237,11 +242,6 @@ class UserFold:
                 constant = model.W1d @ model.no_din
         return (D + model.dots.fold(user) if model.dots else D), constant
 
-    def _windows(self, signatures: U1) -> tuple[U1, ...]:
-        """What SimTier's histograms are over, newest behaviours last; nothing where it is switched off."""
-        sizes = self._config.windows if self._config.has("simtier") else (0,) * len(self._config.windows)
-        return tuple(np.ascontiguousarray(signatures[max(0, len(signatures) - size) :]) for size in sizes)
-
     def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
         """Slots of the user's crosses that are kept [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
         flat = past.crosses.ravel()
@@ -286,7 +286,9 @@ def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
     used = (rows.crosses != NO_CROSS)[:, :, None]  # [n, C, 1]
     cross = (block.G[table[rows.crosses]] * used).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
     cross = np.where(used.any(axis=1), cross, block.G[0])
-    histograms = [lsh.tier_counts(lsh.matches(rows.signature, window), head.edges) for window in block.windows]
+    matches = lsh.matches(rows.signature, block.window)
+    newest = [matches[:, len(block.window) - length :] for length in block.lengths]
+    histograms = [lsh.tier_counts(own, head.edges) for own in newest]
     counts = np.concatenate(histograms, axis=1)  # [n, tiers of every window]
     z = (
         rows.joint

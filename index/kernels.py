@@ -11,8 +11,9 @@ D s costs b/4 table look-ups per candidate instead of b x h multiplications: `us
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from index.layout import RowLayout, aligned_empty
 
 F4 = NDArray[np.float32]
 CROSS_SLOTS = 65536
-TILE = 1024  # candidates at a time
 
 
 class KernelError(ValueError):
@@ -37,60 +37,70 @@ class UserTables:
     P: F4  # [h]
     C: F4  # [n, h]
     D: F4  # [b/4, 16, h]
-    G: F4  # [c+1, h]
+    G: F4  # [c+2, h], the last row zero
     cross_slots: NDArray[np.uint16]  # [c]
-    windows: tuple[popcount_ir.Blocks, ...]
-    logs: F4  # log1p of 0..length of the longest window
+    window: popcount_ir.Blocks
+    logs: F4  # log1p of 0..L
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.logs)
-        return sum(array.nbytes for array in arrays) + sum(window.data.nbytes for window in self.windows)
+        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.window.data, self.logs)
+        return sum(array.nbytes for array in arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadTables:
     """What `score` needs of a generation's head; made once per generation by `head_tables`."""
 
-    T: F4  # [tiers of every window, h]
+    T: F4  # [tiers of every histogram, h]
     edges: NDArray[np.int64]
-    layers: Callable[..., None]  # the compiled MLP
+    sizes: tuple[int, ...]  # h, hidden layers, 1
     weights: F4  # all layers' [in, out], one after the other
     biases: F4  # all layers' [out]
 
 
-def user_tables(P: F4, C: F4, D: F4, G: F4, cross_slots: NDArray[np.uint16], *windows: NDArray[np.uint8]) -> UserTables:
-    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], and the windows u1[Lw, b/8]
-    of SimTier's histograms. Raises KernelError when shapes do not go together."""
+def user_tables(
+    P: F4,
+    C: F4,
+    D: F4,
+    G: F4,
+    cross_slots: NDArray[np.uint16],
+    window: NDArray[np.uint8],
+    lengths: tuple[int, ...],
+) -> UserTables:
+    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
+    of SimTier's window, oldest first, and how many of its newest each histogram counts: L first, then ever fewer.
+    Raises KernelError when shapes do not go together."""
     width, bits = D.shape
     fitting = P.shape == (width,) and C.shape[0] == width and G.shape == (len(cross_slots) + 1, width)
-    if not fitting or bits % 8 or any(window.ndim != 2 or window.shape[1] != bits // 8 for window in windows):
-        raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} windows {[w.shape for w in windows]}")
+    nested = [len(window), *lengths[1:]] == sorted(lengths, reverse=True)
+    if not fitting or bits % 8 or window.shape != (len(window), bits // 8) or not nested:
+        raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape} of {lengths}")
     signs = np.array([[1 if value >> bit & 1 else -1 for bit in range(4)] for value in range(16)], np.float32)
     fours = np.ascontiguousarray(D.T, np.float32).reshape(bits // 4, 4, width)
     return UserTables(
-        np.ascontiguousarray(P, np.float32),
-        np.ascontiguousarray(C.T, np.float32),
-        np.matmul(signs, fours),
-        np.ascontiguousarray(G, np.float32),
+        _aligned(P),
+        _aligned(C.T),
+        np.matmul(signs, fours, out=_aligned_f4(bits // 4, 16, width)),
+        np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
         np.ascontiguousarray(cross_slots, np.uint16),
-        tuple(map(popcount_ir.blocks_of, windows)),
-        np.log1p(np.arange(max(map(len, windows), default=0) + 1, dtype=np.float32)),
+        popcount_ir.blocks_of(window, lengths),
+        np.log1p(np.arange(len(window) + 1, dtype=np.float32)),
     )
 
 
 def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Sequence[F4]) -> HeadTables:
-    """From T [h, tiers of every window], ascending integer edges [tiers - 1], and the MLP after the first layer:
+    """From T [h, tiers of every histogram], ascending integer edges [tiers - 1], and the MLP after the first layer:
     weights[i] [out, in] (torch's form), biases[i] [out], ReLU between layers, the last out = 1. Raises KernelError."""
     sizes = [int(T.shape[0]), *(len(bias) for bias in biases)]
     shapes = [weight.shape for weight in weights]
     if T.shape[1] % (len(edges) + 1) or shapes != list(zip(sizes[1:], sizes[:-1], strict=True)) or sizes[-1] != 1:
         raise KernelError(f"T {T.shape}, {len(edges)} edges, weights {shapes}")
     return HeadTables(
-        np.ascontiguousarray(T.T, np.float32),
+        _aligned(T.T),
         np.asarray(edges, np.int64),
-        score_ir.head(tuple(sizes)),
-        np.concatenate([np.ascontiguousarray(weight.T, np.float32).ravel() for weight in weights]),
+        tuple(sizes),
+        _aligned(np.concatenate([np.ravel(weight.T) for weight in weights])),
         np.concatenate([np.asarray(bias, np.float32).ravel() for bias in biases]),
     )
 
@@ -102,28 +112,22 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
     assert fields is not None
     joint, bridge, signature = (fields[name] for name in ("joint", "bridge", "signature"))
     width, bridges, size = joint[0].shape[0], bridge[0].shape[0], signature[0].shape[0]
-    tiers = (len(head.edges) + 1) * len(user.windows)
+    tiers = (len(head.edges) + 1) * len(user.window.lengths)
     if user.C.shape != (bridges, width) or len(user.D) != 2 * size or head.T.shape != (tiers, width):
         raise KernelError(
-            f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, {len(user.windows)} windows, "
+            f"rows {hot.dtype}, user C {user.C.shape} D {user.D.shape}, {len(user.window.lengths)} histograms, "
             f"head T {head.T.shape}"
         )
     hot = np.ascontiguousarray(hot)
     first, record = hot.ctypes.data, hot.dtype.itemsize
-    histograms = [
-        popcount_ir.counts(first + signature[1], record, len(hot), size, window, head.edges) for window in user.windows
-    ]
-    counts = np.concatenate(histograms, axis=1) if len(histograms) > 1 else histograms[0]
-    z, out = np.empty((min(len(hot), TILE), width), np.float32), np.empty(len(hot), np.float32)
-    slots = _cross_map()
+    counts = _scratch.counts(len(hot) * tiers)
+    popcount_ir.counts(first + signature[1], record, len(hot), size, user.window, head.edges, counts)
+    out = np.empty(len(hot), np.float32)
+    slots = _scratch.cross_map
     slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
-    tables = [a.ctypes.data for a in (user.P, user.C, user.D, user.G, slots, user.logs, head.T, z)]
-    layers = [a.ctypes.data for a in (head.weights, head.biases)]
-    join = score_ir.join(hot.dtype, tiers)
-    for start in range(0, len(hot), TILE):  # so that z stays in the cache between the two
-        rows = min(TILE, len(hot) - start)
-        join(first + start * record, rows, counts[start:].ctypes.data, *tables)
-        head.layers(z.ctypes.data, rows, *layers, out[start:].ctypes.data)
+    before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.G, slots)]
+    after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
+    score_ir.score(hot.dtype, tiers, head.sizes)(first, len(hot), *before, len(user.G) - 1, *after)
     slots[user.cross_slots] = 0
     return out
 
@@ -137,7 +141,8 @@ def score_oracle(
     biases: Sequence[F4],
 ) -> NDArray[np.float64]:
     """f8[n]: `score` from the arguments of `user_tables` and `head_tables`."""
-    P, C, D, G, cross_slots, *windows = block
+    P, C, D, G, cross_slots, window, lengths = block
+    windows = [window[len(window) - length :] for length in lengths]
     signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
     tiers = np.concatenate([simtier_counts_oracle(hot["signature"], window, edges) for window in windows], axis=1)
     z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C.T + signs @ D.T
@@ -155,9 +160,10 @@ def simtier_counts(signatures: NDArray[np.uint8], window: NDArray[np.uint8], edg
     """i4[n, tiers]: for signatures u1[n, b/8], how many of window u1[L, b/8] have exactly t of the edges <= equal
     bits."""
     signatures = np.ascontiguousarray(signatures)
-    size = signatures.shape[1]
-    blocks = popcount_ir.blocks_of(window)
-    return popcount_ir.counts(signatures.ctypes.data, size, len(signatures), size, blocks, edges)
+    size, blocks = signatures.shape[1], popcount_ir.blocks_of(window, (len(window),))
+    counts = np.empty((len(signatures), len(edges) + 1), np.int32)
+    popcount_ir.counts(signatures.ctypes.data, size, len(signatures), size, blocks, edges, counts)
+    return counts
 
 
 def simtier_counts_oracle(
@@ -188,34 +194,45 @@ def top_k_oracle(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64
     return np.lexsort((tie_rank, -scores))[:k]
 
 
-def warm_up(layout: RowLayout, tiers: int, windows: int) -> None:
-    """Compiles every kernel for this layout and this number of SimTier's histograms, so that no request pays for it."""
+def warm_up(layout: RowLayout, head: HeadTables) -> None:
+    """Compiles every kernel for these rows and this head, so that no request pays for it."""
     hot = aligned_empty(1, layout.hot)
     hot.view(np.uint8)[:] = 0
-    width = layout.width
+    width, tiers = layout.width, len(head.edges) + 1
     user = user_tables(
         np.zeros(width, np.float32),
         np.zeros((width, layout.bridges), np.float32),
         np.zeros((width, layout.bits), np.float32),
         np.zeros((1, width), np.float32),
         np.zeros(0, np.uint16),
-        *[np.zeros((1, layout.bits // 8), np.uint8)] * windows,
-    )
-    head = head_tables(
-        np.zeros((width, tiers * windows), np.float32),
-        np.arange(1, tiers),
-        [np.zeros((1, width), np.float32)],
-        [np.zeros(1, np.float32)],
+        np.zeros((1, layout.bits // 8), np.uint8),
+        (1,) * (len(head.T) // tiers),
     )
     top_k(score(hot, user, head), 1, np.zeros(1, np.int64))
 
 
-_scratch = threading.local()
+def _aligned(values: NDArray[Any]) -> F4:
+    """A contiguous copy that begins at a cache line: a vector that straddles two takes twice as long to load."""
+    out = _aligned_f4(*values.shape)
+    out[...] = values
+    return out
 
 
-def _cross_map() -> NDArray[np.uint16]:
-    """This thread's map from cross slot to row of G; all zero (absent) between calls."""
-    if not hasattr(_scratch, "cross_map"):
-        _scratch.cross_map = np.zeros(CROSS_SLOTS, np.uint16)
-    found: NDArray[np.uint16] = _scratch.cross_map
-    return found
+def _aligned_f4(*shape: int) -> F4:
+    return aligned_empty(math.prod(shape), np.dtype(np.float32)).reshape(shape)
+
+
+class _Scratch(threading.local):
+    """A thread's own room; fresh memory would cost each request a page fault per 4 KiB."""
+
+    def __init__(self) -> None:
+        self.cross_map = np.zeros(CROSS_SLOTS, np.uint16)  # row of G by cross; all zero (absent) between calls
+        self._counts = np.empty(0, np.int32)
+
+    def counts(self, size: int) -> NDArray[np.int32]:
+        if len(self._counts) < size:
+            self._counts = np.empty(size, np.int32)
+        return self._counts[:size]
+
+
+_scratch = _Scratch()

@@ -1,206 +1,190 @@
-"""The join of rows with a user, and the head's layers, generated as LLVM IR for one row layout and one head.
+"""Rows meet a user: the join and the head's layers, generated as LLVM IR for one row layout and one head.
+
+    z     = relu(joint + P + C w + D s + T log1p(counts) + mean of G[c])          vectors of h floats
+    score = layer after layer on z, ReLU between layers
 
 Why not numba: with the sizes known, a candidate's whole z stays in vector registers while everything is added to it;
-numba's loops over a run-time width were ten times slower.
-
-    join:  out[i] = relu(joint + P + C w + D s + T log1p(counts) + mean of G[c])          vectors of h floats
-    head:  layer after layer on out[i]; ReLU between layers
+numba's loops over a run-time width were ten times slower. What is a product with a matrix (C w, T log1p(counts), the
+layers) is done for a block of candidates at once, so that a row of the matrix is loaded once for all of them.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-from index.popcount_ir import compile_function
+from index.codegen import F32, HALF, I8, I16, I32, I64, Code, compile_function
 
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_HALF = ir.HalfType()
+_ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
+_TILE = 32  # candidates between which the first cache keeps what it has
+_TABLES = 1 << 14  # bytes of D's tables that stay in the first cache with a tile
 
 
 @functools.lru_cache(maxsize=16)
-def join(hot: np.dtype[np.void], tiers: int) -> Callable[..., None]:
-    """void join(hot, n, counts i4[n, tiers], P, C [n, h], D [b/4, 16, h], G, slots u2[65536], logs, T [tiers, h], out
-    [n, h])"""
-    module = ir.Module("join")
-    kinds = [_I8, _I64, _I32, _F32, _F32, _F32, _F32, _I16, _F32, _F32, _F32]
-    code = _Code(module, "join", [kind if kind is _I64 else kind.as_pointer() for kind in kinds])
-    rows, number, counts, P, C, D, G, slots, logs, T, out = code.function.args
+def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callable[..., None]:
+    """void score(hot, n, counts i4[n, tiers], P, C [bridges, h], D [b/4, 16, h], G, slots u2[65536], unmet, logs,
+    T [tiers, h], weights, biases, out [n])
+
+    `sizes` = h, hidden layers, 1; layer l has weights [sizes[l], sizes[l + 1]]. `unmet` is the place of a row of zeros
+    in G.
+    """
     fields = hot.fields
     assert fields is not None
     joint, bridge, signature, crosses = (fields[name] for name in ("joint", "bridge", "signature", "crosses"))
-    width = joint[0].shape[0]
-    stored = _HALF if joint[0].base.itemsize == 2 else _F32
-    vector = ir.VectorType(_F32, width)
+    width, bridges = joint[0].shape[0], bridge[0].shape[0]
+    assert sizes[0] == width
+    stored = HALF if joint[0].base.itemsize == 2 else F32
+    module = ir.Module("score")
+    kinds = [I8, I64, I32, F32, F32, F32, F32, I16, I64, F32, F32, F32, F32, F32]
+    code = Code(module, "score", [kind if kind is I64 else kind.as_pointer() for kind in kinds])
+    rows, number, counts, P, C, D, G, slots, unmet, logs, T, weights, biases, out = code.function.args
+    vector = ir.VectorType(F32, width)
+    block, inputs = max(1, _ROOM // width), bridges + tiers
+    begun = code.scratch(_TILE * width)  # z of a tile, without what is a product with a matrix
+    x = code.scratch(block * inputs)  # bridge weights and log1p(counts) of a block
+    z = [code.scratch(block * size) for size in sizes[:-1]]
 
     def row_of(table: Any, index: Any) -> Any:
-        return code.vector(table, code.build.mul(index, _I64(width)), vector)
+        return code.vector(table, code.build.mul(index, I64(width)), vector)
 
-    def candidate(i: Any) -> None:
+    def address(i: Any, name: str) -> Any:
+        """Of a field of candidate i."""
         build = code.build
-        record = build.gep(rows, [build.mul(i, _I64(hot.itemsize))])
-        at = {name: build.gep(record, [_I64(field[1])]) for name, field in fields.items()}
-        own = code.vector(build.bitcast(at["joint"], stored.as_pointer()), _I64(0), ir.VectorType(stored, width))
-        z = build.fadd(build.fpext(own, vector) if stored is _HALF else own, code.vector(P, _I64(0), vector))
+        return build.gep(rows, [build.add(build.mul(i, I64(hot.itemsize)), I64(fields[name][1]))])
 
-        def add_bridge(j: Any, z: Any) -> Any:
-            w = code.build.load(code.build.gep(code.build.bitcast(at["bridge"], stored.as_pointer()), [j]))
-            w = code.build.fpext(w, _F32) if stored is _HALF else w
-            return code.multiply_add(code.spread(w, vector), row_of(C, j), z)
+    def floats(i: Any, name: str, kind: Any) -> Any:
+        own = code.build.bitcast(address(i, name), stored.as_pointer())
+        value = code.vector(own, I64(0), ir.VectorType(stored, kind.count))
+        return code.build.fpext(value, kind) if stored is HALF else value
 
-        def add_signature(j: Any, z: Any) -> Any:
-            build = code.build
-            byte = build.zext(build.load(build.gep(at["signature"], [j])), _I64)
-            low, high = build.and_(byte, _I64(15)), build.lshr(byte, _I64(4))
-            first = build.mul(j, _I64(32))  # two tables of 16 rows per byte
-            both = build.fadd(row_of(D, build.add(first, low)), row_of(D, build.add(build.add(first, _I64(16)), high)))
-            return build.fadd(z, both)
+    def signs(first: Any, count: Any) -> None:
+        """joint + P + D s of a tile into `begun`: one row out of each table of D, two tables per byte of a signature.
+        A few bytes at a time for the whole tile, so that their tables stay in the first cache.
+        """
+        size = signature[0].shape[0]
+        together = max(1, _TABLES // (32 * width * 4))
+        for start in range(0, size, together):
+            part = range(start, min(size, start + together))
 
-        def add_tier(t: Any, z: Any) -> Any:
-            build = code.build
-            count = build.load(build.gep(counts, [build.add(build.mul(i, _I64(tiers)), t)]))
-            log = build.load(build.gep(logs, [build.zext(count, _I64)]))
-            return code.multiply_add(code.spread(log, vector), row_of(T, t), z)
+            def add_part(c: Any, _: list[Any], part: range = part) -> list[Any]:
+                build = code.build
+                i = build.add(first, c)
+                here = build.mul(c, I64(width))
+                if part.start:
+                    sums = code.vector(begun, here, vector)
+                else:
+                    sums = build.fadd(floats(i, "joint", vector), code.vector(P, I64(0), vector))
+                own = address(i, "signature")
+                for j in part:
+                    byte = build.zext(build.load(build.gep(own, [I64(j)])), I64)
+                    low = row_of(D, build.add(build.and_(byte, I64(15)), I64(32 * j)))
+                    high = row_of(D, build.add(build.lshr(byte, I64(4)), I64(32 * j + 16)))
+                    sums = build.fadd(sums, build.fadd(low, high))
+                code.store(sums, begun, here)
+                return []
 
-        z = code.loop(bridge[0].shape[0], add_bridge, z)
-        z = code.loop(signature[0].shape[0], add_signature, z)
-        z = code.loop(tiers, add_tier, z)
+            code.loop(count, add_part, [])
+
+    def met(first: Any) -> Any:
+        """Mean of G[c] over the row's crosses, by indexes alone: which crosses a row has no branch can foretell."""
         build = code.build
-        zero = ir.Constant(vector, [0.0] * width)
-        total, present = zero, _F32(0)
-        places = build.bitcast(at["crosses"], _I16.as_pointer())
+        total, present = ir.Constant(vector, None), I32(0)
+        places = build.bitcast(first, I16.as_pointer())
         for c in range(crosses[0].shape[0]):
-            cross = build.load(build.gep(places, [_I64(c)]))
-            used = build.icmp_unsigned("!=", cross, _I16(0))
-            row = build.zext(build.load(build.gep(slots, [build.zext(cross, _I64)])), _I64)
-            total = build.fadd(total, build.select(used, row_of(G, row), zero))
-            present = build.fadd(present, build.select(used, _F32(1), _F32(0)))
-        none = build.fcmp_ordered("==", present, _F32(0))
-        total = build.select(none, row_of(G, _I64(0)), total)
-        share = build.fdiv(_F32(1), build.select(none, _F32(1), present))
-        z = code.multiply_add(code.spread(share, vector), total, z)
-        code.store(code.relu(z), out, build.mul(i, _I64(width)))
+            cross = build.load(build.gep(places, [I64(c)]))
+            used = build.icmp_unsigned("!=", cross, I16(0))
+            row = build.zext(build.load(build.gep(slots, [build.zext(cross, I64)])), I64)
+            total = build.fadd(total, row_of(G, build.select(used, row, unmet)))
+            present = build.add(present, build.zext(used, I32))
+        none = build.icmp_unsigned("==", present, I32(0))
+        total = build.fadd(total, row_of(G, build.select(none, I64(0), unmet)))
+        share = build.fdiv(F32(1), build.uitofp(build.select(none, I32(1), present), F32))
+        return build.fmul(code.spread(share, vector), total)
 
-    code.loop(number, lambda i, _: candidate(i), None)
-    code.build.ret_void()
-    return compile_function(module, "join", [kind is _I64 for kind in kinds])
+    def enter(b: Any, c: Any, i: Any) -> None:
+        """Candidate i, the tile's c-th, is the block's b-th: its products' inputs into x, all else into z."""
+        build = code.build
+        value = build.fadd(code.vector(begun, build.mul(c, I64(width)), vector), met(address(i, "crosses")))
+        code.store(value, z[0], build.mul(b, I64(width)))
+        own = build.gep(x, [build.mul(b, I64(inputs))])
+        code.store(floats(i, "bridge", ir.VectorType(F32, bridges)), own, I64(0))
+        first = build.mul(i, I64(tiers))
+        for t in range(tiers):
+            count = build.load(build.gep(counts, [build.add(first, I64(t))]))
+            log = build.load(build.gep(logs, [build.zext(count, I64)]))
+            build.store(log, build.gep(own, [I64(bridges + t)]))
 
+    def product(
+        sums: list[Any], source: Any, stride: int, first: int, table: Any, start: int, count: int, kind: Any
+    ) -> list[Any]:
+        """sums[b] + source[b, first .. first + count) times the rows of the matrix that begins at table[start]."""
 
-@functools.lru_cache(maxsize=16)
-def head(sizes: tuple[int, ...]) -> Callable[..., None]:
-    """void head(z [n, sizes[0]], n, weights, biases, out [n]); layer l has weights [sizes[l], sizes[l + 1]]."""
-    module = ir.Module("head")
-    kinds = [_F32, _I64, _F32, _F32, _F32]
-    code = _Code(module, "head", [kind if kind is _I64 else kind.as_pointer() for kind in kinds])
-    z, number, weights, biases, out = code.function.args
-    scratch = [code.build.alloca(_F32, size=_I32(size)) for size in sizes[1:-1]]
+        def add_row(k: Any, sums: list[Any]) -> list[Any]:
+            build = code.build
+            row = code.vector(table, build.add(build.mul(k, I64(kind.count)), I64(start)), kind)
+            out = []
+            for b, value in enumerate(sums):
+                one = build.load(build.gep(source, [build.add(k, I64(b * stride + first))]))
+                out.append(code.multiply_add(code.spread(one, kind), row, value))
+            return out
 
-    def candidate(i: Any) -> None:
-        source = code.build.gep(z, [code.build.mul(i, _I64(sizes[0]))])
+        return code.loop(count, add_row, sums)
+
+    def candidates(first: Any, begin: Any, last: Any) -> None:
+        """A block of a tile that begins at `first`: from its place `begin`; what is behind place `last` repeats it."""
+
+        def place(b: Any) -> Any:
+            here = code.build.add(begin, b)
+            return code.build.select(code.build.icmp_unsigned("<", here, last), here, last)
+
+        def enter_one(b: Any, _: list[Any]) -> list[Any]:
+            c = place(b)
+            enter(b, c, code.build.add(first, c))
+            return []
+
+        code.loop(block, enter_one, [])
+        sums = [code.vector(z[0], I64(b * width), vector) for b in range(block)]
+        sums = product(sums, x, inputs, 0, C, 0, bridges, vector)
+        sums = product(sums, x, inputs, bridges, T, 0, tiers, vector)
         weight_at = bias_at = 0
-        for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
+            lanes = ir.VectorType(F32, before)
+            sums = [code.relu(value) for value in sums]
             if layer == len(sizes) - 2:  # one output: the sum of products
-                lanes = ir.VectorType(_F32, inputs)
-                first = code.vector(weights, _I64(weight_at), lanes)
-                products = code.build.fmul(code.vector(source, _I64(0), lanes), first)
-                bias = code.build.load(code.build.gep(biases, [_I64(bias_at)]))
-                code.build.store(code.sum(products, bias), code.build.gep(out, [i]))
+                row = code.vector(weights, I64(weight_at), lanes)
+                bias = code.build.load(code.build.gep(biases, [I64(bias_at)]))
+                for b, value in enumerate(sums):
+                    total = code.sum(code.build.fmul(value, row), bias)
+                    code.build.store(total, code.build.gep(out, [code.build.add(first, place(I64(b)))]))
                 break
-            vector = ir.VectorType(_F32, outputs)
+            for b, value in enumerate(sums):
+                code.store(value, z[layer], I64(b * before))
+            kind = ir.VectorType(F32, after)
+            sums = [code.vector(biases, I64(bias_at), kind)] * block
+            sums = product(sums, z[layer], before, 0, weights, weight_at, before, kind)
+            weight_at += before * after
+            bias_at += after
 
-            def add_input(
-                k: Any,
-                y: Any,
-                source: Any = source,
-                start: int = weight_at,
-                outputs: int = outputs,
-                vector: Any = vector,
-            ) -> Any:
-                x = code.spread(code.build.load(code.build.gep(source, [k])), vector)
-                place = code.build.add(code.build.mul(k, _I64(outputs)), _I64(start))
-                return code.multiply_add(x, code.vector(weights, place, vector), y)
+    def tile(k: Any, _: list[Any]) -> list[Any]:
+        build = code.build
+        first = build.mul(k, I64(_TILE))
+        left = build.sub(number, first)
+        count = build.select(build.icmp_unsigned("<", left, I64(_TILE)), left, I64(_TILE))
+        signs(first, count)
+        last = code.build.sub(count, I64(1))
 
-            y = code.loop(inputs, add_input, code.vector(biases, _I64(bias_at), vector))
-            code.store(code.relu(y), scratch[layer], _I64(0))
-            source = scratch[layer]
-            weight_at += inputs * outputs
-            bias_at += outputs
+        def one_block(number: Any, _: list[Any]) -> list[Any]:
+            candidates(first, code.build.mul(number, I64(block)), last)
+            return []
 
-    code.loop(number, lambda i, _: candidate(i), None)
+        code.loop(code.build.udiv(code.build.add(count, I64(block - 1)), I64(block)), one_block, [])
+        return []
+
+    code.loop(code.build.udiv(code.build.add(number, I64(_TILE - 1)), I64(_TILE)), tile, [])
     code.build.ret_void()
-    return compile_function(module, "head", [kind is _I64 for kind in kinds])
-
-
-class _Code:
-    """A function under construction, with the few forms of code that both functions need."""
-
-    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
-        self._module = module
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-        for argument in self.function.args:
-            if isinstance(argument.type, ir.PointerType):
-                argument.add_attribute("noalias")
-        self.build = ir.IRBuilder(self.function.append_basic_block())
-
-    def loop(self, times: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
-        """body(index, value) -> value, `times` times (a number above 0, or a value that may be 0); the last value."""
-        count = _I64(times) if isinstance(times, int) else times
-        before = self.build.block
-        inside = self.function.append_basic_block()
-        after = self.function.append_basic_block()
-        self.build.cbranch(self.build.icmp_unsigned("==", count, _I64(0)), after, inside)
-        self.build.position_at_end(inside)
-        index = self.build.phi(_I64)
-        index.add_incoming(_I64(0), before)
-        value = None if start is None else self.build.phi(start.type)
-        if value is not None:
-            value.add_incoming(start, before)
-        result = body(index, value)
-        following = self.build.add(index, _I64(1))
-        last = self.build.block
-        index.add_incoming(following, last)
-        if value is not None:
-            value.add_incoming(result, last)
-        self.build.cbranch(self.build.icmp_unsigned("==", following, count), after, inside)
-        self.build.position_at_end(after)
-        if value is None:
-            return None
-        end = self.build.phi(start.type)
-        end.add_incoming(start, before)
-        end.add_incoming(result, last)
-        return end
-
-    def vector(self, table: Any, at: Any, kind: Any) -> Any:
-        """The numbers of a vector from element `at` of a table."""
-        place = self.build.bitcast(self.build.gep(table, [at]), kind.as_pointer())
-        return self.build.load(place, align=2 if kind.element is _HALF else 4)
-
-    def store(self, value: Any, table: Any, at: Any) -> None:
-        place = self.build.bitcast(self.build.gep(table, [at]), value.type.as_pointer())
-        self.build.store(value, place, align=4)
-
-    def spread(self, value: Any, vector: Any) -> Any:
-        """All lanes the same value."""
-        first = self.build.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-        return self.build.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, vector.count), None))
-
-    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        return self.build.call(self._intrinsic("fmuladd", a.type, [a.type] * 3), [a, b, c])
-
-    def relu(self, value: Any) -> Any:
-        zero = ir.Constant(value.type, None)
-        return self.build.select(self.build.fcmp_ordered(">", value, zero), value, zero)
-
-    def sum(self, value: Any, start: Any) -> Any:
-        reduce = self._intrinsic("vector.reduce.fadd", value.type, [_F32, value.type], _F32)
-        return self.build.call(reduce, [start, value], fastmath=("reassoc",))
-
-    def _intrinsic(self, name: str, vector: Any, arguments: Sequence[Any], result: Any = None) -> Any:
-        full = f"llvm.{name}.v{vector.count}f32"
-        known = self._module.globals.get(full)
-        return known or ir.Function(self._module, ir.FunctionType(result or vector, arguments), full)
+    return compile_function(module, "score", [kind is I64 for kind in kinds])

@@ -84,7 +84,7 @@ def run(seed: int, quick: bool) -> None:
         seeded_bundle(bundle, config, seed)
         nearline = costs_nearline.measure(stack, world, bundle, users, LENGTH, plan)
         generation = load(stack.settings, costs_nearline.FULL, load_bundle(bundle).sha256)
-        kernels.warm_up(generation.layout, config.tiers, len(config.windows))
+        kernels.warm_up(generation.layout, generation.head_tables)
         histories = HistoriesReader(stack.settings.histories_dir)
         scene = Scene(items, LENGTH, config, seed)
         systems = _systems(scene, Aif(stack.settings, generation, histories), histories)

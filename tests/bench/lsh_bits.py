@@ -169,7 +169,9 @@ def _arrays(case: Case, candidates: int, random: np.random.Generator) -> tuple[A
 
     window = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
     C, D, G = normal(h, layout.bridges), normal(h, case.bits), normal(case.met + 1, h)
-    user = kernels.user_tables(normal(h), C, D, G, np.sort(slots), window, window[: TRAINED.short_window])
+    user = kernels.user_tables(
+        normal(h), C, D, G, np.sort(slots), window, (len(window), min(len(window), TRAINED.short_window))
+    )
     edges = np.array(lsh.tier_edges(random.binomial(case.bits, 0.5, 9_999), tiers, case.bits))
     sizes = [h, *TRAINED.head, 1]
     weights = [normal(b, a) for a, b in itertools.pairwise(sizes)]

@@ -211,7 +211,7 @@ def tables_of(bundle: Bundle, scene: Scene, rows: Rows) -> tuple[kernels.UserTab
     block = UserFold(bundle).block(scene.profile, scene.behaviours(rows), as_of())
     head = Head.of(bundle)
     return (
-        kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, *block.windows),
+        kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths),
         kernels.head_tables(head.T, head.edges, head.weights, head.biases),
     )
 
@@ -241,7 +241,7 @@ def _aif(model: AIF, scene: Scene, folder: Path) -> list[Form]:
     rows = Rows.of(model, scene)
     arena = arena_of(rows, layout, folder)
     user, head = tables_of(bundle, scene, rows)
-    kernels.warm_up(layout, model.config.tiers, len(model.config.windows))
+    kernels.warm_up(layout, head)
 
     def scores(places: I8) -> F4:
         return kernels.score(arena.gather(keys_of_ints(places.astype(np.uint64))).hot, user, head)
@@ -430,7 +430,7 @@ def _frame(model: ETA | SDIM | DIN, scene: Scene) -> list[Form]:
     rows = Rows.of(twin, scene)
     hot = rows.hot(layout)
     user, head = tables_of(bundle, scene, rows)
-    kernels.warm_up(layout, model.config.tiers, len(model.config.windows))
+    kernels.warm_up(layout, head)
 
     def form(name: str, interest: Callable[[Tensor], Tensor], error: float = EXACT) -> Form:
         def scores(places: I8) -> F4:

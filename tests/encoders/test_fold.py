@@ -83,8 +83,9 @@ def test_folded_score_is_the_training_forms_whatever_is_switched_off(
     assert block.D.any() == (("lsh_din" not in without and length > 0) or dots > 0)
     assert block.G.any() == ("sim" not in without)
     assert head.T.any() == ("simtier" not in without)
-    sizes = [0 if "simtier" in without else min(length, window) for window in (config.window, config.short_window)]
-    assert [len(window) for window in block.windows] == sizes
+    sizes = tuple(0 if "simtier" in without else min(length, w) for w in (config.window, config.short_window))
+    assert block.lengths == sizes
+    assert len(block.window) == sizes[0]
 
 
 @relaxed
@@ -227,12 +228,12 @@ def test_block_is_what_the_design_says(world: Callable[..., Any]) -> None:
     assert block.P.shape == (config.width,)
     assert block.C.shape == (config.width, config.bridges)
     assert block.D.shape == (config.width, config.bits)
-    np.testing.assert_array_equal(block.windows[0], behaviours.signatures[4:9])  # the newest 5 of the first 9
-    np.testing.assert_array_equal(block.windows[1], behaviours.signatures[7:9])
+    np.testing.assert_array_equal(block.window, behaviours.signatures[4:9])  # the newest 5 of the first 9
+    assert block.lengths == (5, 2)
     slots = sorted({int(slot) for slot in behaviours.crosses[:9].ravel() if slot})
     np.testing.assert_array_equal(block.cross_slots, np.array(slots, dtype=np.uint16))
     assert block.G.shape == (len(slots) + 1, config.width)
-    for array in (block.P, block.C, block.D, block.G, *block.windows, block.cross_slots):
+    for array in (block.P, block.C, block.D, block.G, block.window, block.cross_slots):
         assert array.flags.c_contiguous
     assert UserFold(w.bundle).block(None, behaviours, NOW).generation == w.bundle.manifest.version
 
@@ -242,10 +243,8 @@ def test_behaviours_after_as_of_do_not_enter(world: Callable[..., Any]) -> None:
     with_later = w.behaviours(np.random.default_rng(5), 7, later=3)
     fold = UserFold(w.bundle)
     one, other = fold.block(None, with_later, NOW), fold.block(None, with_later.until(NOW, 7), NOW)
-    for name in ("P", "C", "D", "G"):
+    for name in ("P", "C", "D", "G", "window", "lengths"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    for window, same in zip(one.windows, other.windows, strict=True):
-        np.testing.assert_array_equal(window, same)
     assert not np.array_equal(one.P, fold.block(None, with_later, NOW + 1).P)
 
 

@@ -58,8 +58,8 @@ def case(
     sizes = [width, *hidden, 1]
     weights = [floats(o, i) for i, o in itertools.pairwise(sizes)]
     biases = [floats(o) for o in sizes[1:]]
-    newest = [signatures[max(0, window - length) :] for length in (window, 16, 0)[:windows]]
-    return hot, (*block, *newest), (floats(width, tiers * windows), edges, weights, biases)
+    lengths = tuple(min(window, length) for length in (window, 16, 0)[:windows])
+    return hot, (*block, signatures, lengths), (floats(width, tiers * windows), edges, weights, biases)
 
 
 LAYOUTS = [
@@ -130,7 +130,10 @@ def test_shapes_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(kernels.KernelError):
         kernels.score(hot, user, kernels.head_tables(*other_head))
     with pytest.raises(kernels.KernelError):
-        kernels.user_tables(*block[:5], other_block[5])
+        kernels.user_tables(*block[:5], other_block[5], block[6])
+    for lengths in ((99, 16), (100, 16, 17), (101, 16)):
+        with pytest.raises(kernels.KernelError, match="window"):
+            kernels.user_tables(*block[:6], lengths)
     with pytest.raises(kernels.KernelError):
         kernels.head_tables(head[0][:, :3], *head[1:])
 
@@ -142,6 +145,9 @@ def test_threads_score_at_the_same_time() -> None:
     wrong: list[int] = []
 
     def work(at: int) -> None:
+        hot, user, head = ready[at]
+        if len(kernels.score(hot[:0], user, head)):  # a thread's first
+            wrong.append(at)
         for _ in range(30):
             if kernels.score(*ready[at]).tobytes() != wanted[at].tobytes():
                 wrong.append(at)
@@ -199,9 +205,9 @@ def test_top_k_puts_nan_last_and_takes_large_ranks() -> None:
 
 def test_warm_up_leaves_nothing_to_compile() -> None:
     layout = RowLayout(width=24, bits=40)
-    kernels.warm_up(layout, 5, 2)
     hot, block, head = case(5, layout, tiers=5, hidden=(8, 8))
     user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    kernels.warm_up(layout, tables)
     started = time.perf_counter()
     kernels.score(hot, user, tables)
     assert time.perf_counter() - started < 0.05
