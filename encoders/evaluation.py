@@ -195,10 +195,14 @@ def rows(runs: Mapping[str, Sequence[Evaluation]], bound: str | None = None) -> 
 def compare(
     a: Sequence[Evaluation], b: Sequence[Evaluation], bound: Sequence[Evaluation] | None = None
 ) -> dict[str, Difference]:
-    """A minus B for every metric that both can give; one evaluation per seed on either side, of the same slice. Raises
-    DataError where they were not measured on the same slice.
+    """A minus B for every metric that both can give; one evaluation per seed on either side, of the same slice. Where
+    they share several seeds, these alone are compared, so that seeds are paired. Raises DataError where they were not
+    measured on the same slice.
     """
     _same(a[0], *a[1:], *b)
+    shared = sorted({one.seed for one in a} & {one.seed for one in b})
+    if len(shared) > 1:
+        a, b = ([own for seed in shared for own in runs if own.seed == seed] for runs in (a, b))
     left, right = _by_metric(a, bound), _by_metric(b, bound)
     return {name: intervals.compare(left[name], right[name], CHANCE.get(name, 0.0)) for name in left if name in right}
 

@@ -236,6 +236,10 @@ def test_models_are_set_side_by_side(batches: Batches, data: Dataset, groups: Gr
     )
     assert found["hr@10"].difference.seeds == 1
     assert "overlap@100" in compare(oracle, runs, bound=runs)
+    # Of unequal numbers of seeds, those in common are paired.
+    more = [*runs, dataclasses.replace(runs[0], seed=99, scores=-runs[0].scores)]
+    assert compare(more[::-1], runs)["gauc"] == compare(runs, runs)["gauc"]
+    assert compare(more, runs)["gauc"].difference.value == 0
 
 
 def test_only_the_same_slice_is_compared(batches: Batches, data: Dataset, groups: Groups) -> None:
