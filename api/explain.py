@@ -21,9 +21,7 @@ from index.kernels import simtier_counts
 
 def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[Any], version: int) -> Explanation:
     """`hot`: the item's hot record [1]."""
-    window, edges = side.block.window, generation.head.edges
-    newest = [window[len(window) - length :] for length in side.block.lengths]
-    histograms = [simtier_counts(hot["signature"], one, edges)[0] for one in newest]
+    histograms = [simtier_counts(hot["signature"], one, generation.head.edges)[0] for one in side.block.windows]
     counts = np.concatenate(histograms)
     blocks = _blocks(side.block, generation.head, hot[0], counts)
     z = np.sum([part for _, part in blocks], axis=0)

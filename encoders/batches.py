@@ -72,7 +72,7 @@ class Batches:
         self.known = np.array([bool(features) for features in data.profiles.features], dtype=bool)  # [U], has a profile
         self.log, self.examples = data.log, data.examples
         self._codes = spec.action_codes(data.actions).astype(np.int64)
-        self._begin = np.searchsorted(data.log.user, np.arange(len(data.profiles.ids) + 1))  # each user's behaviours
+        self._begin = data.begins()
         self._signs = np.zeros((len(data.items.ids), config.bits), dtype=np.float32)
 
     def sign(self, signatures: npt.NDArray[np.uint8]) -> None:

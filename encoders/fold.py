@@ -93,6 +93,11 @@ class UserBlock:
     generation: str
     as_of: int
 
+    @property
+    def windows(self) -> list[U1]:
+        """What each histogram counts, the newest last."""
+        return [self.window[len(self.window) - length :] for length in self.lengths]
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -286,9 +291,7 @@ def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
     used = (rows.crosses != NO_CROSS)[:, :, None]  # [n, C, 1]
     cross = (block.G[table[rows.crosses]] * used).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
     cross = np.where(used.any(axis=1), cross, block.G[0])
-    matches = lsh.matches(rows.signature, block.window)
-    newest = [matches[:, len(block.window) - length :] for length in block.lengths]
-    histograms = [lsh.tier_counts(own, head.edges) for own in newest]
+    histograms = [lsh.tier_counts(lsh.matches(rows.signature, window), head.edges) for window in block.windows]
     counts = np.concatenate(histograms, axis=1)  # [n, tiers of every window]
     z = (
         rows.joint

@@ -9,6 +9,7 @@ follows from (seed, epoch) and (seed, step): the random state need not be kept.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -225,8 +226,7 @@ class _Run:
         if options.bridges_from_data and isinstance(self.model, AIF):
             _start_bridges(self.model, material, options.seed)
         self.teacher = _new(TEACHER, material, options) if options.distil else None
-        self.average = _new(options.model, material, options).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.best_weights = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
         self.optimiser = torch.optim.AdamW(_parameter_groups(self.learners, options), lr=options.learning_rate)
         self.step = 0  # steps done

@@ -16,35 +16,35 @@ from llvmlite import ir
 I8, I16, I32, I64, F32, HALF = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), ir.HalfType())
 
 
-def compile_function(module: ir.Module, name: str, is_number: Sequence[bool]) -> Callable[..., None]:
-    """A function of a module as a ctypes function, which releases the GIL. Its arguments are addresses, or i8
-    numbers."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    features = llvm.get_host_cpu_features().flatten()
-    machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
-    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(parsed, builder)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64 if number else ctypes.c_void_p for number in is_number])
-    function = kind(engine.get_function_address(name))
-    function.engine = engine  # type: ignore[attr-defined]  # the code lives as long as its engine
-    return function
-
-
 class Code:
     """A function under construction, with the few forms of code that it is made of."""
 
-    def __init__(self, module: ir.Module, name: str, arguments: Sequence[Any]) -> None:
-        self._module = module
-        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    def __init__(self, name: str, arguments: Sequence[Any]) -> None:
+        """`arguments`: types, I64 for a number and pointers for addresses."""
+        self._module = ir.Module(name)
+        self.function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), arguments), name)
         for argument in self.function.args:
             if isinstance(argument.type, ir.PointerType):
                 argument.add_attribute("noalias")
         self.build = ir.IRBuilder(self.function.append_basic_block())
+
+    def compiled(self) -> Callable[..., None]:
+        """The finished function as a ctypes function, which releases the GIL."""
+        self.build.ret_void()
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        parsed = llvm.parse_assembly(str(self._module))
+        parsed.verify()
+        features = llvm.get_host_cpu_features().flatten()
+        machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        builder.getModulePassManager().run(parsed, builder)
+        engine = llvm.create_mcjit_compiler(parsed, machine)
+        engine.finalize_object()
+        arguments = [ctypes.c_int64 if own.type == I64 else ctypes.c_void_p for own in self.function.args]
+        function = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(self.function.name))
+        function.engine = engine  # type: ignore[attr-defined]  # the code lives as long as its engine
+        return function
 
     def loop(self, times: Any, body: Callable[[Any, list[Any]], list[Any]], start: list[Any]) -> list[Any]:
         """body(index, values) -> values, `times` times (a number above 0, or a value that may be 0); the last ones."""

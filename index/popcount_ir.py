@@ -23,7 +23,7 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from index.codegen import I8, I16, I32, I64, Code, compile_function
+from index.codegen import I8, I16, I32, I64, Code
 from index.layout import aligned_empty
 
 LANES = 64
@@ -65,10 +65,7 @@ def compiled(size: int, edges: int, histograms: int) -> Callable[..., None]:
     """void simtier(u1* signatures, i8 stride, i8 n, u1* blocks, i8* lengths, u2* limits, i4* counts)"""
     lane = I8 if 8 * size < 256 else I16
     bytes_, lanes = ir.VectorType(I8, LANES), ir.VectorType(lane, LANES)
-    kinds = [I8, I64, I64, I8, I64, I16, I32]
-    is_number = [False, True, True, False, False, False, False]
-    module = ir.Module("simtier")
-    code = Code(module, "simtier", [k if n else k.as_pointer() for k, n in zip(kinds, is_number, strict=True)])
+    code = Code("simtier", [I8.as_pointer(), I64, I64, *(kind.as_pointer() for kind in (I8, I64, I16, I32))])
     signatures, stride, number, blocks, lengths_at, limits_at, out = code.function.args
     build = code.build
     lengths = [build.load(build.gep(lengths_at, [I64(q)])) for q in range(histograms)]
@@ -128,5 +125,4 @@ def compiled(size: int, edges: int, histograms: int) -> Callable[..., None]:
         return []
 
     code.loop(number, candidate, [])
-    code.build.ret_void()
-    return compile_function(module, "simtier", is_number)
+    return code.compiled()

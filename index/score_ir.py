@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from index.codegen import F32, HALF, I8, I16, I32, I64, Code, compile_function
+from index.codegen import F32, HALF, I8, I16, I32, I64, Code
 
 _ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
 _TILE = 32  # candidates between which the first cache keeps what it has
@@ -39,9 +39,8 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callabl
     width, bridges = joint[0].shape[0], bridge[0].shape[0]
     assert sizes[0] == width
     stored = HALF if joint[0].base.itemsize == 2 else F32
-    module = ir.Module("score")
     kinds = [I8, I64, I32, F32, F32, F32, F32, I16, I64, F32, F32, F32, F32, F32]
-    code = Code(module, "score", [kind if kind is I64 else kind.as_pointer() for kind in kinds])
+    code = Code("score", [kind if kind is I64 else kind.as_pointer() for kind in kinds])
     rows, number, counts, P, C, D, G, slots, unmet, logs, T, weights, biases, out = code.function.args
     vector = ir.VectorType(F32, width)
     block, inputs = max(1, _ROOM // width), bridges + tiers
@@ -186,5 +185,4 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callabl
         return []
 
     code.loop(code.build.udiv(code.build.add(number, I64(_TILE - 1)), I64(_TILE)), tile, [])
-    code.build.ret_void()
-    return compile_function(module, "score", [kind is I64 for kind in kinds])
+    return code.compiled()

@@ -97,6 +97,10 @@ class Dataset:
     examples: Examples
     actions: tuple[str, ...]
 
+    def begins(self) -> npt.NDArray[np.int64]:
+        """Places in the log where each user's behaviours begin, and the end [U + 1]."""
+        return np.searchsorted(self.log.user, np.arange(len(self.profiles.ids) + 1))
+
     def item_updates(self) -> Iterator[dict[str, Any]]:
         """`item-updates` in time order: version 1 when an item is added, the deletion as version 2."""
         items = self.items

@@ -162,7 +162,7 @@ def replayed(data: Dataset) -> Living:
 def request_times(data: Dataset) -> I8:
     """Time of each example's request [n]: of its group's first example, grouped as training and evaluation do."""
     split, log, examples = split_of(data), data.log, data.examples
-    begin = np.searchsorted(log.user, np.arange(len(data.profiles.ids) + 1))
+    begin = data.begins()
     times = np.empty(len(examples), dtype=np.int64)
     slices = (split.start, split.validation, split.test, split.end)
     for since, until in itertools.pairwise(slices):

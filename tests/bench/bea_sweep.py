@@ -86,17 +86,18 @@ class Setting:
 
     learning_rate: float = TrainOptions().learning_rate
     head: tuple[int, ...] = ModelConfig().head
-    towers: str = "standardised"  # or "as drawn"
+    standardised: bool = True  # are the towers?
 
     @property
     def cells(self) -> dict[str, object]:
         """As columns of a table."""
         head = "-".join(map(str, self.head)) or "none"
-        return {"learning_rate": self.learning_rate, "head": head, "towers": self.towers}
+        towers = "standardised" if self.standardised else "as drawn"
+        return {"learning_rate": self.learning_rate, "head": head, "towers": towers}
 
     @property
     def name(self) -> str:
-        return f"learning rate {self.learning_rate:g}, head {self.cells['head']}, towers {self.towers}"
+        return f"learning rate {self.learning_rate:g}, head {self.cells['head']}, towers {self.cells['towers']}"
 
 
 USUAL = Setting()
@@ -105,7 +106,7 @@ SETTINGS = (
     *(Setting(learning_rate=rate) for rate in (1e-3, 4e-3, 1e-2, 2e-2)),
     *(Setting(head=head) for head in ((), (128, 64, 32))),
     Setting(learning_rate=2e-2, head=(128, 64, 32)),
-    Setting(towers="as drawn"),
+    Setting(standardised=False),
 )
 SIZES = (30_000,)  # examples of smaller marketplaces, at the usual setting and the highest rate
 
@@ -128,7 +129,7 @@ class Line:
             base,
             config=config,
             learning_rate=self.setting.learning_rate,
-            towers_from_data=self.setting.towers == "standardised",
+            towers_from_data=self.setting.standardised,
         )
         return Variant(self.name, REMEDIES[self.remedy].on(options, self.bridges))
 
@@ -150,9 +151,10 @@ class Part:
 
 def parts(quick: bool) -> dict[str, Part]:
     """Suffix of the figures -> what is trained; a part that is searched only has a name that is no suffix."""
-    alone = tuple(Line(name, n) for name in SWEPT for n in (1, FEW, MANY))
-    alone += tuple(Line(name, MANY) for name in REMEDIES if name not in SWEPT)
+    others = [name for name in REMEDIES if name not in SWEPT]
     if quick:
+        alone = tuple(Line(name, n) for name in SWEPT for n in (1, FEW, MANY))
+        alone += tuple(Line(name, MANY) for name in others)
         source = Source("marketplace", world=QUICK_WORLD)
         return {
             "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in (1, MANY)), ()),
@@ -162,12 +164,12 @@ def parts(quick: bool) -> dict[str, Part]:
         raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
     world = synthetic.EXPERIMENT
     source = Source("marketplace", world=world)
-    alone += tuple(Line(name, n) for n in BRIDGES for name in SWEPT)
-    alone += tuple(Line(name, FEW) for name in REMEDIES if name not in SWEPT)
+    alone = tuple(Line(name, n) for n in BRIDGES for name in SWEPT)
+    alone += tuple(Line(name, n) for n in (FEW, MANY) for name in others)
     real = Source("MovieLens 100K", folder=str(ML_100K))
     found = {
         "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in BRIDGES), ()),
-        "_alone": Part(source, ALONE, tuple(dict.fromkeys(alone)), SETTINGS),
+        "_alone": Part(source, ALONE, alone, SETTINGS),
         "_ml100k": Part(real, FULL, tuple(Line(DEFAULT, n) for n in SOME_BRIDGES), ()),
     }
     for size in SIZES:
@@ -203,8 +205,7 @@ def run(seed: int, quick: bool) -> None:
         searched += [_gap(part.source, held[suffix], line.remedy, line.setting) for line in held_there]
     _holm(searched)
     report.table("search", searched)
-    seeds_of = [_seeds(part, found[suffix]) for suffix, part in wanted.items()]
-    report.table("seeds", [row for rows_of_part in seeds_of for row in rows_of_part])
+    report.table("seeds", [row for suffix, part in wanted.items() for row in _seeds(part, found[suffix])])
     _conclude(report, searched, [*found.values(), *held.values()])
     report.finish(lambda canvas: _draw(canvas, report.tables["sweep"], report.tables["sweep_alone"]))
 
@@ -221,8 +222,8 @@ def _announce(wanted: Mapping[str, Part], seeds: int, base: TrainOptions) -> Non
         seconds += seeds * len(part.lines) * EPOCH_SECONDS * min(EPOCHS, base.epochs) * size / EXAMPLES
     print(
         f"{count:.0f} trials, about {seconds / 3600:.1f} hours of one core (less what is kept from before), "
-        f"half of that by the clock on two free cores; where plain BEA fails, {DEFAULT!r} is trained too. "
-        f"Default: {DEFAULT!r}.",
+        f"half of that by the clock on two free cores; where plain BEA fails, the default "
+        f"({DEFAULT}) is trained too.",
         flush=True,
     )
 

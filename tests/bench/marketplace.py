@@ -59,7 +59,7 @@ def requests(data: Dataset, wanted: npt.NDArray[np.bool_]) -> Iterator[tuple[sli
     examples, log = data.examples, data.log
     first = np.flatnonzero((np.diff(examples.user, prepend=-1) != 0) | (np.diff(examples.time, prepend=0) > _GAP))
     pages = zip(first.tolist(), [*first[1:].tolist(), len(examples)], strict=True)
-    begin = np.searchsorted(log.user, np.arange(len(data.profiles.ids) + 1))
+    begin = data.begins()
     for at, end in pages:
         if wanted[at:end].any():
             mine = slice(begin[examples.user[at]], begin[examples.user[at] + 1])

@@ -124,7 +124,7 @@ def _popularity(source: Source, sampling: Sampling) -> dict[str, list[Trial]]:
     """What knows no user at all: items by their click rate before the validation slice."""
     data, truth = source.open()
     split = split_of(data)
-    begin = np.searchsorted(data.log.user, np.arange(len(data.profiles.ids) + 1))
+    begin = data.begins()
     before, test = (
         measure_popularity(data, groups_of(data.examples, data.log, begin, since, until), split.validation, own, truth)
         for since, until, own in (

@@ -215,7 +215,7 @@ def slice_of(living: Living, known: Oracle | None, replay: int) -> Slice:
     examples, log, items = data.examples, data.log, data.items
     test = examples.time >= split.test
     shown, as_of = examples.item[test].astype(np.int64), request_times(data)[test]
-    begin = np.searchsorted(log.user, np.arange(len(data.profiles.ids) + 1))
+    begin = data.begins()
     groups = groups_of(examples, log, begin, split.test, split.end)
     random = np.random.default_rng(0)
     which = np.sort(random.permutation(len(groups))[: REQUESTS if known else 0])
