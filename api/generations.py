@@ -113,12 +113,7 @@ class Generations:
         self._follow(self.serving)
         if self._active is not None:
             self._watch_rows(self._active)
-            try:
-                self._retrieval = RetrievalView.newer(
-                    self._retrieval, self._settings, self._active.name, self._active.arena
-                )
-            except RetrievalError as error:  # the view before goes on
-                self._say("retrieval", str(error))
+            self._renew_retrieval(self._active)
 
     def _follow(self, serving: rollout.Serving) -> None:
         name = serving.active
@@ -147,9 +142,16 @@ class Generations:
             self._reason = why
             self._say("generation", why)
             return
+        self._renew_retrieval(generation)  # first: whoever sees the generation can ask it for recommendations
         self._active = generation
         self._reason = self.stale
         LOG.info("generation served", extra={"generation": name})
+
+    def _renew_retrieval(self, generation: Generation) -> None:
+        try:
+            self._retrieval = RetrievalView.newer(self._retrieval, self._settings, generation.name, generation.arena)
+        except RetrievalError as error:  # the view before goes on
+            self._say("retrieval", str(error))
 
     def _open_histories(self) -> None:
         try:

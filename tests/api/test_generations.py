@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from api.generations import Generations
+from api.retrieval import RetrievalView
 from streams import rollout
 from tests.api.conftest import HOUR, NOW, Host, Seen, catalogue
 
@@ -295,6 +296,27 @@ def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: 
     assert client.post("/v1/score", json={"user_id": "u", "candidates": IDS}).is_success  # it serves what it has
     rollout.write(host.settings.serving_file, host.serving)
     host.ready()
+
+
+def test_a_generation_is_seen_only_with_its_retrieval_index(
+    own_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.retrieval("g1")
+    host.activate("g1")
+    generations = Generations(host.settings)
+    newer, seen = RetrievalView.newer, []
+
+    def watched(*arguments: Any) -> RetrievalView | None:
+        seen.append(generations.active)
+        return newer(*arguments)
+
+    monkeypatch.setattr(RetrievalView, "newer", watched)
+    generations.poll()
+    assert seen[0] is None
+    assert generations.pin().name == "g1"
+    assert generations.retrieval is not None
 
 
 def test_the_watcher_outlives_damage_and_tries_again(own_host: Callable[..., Host]) -> None:
