@@ -3,13 +3,14 @@
 Examples of one user that lie close in time form a group, as the candidates of one request do: all of them are scored
 with the history strictly before the first, at its time. So no example sees itself or anything later, and the user side
 is computed once per group. Histories are slices of the data's columns, which are not copied: they may be memory maps.
-Signatures and features are computed once.
+Signatures and features are computed once, a part of the items at a time; embeddings stay where the data has them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +18,16 @@ import torch
 
 from encoders import lsh
 from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples
-from encoders.features import FeatureSpec, ItemEncoder, ProfileEncoder
+from encoders.features import FeatureSpec, ItemColumns, ItemEncoder, ProfileEncoder
 from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
 
 GROUP_SIZE = 32  # candidates of a group, at most
 GROUP_SPAN = 3_600_000  # ms from the first to the last example of a group
+PART = 16_384  # items that are encoded together
 _CHUNK = 32  # batches among which groups are ordered by history length, so that padding stays small
 
 I8 = npt.NDArray[np.int64]
+F4 = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,34 +61,35 @@ class Batches:
     def __init__(self, data: Dataset, spec: FeatureSpec, config: ModelConfig) -> None:
         """Raises DataError where the spec cannot encode an item or a profile of the data."""
         self._config = config
-        columns = ItemEncoder(spec, config.embedding_dim, config.crosses).columns(data.items.rows())
-        for item_id, error in zip(data.items.ids, columns.errors, strict=True):
-            if error is not None:
-                raise DataError(f"item {item_id!r} does not fit the bundle: {error}")
-        self.embedding = columns.embedding
-        self._items = _Bags(columns.features)
-        self._crosses = columns.crosses.astype(np.int64)
+        self.embedding = data.items.embeddings
+        bags, crosses = [], []
+        for columns in _encoded(data, ItemEncoder(spec, config.embedding_dim, config.crosses)):
+            bags.append(_Part.of(columns.features))
+            crosses.append(columns.crosses)
+        self._items, self._crosses = _Bags(bags, self.embedding), np.concatenate(crosses)
         try:
-            self._profiles = _Bags(ProfileEncoder(spec).features(list(data.profiles.features)))
+            profiles = ProfileEncoder(spec).features(list(data.profiles.features))
         except ValueError as error:
             raise DataError(f"a profile does not fit the bundle: {error}") from error
+        self._profiles = _Bags([_Part.of(profiles)], profiles.dense.numpy())
         self.known = np.array([bool(features) for features in data.profiles.features], dtype=bool)  # [U], has a profile
         self.log, self.examples = data.log, data.examples
         self._codes = spec.action_codes(data.actions).astype(np.int64)
         self._begin = data.begins()
-        self._signs = np.zeros((len(data.items.ids), config.bits), dtype=np.float32)
+        self._signatures: npt.NDArray[np.uint8] | F4 = np.zeros((len(data.items.ids), config.bits // 8), np.uint8)
 
-    def sign(self, signatures: npt.NDArray[np.uint8]) -> None:
-        """Take the items' signatures [M, b / 8]."""
-        self._signs = lsh.signs(signatures)
-
-    def compare(self, directions: npt.NDArray[np.float32]) -> None:
-        """Take what stands for the items' signatures where lsh = "cosine" [M, e]."""
-        self._signs = directions
+    def sign(self, signatures: npt.NDArray[np.uint8] | F4) -> None:
+        """Take the items' signatures [M, b / 8], or the directions that stand for them where lsh = "cosine" [M, e]."""
+        self._signatures = signatures
 
     def sign_by(self, model: Ranker) -> None:
         """Take the items' signatures as the model makes them."""
-        self._signs = model.signs(self.embedding)
+        self.sign(in_parts(model.signatures_or_directions, self.embedding))
+
+    def signs(self, items: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Signatures of items [...] as -1 and +1 [..., b], or their directions [..., e]."""
+        found = self._signatures[items]
+        return lsh.signs(found) if found.dtype == np.uint8 else found
 
     def groups(self, since: int, until: int) -> Groups:
         """Groups of the examples with `since` <= time < `until` (ms)."""
@@ -117,8 +121,8 @@ class Batches:
         out = []
         for user, first, end in zip(groups.user, groups.first, groups.history, strict=True):
             begin = max(int(self._begin[user]), int(end) - self._config.window)
-            candidate = self._signs[self.examples.item[first]]
-            out.append((self._config.bits + self._signs[self.log.item[begin:end]] @ candidate) / 2)
+            candidate = self.signs(self.examples.item[first])
+            out.append((self._config.bits + self.signs(self.log.item[begin:end]) @ candidate) / 2)
         return np.concatenate(out).astype(np.float64) if out else np.empty(0)
 
     def batch(self, groups: Groups, model: Ranker) -> Batch:
@@ -140,8 +144,8 @@ class Batches:
         distinct, index = np.unique(items, return_inverse=True)
         return Candidates(
             features=self._items.take(distinct),
-            signatures=self._signatures(distinct, model),
-            crosses=torch.from_numpy(self._crosses[distinct]),
+            signatures=self._signs(distinct, model),
+            crosses=self._slots(distinct),
             index=torch.from_numpy(index.reshape(items.shape)),
         )
 
@@ -166,18 +170,26 @@ class Batches:
             profile=self.profiles(groups.user),
             known=torch.from_numpy(self.known[groups.user]),
             vectors=vectors[index],
-            signatures=self._signatures(distinct, model)[index],
-            crosses=torch.from_numpy(self._crosses[item]),
+            signatures=self._signs(distinct, model)[index],
+            crosses=self._slots(item),
             actions=torch.from_numpy(self._codes[self.log.action[places]]),
             ages=torch.from_numpy(np.where(valid, as_of[:, None] - self.log.time[places], 0)),
             valid=torch.from_numpy(valid),
         )
 
-    def _signatures(self, items: I8, model: Ranker | None) -> torch.Tensor:
+    def _slots(self, items: npt.NDArray[np.integer]) -> torch.Tensor:
+        return torch.from_numpy(self._crosses[items].astype(np.int64))
+
+    def _signs(self, items: I8, model: Ranker | None) -> torch.Tensor:
         """Signatures as `Users` and `Candidates` hold them, of items [m]; where they learn, the model's at the time."""
         if model is not None and model.config.lsh == "learned":
             return model.learning_signs(torch.from_numpy(self.embedding[items]))
-        return torch.from_numpy(self._signs[items])
+        return torch.from_numpy(self.signs(items))
+
+
+def in_parts(make: Callable[[F4], npt.NDArray[Any]], embeddings: F4) -> npt.NDArray[Any]:
+    """What `make` gives for embeddings [M, e], which may be a memory map, a part at a time."""
+    return np.concatenate([make(embeddings[at : at + PART]) for at in range(0, max(1, len(embeddings)), PART)])
 
 
 def groups_of(examples: Examples, log: BehaviourLog, begin: I8, since: int, until: int) -> Groups:
@@ -212,20 +224,48 @@ def _search(values: npt.NDArray[np.int64], begin: I8, end: I8, wanted: I8) -> I8
     return low
 
 
+def _encoded(data: Dataset, encoder: ItemEncoder) -> Iterator[ItemColumns]:
+    items = data.items
+    for at in range(0, max(1, len(items.ids)), PART):
+        columns = encoder.columns(items.rows(at, at + PART))
+        for item_id, error in zip(items.ids[at : at + PART], columns.errors, strict=True):
+            if error is not None:
+                raise DataError(f"item {item_id!r} does not fit the bundle: {error}")
+        yield columns
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Encoded features without their dense column, in small types."""
+
+    ids: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32]  # of the bags, row after row
+    numerics: torch.Tensor
+
+    @classmethod
+    def of(cls, features: Features) -> _Part:
+        sizes = np.diff(features.offsets.numpy(), append=len(features.ids))
+        return cls(features.ids.numpy().astype(np.int32), sizes.astype(np.int32), features.numerics)
+
+
 class _Bags:
     """Encoded features from which any rows can be taken."""
 
-    def __init__(self, features: Features) -> None:
-        self._ids = features.ids.numpy()
-        rows, bags = len(features.dense), len(features.offsets)
-        starts = features.offsets.numpy()
-        self._starts = starts.reshape(rows, bags // max(1, rows))  # [rows, categories]
-        self._sizes = np.diff(starts, append=len(self._ids)).reshape(self._starts.shape)
-        self._numerics, self._dense = features.numerics, features.dense
+    def __init__(self, parts: Sequence[_Part], dense: F4) -> None:
+        """The parts' rows one after the other, and the dense column of all of them."""
+        self._ids = np.concatenate([part.ids for part in parts])
+        sizes = np.concatenate([part.sizes for part in parts])
+        self._sizes = sizes.reshape(len(dense), -1 if len(dense) else 0)  # [rows, categories]
+        self._ends = np.cumsum(sizes, dtype=np.int64).reshape(self._sizes.shape)
+        self._numerics, self._dense = torch.cat([part.numerics for part in parts]), dense
 
     def take(self, rows: I8) -> Features:
-        starts, sizes = self._starts[rows].ravel(), self._sizes[rows].ravel()
-        offsets = np.cumsum(sizes) - sizes
-        ids = self._ids[np.repeat(starts - offsets, sizes) + np.arange(sizes.sum())]
-        where = torch.from_numpy(rows)
-        return Features(torch.from_numpy(ids), torch.from_numpy(offsets), self._numerics[where], self._dense[where])
+        sizes = self._sizes[rows].ravel()
+        ends, offsets = self._ends[rows].ravel(), np.cumsum(sizes) - sizes
+        ids = self._ids[np.repeat(ends - sizes - offsets, sizes) + np.arange(sizes.sum())]
+        return Features(
+            torch.from_numpy(ids.astype(np.int64)),
+            torch.from_numpy(offsets),
+            self._numerics[torch.from_numpy(rows)],
+            torch.from_numpy(self._dense[rows]),
+        )

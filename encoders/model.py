@@ -347,11 +347,13 @@ class Ranker(nn.Module):
         thresholds = None if self.thresholds is None else self.thresholds.detach().numpy()
         return lsh.signatures(embedding, self.centre.numpy(), self.projection.detach().numpy(), thresholds)
 
-    def signs(self, embedding: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """What `Users` and `Candidates` hold for signatures, of embeddings [n, e]."""
+    def signatures_or_directions(
+        self, embedding: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+        """`signatures`; where lsh = "cosine" the directions f4 [n, e] that stand for them."""
         if self.config.lsh == "cosine":
             return lsh.directions(embedding, self.centre.numpy(), self.config.bits)
-        return lsh.signs(self.signatures(embedding))
+        return self.signatures(embedding)
 
     def learning_signs(self, embedding: Tensor) -> Tensor:
         """Signatures of embeddings [n, e] as -1 and +1 [n, b], with a gradient to projection and thresholds.

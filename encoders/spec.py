@@ -6,15 +6,16 @@ Only what is there before the validation slice is looked at, so neither slice ca
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from encoders import lsh
-from encoders.batches import Batches, Groups
+from encoders.batches import PART, Batches, Groups, in_parts
 from encoders.data.dataset import DataError, Dataset
 from encoders.evaluate import Split
 from encoders.features import Categorical, FeatureSpec, Numeric
@@ -22,7 +23,6 @@ from encoders.model import ModelConfig
 
 _VOCABULARY = 16_384  # most frequent crosses, which own slots
 _BUCKETS = 65_536  # per categorical feature, at most
-_PART = 65_536  # rows at a time
 _SAMPLE = 4_000  # groups on which tiers are measured
 _THRESHOLD_SAMPLE = 50_000  # items on which the thresholds of two bits per projection are measured
 
@@ -59,9 +59,9 @@ def material_of(data: Dataset, split: Split, config: ModelConfig, seed: int) -> 
         thresholds = lsh.thresholds(embeddings[some], centre, projection)
     batches = Batches(data, spec, config)
     if config.lsh == "cosine":
-        batches.compare(lsh.directions(embeddings, centre, config.bits))
+        batches.sign(in_parts(lambda part: lsh.directions(part, centre, config.bits), embeddings))
     else:
-        batches.sign(lsh.signatures(embeddings, centre, projection, thresholds))
+        batches.sign(in_parts(lambda part: lsh.signatures(part, centre, projection, thresholds), embeddings))
     training = batches.groups(split.start, split.validation)
     chosen = np.random.default_rng(seed).permutation(len(training))[:_SAMPLE]
     sample = batches.matches_sample(training.select(chosen))
@@ -83,55 +83,62 @@ def spec_of(data: Dataset, split: Split) -> FeatureSpec:
     and of the profiles of users with an example before it.
     """
     items = data.items
-    seen = [k for k in range(len(items.ids)) if items.added[k] < split.validation]
-    features = [items.features[k] for k in seen]
-    crosses = Counter(cross for k in seen for cross in items.crosses[k])
+    seen = np.flatnonzero(items.added < split.validation)
     users = np.unique(data.examples.user[data.examples.time < split.validation])
-    profiles = [data.profiles.features[k] for k in users]
+    item, user = _Measured(), _Measured()
+    crosses: Counter[str] = Counter()
+    for k in seen.tolist():
+        item.add(items.features[k])
+        crosses.update(items.crosses[k])
+    for k in users.tolist():
+        user.add(data.profiles.features[k])
     return FeatureSpec(
-        item_categories=_categories(features),
-        item_numerics=_numerics(features),
-        user_categories=_categories(profiles),
-        user_numerics=_numerics(profiles),
+        item_categories=item.categories(),
+        item_numerics=item.numerics(),
+        user_categories=user.categories(),
+        user_numerics=user.numerics(),
         crosses=tuple(sorted(name for name, _ in crosses.most_common(_VOCABULARY))),
         actions=data.actions,
         attributes=_numeric_attributes(items.attributes),
     )
 
 
+class _Measured:
+    """What features hold, counted as they pass by: items may be more than fit in memory as objects."""
+
+    def __init__(self) -> None:
+        self._strings: dict[str, set[str]] = {}
+        self._numbers: dict[str, array[float]] = {}
+
+    def add(self, features: Mapping[str, Any]) -> None:
+        for name, value in features.items():
+            if isinstance(value, str):
+                self._strings.setdefault(name, set()).add(value)
+            elif isinstance(value, list):
+                self._strings.setdefault(name, set()).update(value)
+            elif isinstance(value, (int, float)):
+                self._numbers.setdefault(name, array("d")).append(value)
+
+    def categories(self) -> tuple[Categorical, ...]:
+        """A categorical feature for each name with strings; four times as many buckets as values, a power of two."""
+        return tuple(
+            Categorical(name, min(_BUCKETS, max(16, 1 << (4 * len(found)).bit_length())))
+            for name, found in sorted(self._strings.items())
+        )
+
+    def numerics(self) -> tuple[Numeric, ...]:
+        return tuple(
+            Numeric(name, round(float(np.mean(found)), 6), round(float(np.std(found)), 6) or 1.0)
+            for name, found in sorted(self._numbers.items())
+        )
+
+
 def _mean(embeddings: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Mean of the rows, a part at a time: the embeddings may be a memory map."""
     total = np.zeros(embeddings.shape[1])
-    for at in range(0, len(rows), _PART):
-        total += embeddings[rows[at : at + _PART]].sum(axis=0, dtype=np.float64)
+    for at in range(0, len(rows), PART):
+        total += embeddings[rows[at : at + PART]].sum(axis=0, dtype=np.float64)
     return (total / len(rows)).astype(np.float32)
-
-
-def _categories(rows: Sequence[Mapping[str, Any]]) -> tuple[Categorical, ...]:
-    """A categorical feature for each name with strings; four times as many buckets as values, a power of two."""
-    values: dict[str, set[str]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                values.setdefault(name, set()).add(value)
-            elif isinstance(value, list):
-                values.setdefault(name, set()).update(value)
-    return tuple(
-        Categorical(name, min(_BUCKETS, max(16, 1 << (4 * len(found)).bit_length())))
-        for name, found in sorted(values.items())
-    )
-
-
-def _numerics(rows: Sequence[Mapping[str, Any]]) -> tuple[Numeric, ...]:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                values.setdefault(name, []).append(float(value))
-    return tuple(
-        Numeric(name, round(float(np.mean(found)), 6), round(float(np.std(found)), 6) or 1.0)
-        for name, found in sorted(values.items())
-    )
 
 
 def _numeric_attributes(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

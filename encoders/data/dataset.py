@@ -48,8 +48,12 @@ class Items:
     added: npt.NDArray[np.int64]  # [M], ms
     removed: npt.NDArray[np.int64]  # [M], ms; NEVER
 
-    def rows(self) -> list[ItemRow]:
-        columns = zip(self.features, self.embeddings, self.crosses, self.attributes, strict=True)
+    def rows(self, begin: int = 0, end: int | None = None) -> list[ItemRow]:
+        """Items begin..end of the M, all by default."""
+        part = slice(begin, end)
+        columns = zip(
+            self.features[part], self.embeddings[part], self.crosses[part], self.attributes[part], strict=True
+        )
         return [ItemRow(*row) for row in columns]
 
 

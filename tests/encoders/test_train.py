@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from encoders.data.synthetic import Marketplace, generate
 from encoders.evaluate import evaluate, figures, predict, split_of
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores
 from encoders.model import ModelConfig
+from encoders.spec import material_of
 from encoders.train import TrainingError, TrainOptions, fit, spec_of, train
 from tests.encoders.small import OPTIONS, small_data
 
@@ -142,6 +144,21 @@ def test_groups_hold_every_example_once_and_never_see_the_future(data: Dataset) 
         assert batches.examples.time[first + size - 1] - batches.examples.time[first] <= GROUP_SPAN
         mine = np.flatnonzero((batches.log.user == user) & (batches.log.time < batches.examples.time[first]))
         assert history == (mine[-1] + 1 if len(mine) else np.searchsorted(batches.log.user, user))
+
+
+def test_an_item_takes_little_memory() -> None:
+    """Beside its embedding, which is the data's: as Python objects an item would take kilobytes."""
+    held = []
+    for items in (20_000, 60_000):
+        data = generate(Marketplace(users=40, items=items, examples=400, past=20), seed=3)
+        tracemalloc.start()
+        material = material_of(data, split_of(data), OPTIONS.config, 3)
+        held.append(tracemalloc.get_traced_memory())
+        tracemalloc.stop()
+        assert np.shares_memory(material.batches.embedding, data.items.embeddings)
+    (small, _), (large, peak) = held
+    assert (large - small) / 40_000 < 200
+    assert peak - large < 120e6  # one part at a time, as objects
 
 
 def test_ties_are_not_history(data: Dataset) -> None:
