@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from api.problems import ProblemBody
-from tests.api.conftest import Host, catalogue
+from tests.host import Host, catalogue
 
 OK = {"user_id": "anna", "candidates": ["1"]}
 

@@ -19,7 +19,7 @@ import pytest
 from api.generations import Generations
 from api.retrieval import RetrievalView
 from streams import rollout
-from tests.api.conftest import HOUR, NOW, Host, Seen, catalogue
+from tests.host import HOUR, NOW, Host, Seen, catalogue
 
 ITEMS = catalogue(120)
 IDS = [item.item_id for item in ITEMS]

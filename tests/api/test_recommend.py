@@ -11,7 +11,8 @@ import pytest
 
 from api import schemas
 from encoders.model import ModelConfig
-from tests.api.conftest import HOUR, NOW, USERS, Host, Seen, behaviours_of, catalogue
+from tests.api.conftest import USERS, behaviours_of
+from tests.host import HOUR, NOW, Host, Seen, catalogue
 
 ITEMS = catalogue(200)
 IDS = {item.item_id for item in ITEMS}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from api import schemas
-from tests.api.conftest import HOUR, NOW, USERS, CatalogueItem, Host, Seen, behaviours_of, catalogue
+from tests.api.conftest import USERS, behaviours_of
+from tests.host import HOUR, NOW, CatalogueItem, Host, Seen, catalogue
 
 ITEMS = catalogue(200)
 IDS = [item.item_id for item in ITEMS]

@@ -12,7 +12,7 @@ import numpy as np
 from api.generations import load
 from api.users import INLINE, UserSource, infer
 from index.keys import keys_of
-from tests.api.conftest import HOUR, NOW, Host, catalogue
+from tests.host import HOUR, NOW, Host, catalogue
 
 ITEMS = catalogue(40)
 
