@@ -51,8 +51,8 @@ def _blocks(block: UserBlock, head: Head, row: Any, counts: NDArray[np.int32]) -
     parts: list[tuple[str, NDArray[Any]]] = [
         ("item", row["joint"]),
         ("user", block.P),
-        ("BEA", block.C.astype(np.float64) @ row["bridge"].astype(np.float64)),
-        ("DIN", block.D.astype(np.float64) @ signs),
+        ("BEA", row["bridge"].astype(np.float64) @ block.C.astype(np.float64)),
+        ("DIN", signs @ block.D.astype(np.float64)),
         ("SimTier", head.T.astype(np.float64) @ np.log1p(counts)),
         ("SIM", block.G[used].mean(axis=0)),
     ]

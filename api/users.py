@@ -193,14 +193,16 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
     """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
     began = time.perf_counter()
     hot, cold, there = generation.arena.gather_both(source.keys)
-    hot, cold = hot[there], cold[there]
+    actions, times = source.actions, source.times
+    if not there.all():
+        hot, cold, actions, times = hot[there], cold[there], actions[there], times[there]
     codes = generation.bundle.manifest.features.action_codes(source.action_names)
     behaviours = Behaviours(
-        vectors=np.ascontiguousarray(cold["vector"], np.float32),
-        signatures=np.ascontiguousarray(hot["signature"]),
-        crosses=np.ascontiguousarray(hot["crosses"]),
-        actions=codes[source.actions[there]] if len(codes) else np.zeros(0, np.uint8),
-        times=source.times[there],
+        vectors=cold["vector"],
+        signatures=hot["signature"],
+        crosses=hot["crosses"],
+        actions=codes[actions] if len(codes) else np.zeros(0, np.uint8),
+        times=times,
     )
     degraded = source.degraded
     try:

@@ -13,27 +13,18 @@ otherwise.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
-from encoders import lsh
+from encoders import lsh, user_ir
 from encoders.bundle import Bundle, BundleError
 from encoders.features import FeatureError, Item, ItemEncoder, ProfileEncoder
-from encoders.model import (
-    NO_CROSS,
-    RECENCY_EDGES,
-    Candidates,
-    Features,
-    ModelConfig,
-    Users,
-    kept_crosses,
-    sim_counts,
-)
+from encoders.model import AIF, DAY, NO_CROSS, RECENCY_EDGES, Candidates, Features, ModelConfig, Users
 
 F4 = npt.NDArray[np.float32]
 U1 = npt.NDArray[np.uint8]
@@ -41,6 +32,7 @@ U2 = npt.NDArray[np.uint16]
 I8 = npt.NDArray[np.int64]
 
 _LIMITS = {"fp16": float(np.finfo(np.float16).max), "fp32": float(np.finfo(np.float32).max)}
+_NO_SLOTS: U2 = np.empty(0, np.uint16)
 _REFERENCE_CHUNK = 1_024  # candidates per forward pass of the reference
 
 
@@ -59,9 +51,10 @@ class EncodedItems:
 
 @dataclasses.dataclass(frozen=True)
 class Behaviours:
-    """A user's behaviours whose items have a row, oldest first; the first three columns are those of the rows."""
+    """A user's behaviours whose items have a row, oldest first; the first three columns are those of the rows, and may
+    be views of them."""
 
-    vectors: F4  # [L, d]
+    vectors: F4 | npt.NDArray[np.float16]  # [L, d]
     signatures: U1  # [L, b / 8]
     crosses: U2  # [L, C]
     actions: U1  # [L], codes of the bundle (FeatureSpec.action_codes)
@@ -84,10 +77,10 @@ class UserBlock:
     """The folded user side of the first layer, valid for one generation and one point in time."""
 
     P: F4  # [h]
-    C: F4  # [h, bridges]
-    D: F4  # [h, b]
+    C: F4  # [bridges, h], C_u transposed: a row is what a bridge adds
+    D: F4  # [b, h], likewise
     G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
-    cross_slots: U2  # [c], ascending; slot k belongs to row k + 1 of G
+    cross_slots: U2  # [c], by kind; slot k belongs to row k + 1 of G
     window: U1  # [Lw, b / 8], signatures of SimTier's window, the newest last
     lengths: tuple[int, ...]  # how many of its newest each histogram counts: Lw, and those of the short window
     generation: str
@@ -160,45 +153,74 @@ class ItemFold:
 
 
 class UserFold:
-    """Profile and behaviours -> user block. May be shared by threads; heavy steps release the GIL."""
+    """Profile and behaviours -> user block, by the code of encoders/user_ir.py. Threads may share it; the GIL is
+    released in all that takes longer than microseconds.
+    """
 
     def __init__(self, bundle: Bundle, generation: str | None = None) -> None:
         """`generation` is what the blocks are stamped with, by default the bundle's version. Raises BundleError for a
         model that cannot be served.
         """
         _check_servable(bundle.manifest.config)
-        model = bundle.model
-        self._model, self._config = model, bundle.manifest.config
-        self._profiles = ProfileEncoder(bundle.manifest.features)
+        model, config = bundle.model, bundle.manifest.config
+        self._config = config
         self._generation = generation or bundle.manifest.version
-        self._token_table = _array(model.token_table())
-        self._recency_edges = np.array(RECENCY_EDGES, dtype=np.int64)
-        absent = model.absent_cross()
-        self._absent = absent if model.config.has("sim") else torch.zeros_like(absent)  # [h]
+        self._encoder = ProfileEncoder(bundle.manifest.features)
+        self._tower = {name: _array(value) for name, value in model.profile_tower.state_dict().items()}
+        self._no_profile = _array(model.no_profile)
+        self._sizes = {half: _user_sizes(model, half) for half in (False, True)}
+        self._weights = _user_weights(model, self._sizes[False])
+        self._kinds = model.cross_kinds.numpy()
+        absent = _array(model.absent_cross())
+        self._absent = absent if config.has("sim") else np.zeros_like(absent)  # [h]
+        alone = torch.zeros(config.width)  # part of P where there is no history
+        if config.has("lsh_din"):
+            alone = alone + model.W1d @ model.no_din
+        if config.has("simtier"):
+            alone = alone + model.W1t @ model.no_window
+        self._alone = _array(alone)
+        self._rooms = threading.local()
 
     def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
         """The block of a user at `as_of` (ms); later behaviours do not enter, nor any before the config's `longest`. A
         profile without features is none. Raises FeatureError for a bad profile.
+
+        The behaviours' columns may be views with strides, and vectors fp16.
         """
-        past = behaviours.until(as_of, self._config.longest)
-        model = self._model
-        with torch.inference_mode():
-            tokens = self._tokens(past, as_of)  # [L, d]
-            p, recent, user = self._user_side(profile, tokens)
-            C = self._bridges(p, recent, user)
-            D, constant = self._din(tokens, past.signatures, user)
-            P = model.W1u @ user + constant
-            if model.config.has("simtier") and not len(past):
-                P = P + model.W1t @ model.no_window
-            slots, G = self._sim(tokens, past, as_of)
-        config = self._config
+        config, past = self._config, behaviours.until(as_of, self._config.longest)
+        L, h = len(past), config.width
+        vectors, signatures, crosses = _by_row(past.vectors), _by_row(past.signatures), _by_row(past.crosses)
+        sizes, room = self._sizes[vectors.dtype == np.float16], self._room()
+        P, C, D = (
+            np.empty(h, np.float32),
+            np.empty((config.bridges, h), np.float32),
+            np.empty((config.bits, h), np.float32),
+        )
+        columns = [part for array in (vectors, signatures, crosses) for part in (array.ctypes.data, array.strides[0])]
+        actions, times = np.ascontiguousarray(past.actions, np.uint8), np.ascontiguousarray(past.times, np.int64)
+        mine = self._profile(profile)
+        user_ir.user(sizes, RECENCY_EDGES)(
+            self._weights.ctypes.data,
+            room.scratch.ctypes.data,
+            L,
+            *columns,
+            actions.ctypes.data,
+            times.ctypes.data,
+            as_of,
+            mine.ctypes.data,
+            *(array.ctypes.data for array in (room.places, P, C, D)),
+            *(array.ctypes.data for array in (room.slots, room.counts, room.newest, room.sums, room.found)),
+        )
+        if not L:
+            P += self._alone
         size = config.window if config.has("simtier") else 0
-        window = np.ascontiguousarray(past.signatures[max(0, len(past) - size) :])
+        window = np.ascontiguousarray(signatures[max(0, L - size) :])
+        slots, G = self._sim(room, sizes, as_of, times) if config.has("sim") else (_NO_SLOTS, self._absent[None, :])
         return UserBlock(
-            P=_array(P),
-            C=_array(C),
-            D=_array(D),
-            G=_array(G),
+            P=P,
+            C=C,
+            D=D,
+            G=G,
             cross_slots=slots,
             window=window,
             lengths=tuple(min(size, len(window)) for size in config.windows),
@@ -206,69 +228,154 @@ class UserFold:
             as_of=as_of,
         )
 
-    def _tokens(self, past: Behaviours, as_of: int) -> torch.Tensor:
-        recency = np.searchsorted(self._recency_edges, as_of - past.times, side="right")
-        known = np.where(past.actions < len(self._model.action_table), past.actions, 0).astype(np.int64)
-        tokens = self._token_table[known * len(self._model.recency_table) + recency]
-        tokens += past.vectors
-        return torch.from_numpy(tokens)
+    def _room(self) -> _Room:
+        """This thread's."""
+        if not hasattr(self._rooms, "room"):
+            self._rooms.room = _Room(self._sizes[False])
+        room: _Room = self._rooms.room
+        return room
 
-    def _user_side(
-        self, profile: Mapping[str, Any] | None, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Profile vector [1, d], recent tokens [1, R, d] and user vector [d]."""
-        model = self._model
-        features = self._profiles.features([profile])
-        p = model.profiles(features, torch.tensor([bool(profile)]))
-        recent = tokens[None, max(0, len(tokens) - self._config.recent) :]
-        return p, recent, model.user_tower(p, recent, _all(recent))[0]
+    def _profile(self, profile: Mapping[str, Any] | None) -> F4:
+        """Profile vector [d]: the tower, or the learned default."""
+        features = self._encoder.features([profile])  # checks it
+        if not profile:
+            return self._no_profile
+        tower, ids, starts = self._tower, features.ids.numpy(), features.offsets.numpy()
+        numerics = features.numerics.numpy()[0]
+        sizes = np.diff(starts, append=len(ids))[:, None]
+        bags = np.add.reduceat(tower["table"][ids], starts) / sizes if len(starts) else np.empty(0, np.float32)
+        known = np.where(np.isnan(numerics), tower["missing"], numerics)
+        joined = np.concatenate([bags.ravel(), known, features.dense.numpy()[0]]).astype(np.float32)
+        hidden = np.maximum(tower["inner.weight"] @ joined + tower["inner.bias"], 0)
+        out: F4 = tower["outer.weight"] @ hidden + tower["outer.bias"]
+        return out
 
-    def _bridges(self, p: torch.Tensor, recent: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
-        """C [h, bridges]: BEA's part and that of the dot products with the bridge weights."""
-        model, config = self._model, self._config
-        C = torch.zeros(config.width, config.bridges)
-        if config.has("bea"):
-            C = model.W1b @ model.bridge_values(p, recent, _all(recent))[0].T
-        return C + model.bridge_dots.fold(user) if model.bridge_dots else C
-
-    def _din(self, tokens: torch.Tensor, signatures: U1, user: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [h, b] with the dot products' part, and DIN's constant part [h].
-
-        sim = scale * ((b + s_i . s_j) / 2b - shift) parts into the two.
-        """
-        config, model, L = self._config, self._model, len(tokens)
-        D, constant = torch.zeros(config.width, config.bits), torch.zeros(config.width)
-        if config.has("lsh_din"):
-            if L:
-                crossed = tokens.T @ torch.from_numpy(lsh.signs(signatures))  # [d, b]
-                D = model.W1d @ crossed * (config.din_scale / (2 * config.bits * L))
-                constant = model.W1d @ tokens.mean(dim=0) * (config.din_scale * (0.5 - config.din_shift))
-            else:
-                constant = model.W1d @ model.no_din
-        return (D + model.dots.fold(user) if model.dots else D), constant
-
-    def _sim(self, tokens: torch.Tensor, past: Behaviours, as_of: int) -> tuple[U2, torch.Tensor]:
+    def _sim(self, room: _Room, sizes: user_ir.Sizes, as_of: int, times: I8) -> tuple[U2, F4]:
         """Slots of the user's crosses that are kept [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
-        flat = past.crosses.ravel()
-        used = np.flatnonzero(flat != NO_CROSS)
-        if not (len(used) and self._config.has("sim")):
-            return np.empty(0, dtype=np.uint16), self._absent[None, :]
-        used = used[np.argsort(flat[used], kind="stable")]  # by slot, and oldest first within it
-        start = np.flatnonzero(np.diff(flat[used], prepend=np.uint16(NO_CROSS)))
-        count = np.diff(start, append=len(used))
-        member = used // past.crosses.shape[1]  # behaviour of each
-        newest = member[start + count - 1]
-        age = as_of - past.times[newest]
-        mean = functional.embedding_bag(
-            torch.from_numpy(member), tokens, torch.from_numpy(start), mode="mean"
-        )  # [c, d]
-        counts = sim_counts(torch.from_numpy(count.astype(np.float32)), torch.from_numpy(age))
-        kept = kept_crosses(
-            torch.zeros(len(count), dtype=torch.int64), torch.from_numpy(count), torch.from_numpy(newest), self._config
+        found = int(room.found[0])
+        slots, counts, newest = room.slots[:found], room.counts[:found], room.newest[:found]
+        kept = _kept(slots, counts, newest, self._config)
+        slots, counts, newest = slots[kept], counts[kept], newest[kept]
+        kinds = self._kinds[np.where(slots < len(self._kinds), slots, 0)]
+        order = np.argsort((kinds << 16) | slots)
+        ends = np.cumsum(np.bincount(kinds, minlength=sizes.kinds))
+        days = (as_of - times[newest]).astype(np.float32) / np.float32(DAY)
+        numbers = np.zeros((found, 2), np.float32)
+        shares = np.zeros(found, np.float32)
+        numbers[kept, 0], numbers[kept, 1], shares[kept] = (
+            np.log1p(counts, dtype=np.float32),
+            1 / (1 + days),
+            1 / counts,
         )
-        slots = flat[used[start]][kept.numpy()]
-        G = self._model.fold_crosses(torch.from_numpy(slots.astype(np.int64)), torch.cat([counts, mean], dim=1)[kept])
-        return slots, torch.cat([self._absent[None, :], G])
+        places = np.arange(found)[kept][order]
+        G = np.empty((len(order) + 1, sizes.width), np.float32)
+        G[0] = self._absent
+        arrays = (numbers, room.sums, shares, places, ends, G[1:])
+        user_ir.crosses(sizes)(
+            self._weights.ctypes.data, room.scratch.ctypes.data, *(array.ctypes.data for array in arrays)
+        )
+        return slots[order], G
+
+
+class _Room:
+    """A thread's own memory for the intermediates of one user."""
+
+    def __init__(self, sizes: user_ir.Sizes) -> None:
+        most = min(1 << 16, max(1, sizes.longest * sizes.crosses))  # different crosses
+        self.scratch = np.empty(user_ir.scratch(sizes).size, np.float32)
+        self.places = np.zeros(1 << 16, np.uint16)  # zero between users
+        self.slots = np.empty(most, np.uint16)
+        self.counts, self.newest = np.empty(most, np.int32), np.empty(most, np.int32)
+        self.sums = np.empty((most, sizes.dim), np.float32)
+        self.found = np.zeros(1, np.int64)
+
+
+def _by_row(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array as the generated code reads it: any distance between rows, none within a row."""
+    inside = array.strides[1] == array.itemsize
+    usable = array.dtype in (np.float16, np.float32, np.uint8, np.uint16)
+    return (
+        array
+        if inside and usable and array.strides[0] > 0
+        else np.ascontiguousarray(array, array.dtype if usable else np.float32)
+    )
+
+
+def _kept(slots: U2, counts: npt.NDArray[np.int32], newest: npt.NDArray[np.int32], config: ModelConfig) -> Any:
+    """Which of a user's crosses its table keeps: `kept_crosses`, of one user."""
+    if config.cross_table not in ("frequent", "recent") or len(slots) <= config.cross_rows:
+        return slice(None)
+    first, second = (counts, newest) if config.cross_table == "frequent" else (newest, counts)
+    worth = first.astype(np.uint64) << np.uint64(40) | second.astype(np.uint64) << np.uint64(16)
+    worth |= np.uint64(0xFFFF) - slots.astype(np.uint64)
+    return np.argpartition(worth, len(worth) - config.cross_rows)[len(worth) - config.cross_rows :]
+
+
+def _user_sizes(model: AIF, half: bool) -> user_ir.Sizes:
+    config = model.config
+    return user_ir.Sizes(
+        width=config.width,
+        dim=config.dim,
+        bridges=config.bridges,
+        bits=config.bits,
+        crosses=config.crosses,
+        recent=config.recent,
+        longest=config.longest,
+        heads=config.heads,
+        hidden=config.hidden,
+        dots=config.dots,
+        bridge_dots=config.bridge_dots,
+        actions=len(model.action_table),
+        recencies=len(model.recency_table),
+        kinds=len(model.W1s),
+        attends=config.has("self_attention"),
+        half=half,
+    )
+
+
+def _user_weights(model: AIF, sizes: user_ir.Sizes) -> F4:
+    """The model's weights as `user_ir.weights` places them; zero for what is switched off."""
+    config, tower = model.config, model.user_tower
+    root = config.dim**-0.5
+    parts = {
+        "tokens": model.token_table(),
+        "null": tower.null,
+        "query.w": tower.query.weight.T * root,
+        "query.b": tower.query.bias * root,
+        "out.w": tower.out.weight.T,
+        "out.b": tower.out.bias,
+        "bridges": model.bridges.T * (config.bridge_temperature * root),
+        "user": model.W1u.T,
+        "sim": model.W1s.transpose(1, 2),
+    }
+    if not config.has("profile_attention"):
+        parts["out.w"] = torch.cat([parts["out.w"][: 2 * config.dim], torch.zeros(config.dim, config.dim)])
+    if config.has("bea"):
+        parts["bea"] = model.W1b.T
+    if config.has("lsh_din"):
+        parts["din"] = model.W1d.T * (config.din_scale / (2 * config.bits))
+        parts["din.mean"] = model.W1d.T * (config.din_scale * (0.5 - config.din_shift))
+    for name in ("dots", "bridge_dots"):
+        if (dots := getattr(model, name)) is not None:
+            parts[f"{name}.query.w"] = dots.query.weight.T * dots.scale
+            parts[f"{name}.query.b"] = dots.query.bias * dots.scale
+            parts[f"{name}.w"] = dots.W1.T
+    if sizes.attends:
+        for name, layer in (
+            ("qkv", tower.qkv),
+            ("mix", tower.mix),
+            ("ffn_in", tower.ffn_in),
+            ("ffn_out", tower.ffn_out),
+        ):
+            parts[f"{name}.w"], parts[f"{name}.b"] = layer.weight.T, layer.bias
+        for name, norm in (("norm1", tower.norm1), ("norm2", tower.norm2)):
+            parts[f"{name}.w"], parts[f"{name}.b"] = norm.weight, norm.bias
+    plan = user_ir.weights(sizes)
+    out = np.zeros(plan.size, np.float32)
+    for name, part in parts.items():
+        flat = _array(part).ravel()
+        out[plan.places[name] : plan.places[name] + len(flat)] = flat
+    return out
 
 
 def cross_bytes(config: ModelConfig, met: int) -> int:
@@ -296,8 +403,8 @@ def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
     z = (
         rows.joint
         + block.P
-        + rows.bridge @ block.C.T
-        + lsh.signs(rows.signature) @ block.D.T
+        + rows.bridge @ block.C
+        + lsh.signs(rows.signature) @ block.D
         + np.log1p(counts.astype(np.float32)) @ head.T.T
         + cross
     )
@@ -351,18 +458,13 @@ def _one_user(bundle: Bundle, profile: Mapping[str, Any] | None, past: Behaviour
     return Users(
         profile=features,
         known=torch.tensor([bool(profile)]),
-        vectors=torch.tensor(past.vectors)[None],
+        vectors=torch.tensor(past.vectors, dtype=torch.float32)[None],
         signatures=torch.from_numpy(lsh.signs(past.signatures))[None],
         crosses=torch.from_numpy(past.crosses.astype(np.int64))[None],
         actions=torch.from_numpy(actions)[None],
         ages=torch.from_numpy(as_of - past.times)[None],
         valid=torch.ones(1, len(past), dtype=torch.bool),
     )
-
-
-def _all(tokens: torch.Tensor) -> torch.Tensor:
-    """The mask of tokens [1, R, d] none of which is padding."""
-    return torch.ones(tokens.shape[:2], dtype=torch.bool)
 
 
 def _array(tensor: torch.Tensor) -> F4:

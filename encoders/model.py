@@ -32,10 +32,10 @@ from torch.nn import functional
 from encoders import lsh
 
 # A behaviour's age falls into bucket = number of edges <= age; milliseconds.
-_MINUTE, _HOUR, _DAY = 60_000, 3_600_000, 86_400_000
+_MINUTE, _HOUR, DAY = 60_000, 3_600_000, 86_400_000
 RECENCY_EDGES: tuple[int, ...] = (
-    _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 3 * _HOUR, 8 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY,
-    14 * _DAY, 30 * _DAY, 60 * _DAY, 120 * _DAY, 365 * _DAY,
+    _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 3 * _HOUR, 8 * _HOUR, DAY, 2 * DAY, 4 * DAY, 7 * DAY,
+    14 * DAY, 30 * DAY, 60 * DAY, 120 * DAY, 365 * DAY,
 )  # fmt: skip
 NO_CROSS = 0  # slot of an unused place among an item's crosses
 SIM_COUNTS = 2  # log1p(count) and recency stand before the mean token in SIM(u, c)
@@ -724,7 +724,7 @@ def recency_buckets(ages: Tensor) -> Tensor:
 
 def sim_counts(count: Tensor, age: Tensor) -> Tensor:
     """The first columns of SIM(u, c): log1p(count), and recency = 1 / (1 + days since the newest) [..., 2]."""
-    days = age.to(torch.float32) / _DAY
+    days = age.to(torch.float32) / DAY
     return torch.stack([torch.log1p(count), 1 / (1 + days)], dim=-1)
 
 

@@ -68,20 +68,20 @@ def user_tables(
     window: NDArray[np.uint8],
     lengths: tuple[int, ...],
 ) -> UserTables:
-    """From P [h], C [h, n], D [h, b], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
+    """From P [h], C [n, h], D [b, h], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
     of SimTier's window, oldest first, and how many of its newest each histogram counts: L first, then ever fewer.
     Raises KernelError when shapes do not go together."""
-    width, bits = D.shape
-    fitting = P.shape == (width,) and C.shape[0] == width and G.shape == (len(cross_slots) + 1, width)
+    bits, width = D.shape
+    fitting = P.shape == (width,) and C.shape[1] == width and G.shape == (len(cross_slots) + 1, width)
     nested = [len(window), *lengths[1:]] == sorted(lengths, reverse=True)
     if not fitting or bits % 8 or window.shape != (len(window), bits // 8) or not nested:
         raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape} of {lengths}")
-    signs = np.array([[1 if value >> bit & 1 else -1 for bit in range(4)] for value in range(16)], np.float32)
-    fours = np.ascontiguousarray(D.T, np.float32).reshape(bits // 4, 4, width)
+    rows, fours = np.ascontiguousarray(D, np.float32), _aligned_f4(bits // 4, 16, width)
+    score_ir.fours(width)(rows.ctypes.data, bits // 4, fours.ctypes.data)
     return UserTables(
         _aligned(P),
-        _aligned(C.T),
-        np.matmul(signs, fours, out=_aligned_f4(bits // 4, 16, width)),
+        _aligned(C),
+        fours,
         np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
         np.ascontiguousarray(cross_slots, np.uint16),
         popcount_ir.blocks_of(window, lengths),
@@ -145,7 +145,7 @@ def score_oracle(
     windows = [window[len(window) - length :] for length in lengths]
     signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
     tiers = np.concatenate([simtier_counts_oracle(hot["signature"], window, edges) for window in windows], axis=1)
-    z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C.T + signs @ D.T
+    z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C + signs @ D
     z += np.log1p(tiers.astype(np.float64)) @ T.T
     rows_of = {int(slot): row for row, slot in enumerate(cross_slots, 1)}
     for i, crosses in enumerate(hot["crosses"].tolist()):
@@ -201,8 +201,8 @@ def warm_up(layout: RowLayout, head: HeadTables) -> None:
     width, tiers = layout.width, len(head.edges) + 1
     user = user_tables(
         np.zeros(width, np.float32),
-        np.zeros((width, layout.bridges), np.float32),
-        np.zeros((width, layout.bits), np.float32),
+        np.zeros((layout.bridges, width), np.float32),
+        np.zeros((layout.bits, width), np.float32),
         np.zeros((1, width), np.float32),
         np.zeros(0, np.uint16),
         np.zeros((1, layout.bits // 8), np.uint8),

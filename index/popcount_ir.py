@@ -23,8 +23,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from index.codegen import I8, I16, I32, I64, Code
 from index.layout import aligned_empty
+from infra.codegen import I8, I16, I32, I64, Code
 
 LANES = 64
 _BYTES_IN_LANE = 31  # so many popcounts of a byte fit an 8-bit lane

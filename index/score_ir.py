@@ -18,11 +18,35 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from index.codegen import F32, HALF, I8, I16, I32, I64, Code
+from infra.codegen import F32, HALF, I8, I16, I32, I64, Code
 
 _ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
 _TILE = 32  # candidates between which the first cache keeps what it has
 _TABLES = 1 << 14  # bytes of D's tables that stay in the first cache with a tile
+
+
+@functools.lru_cache(maxsize=16)
+def fours(width: int) -> Callable[..., None]:
+    """void fours(D [4 n, width], n, out [n, 16, width]): for every four of D's rows their sums with all 16 choices of
+    signs, bit k of the choice = + for row k."""
+    code = Code("fours", [F32.as_pointer(), I64, F32.as_pointer()])
+    D, number, out = code.function.args
+    vector = ir.VectorType(F32, width)
+
+    def one(four: Any, _: list[Any]) -> list[Any]:
+        build = code.build
+        rows = [
+            code.vector(D, build.mul(build.add(build.mul(four, I64(4)), I64(k)), I64(width)), vector) for k in range(4)
+        ]
+        for choice in range(16):
+            total = ir.Constant(vector, None)
+            for k, row in enumerate(rows):
+                total = build.fadd(total, row) if choice >> k & 1 else build.fsub(total, row)
+            code.store(total, out, build.mul(build.add(build.mul(four, I64(16)), I64(choice)), I64(width)))
+        return []
+
+    code.loop(number, one, [])
+    return code.compiled()
 
 
 @functools.lru_cache(maxsize=16)

@@ -168,7 +168,7 @@ def _arrays(case: Case, candidates: int, random: np.random.Generator) -> tuple[A
         return random.standard_normal(shape, dtype=np.float32)
 
     window = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
-    C, D, G = normal(h, layout.bridges), normal(h, case.bits), normal(case.met + 1, h)
+    C, D, G = normal(layout.bridges, h), normal(case.bits, h), normal(case.met + 1, h)
     user = kernels.user_tables(
         normal(h), C, D, G, np.sort(slots), window, (len(window), min(len(window), TRAINED.short_window))
     )

@@ -81,7 +81,7 @@ def test_every_table_is_served_as_it_is_trained(
     assert block.G.nbytes + block.cross_slots.nbytes == cross_bytes(config, met)
     if kind != "exact":
         assert len(block.cross_slots) <= ROWS
-    assert list(block.cross_slots) == sorted(set(block.cross_slots.tolist()))
+    assert len(set(block.cross_slots.tolist())) == len(block.cross_slots)
 
 
 def expected(past: Behaviours, kind: str) -> list[int]:
@@ -103,7 +103,7 @@ def test_a_capped_table_keeps_what_its_rule_says(
 ) -> None:
     w = world(kind)
     behaviours = w.behaviours(np.random.default_rng(seed), length)
-    assert UserFold(w.bundle).block(None, behaviours, NOW).cross_slots.tolist() == expected(behaviours, kind)
+    assert sorted(UserFold(w.bundle).block(None, behaviours, NOW).cross_slots.tolist()) == expected(behaviours, kind)
 
 
 def test_users_of_a_batch_are_capped_apart() -> None:

@@ -43,8 +43,8 @@ def case(
     width = layout.width
     block = (
         floats(width),
-        floats(width, layout.bridges),
-        floats(width, layout.bits),
+        floats(layout.bridges, width),
+        floats(layout.bits, width),
         floats(crosses + 1, width),
         slots,
     )
