@@ -88,11 +88,14 @@ def ranked(
     values: NDArray[np.float32], k: int, keys: NDArray[np.uint64], names: Callable[[NDArray[np.int64]], Any]
 ) -> NDArray[np.int64]:
     """Places of the best k, best first. `names` gives the ids at places; only those of equal values are looked at."""
-    rank = np.zeros(len(values), np.uint32)
-    places = tied(values)
-    if len(places):
-        rank[places] = tie_rank(keys[places], lambda: names(places))
-    return kernels.top_k(values, k, rank)
+    chosen = kernels.best(values, k)
+    own = np.nan_to_num(values[chosen], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    rank = np.zeros(len(own), np.uint32)
+    equal = tied(own)
+    if len(equal):
+        places = chosen[equal]
+        rank[equal] = tie_rank(keys[places], lambda: names(places))
+    return chosen[np.lexsort((rank, -own))[:k]]
 
 
 def tied(values: NDArray[np.float32]) -> NDArray[np.int64]:

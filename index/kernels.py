@@ -175,23 +175,22 @@ def simtier_counts_oracle(
     return np.stack([(tier == t).sum(axis=1) for t in range(len(edges) + 1)], axis=1).astype(np.int32)
 
 
-def top_k(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64]:
-    """Indices of the min(k, n) best, best first; equal scores by ascending tie_rank (integers 0..2^32-1); NaN last."""
-    k = min(k, len(scores))
+def best(values: F4, k: int) -> NDArray[np.int64]:
+    """Places, ascending, of all values that are not below the k-th best: k of them, and more where it is there more
+    than once. NaN counts as the lowest."""
     if k <= 0:
         return np.empty(0, np.int64)
-    # One unsigned number per candidate that orders as (score, tie rank) does: NumPy selects those with vectors.
-    clean = np.where(np.isnan(scores), np.float32(-np.inf), scores) + np.float32(0)  # also makes -0.0 equal 0.0
-    bits = clean.astype(np.float32).view(np.uint32)
-    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    order = (rising.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - tie_rank.astype(np.uint64))
-    best = np.argpartition(order, len(order) - k)[len(order) - k :]
-    return best[np.argsort(order[best])[::-1]]
+    if k >= len(values):
+        return np.arange(len(values))
+    clean = np.where(np.isnan(values), np.float32(-np.inf), values)
+    return np.flatnonzero(clean >= np.partition(clean, len(clean) - k)[len(clean) - k])
 
 
-def top_k_oracle(scores: F4, k: int, tie_rank: NDArray[Any]) -> NDArray[np.int64]:
-    """`top_k`."""
-    return np.lexsort((tie_rank, -scores))[:k]
+def best_oracle(values: F4, k: int) -> NDArray[np.int64]:
+    """`best`."""
+    clean = [-math.inf if math.isnan(value) else value for value in values.tolist()]
+    limit = sorted(clean, reverse=True)[: max(0, k)]
+    return np.array([place for place, value in enumerate(clean) if limit and value >= limit[-1]], np.int64)
 
 
 def warm_up(layout: RowLayout, head: HeadTables) -> None:
@@ -208,7 +207,7 @@ def warm_up(layout: RowLayout, head: HeadTables) -> None:
         np.zeros((1, layout.bits // 8), np.uint8),
         (1,) * (len(head.T) // tiers),
     )
-    top_k(score(hot, user, head), 1, np.zeros(1, np.int64))
+    score(hot, user, head)
 
 
 def _aligned(values: NDArray[Any]) -> F4:

@@ -183,24 +183,14 @@ def test_simtier_counts_are_the_oracles(rows: int, window: int, size: int, data:
 
 
 @given(
-    st.lists(st.sampled_from([0.0, -0.0, 1.5, -1.5, 2.0, 1e-40, float("inf"), -float("inf")]), max_size=40),
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.5, -1.5, 2.0, 1e-40, float("inf"), -float("inf"), float("nan")]), max_size=40
+    ),
     st.integers(-1, 50),
-    st.randoms(use_true_random=False),
 )
-def test_top_k_is_the_oracles(values: list[float], k: int, random: Any) -> None:
+def test_best_are_the_oracles(values: list[float], k: int) -> None:
     scores = np.array(values, np.float32)
-    ranks = list(range(len(values)))
-    random.shuffle(ranks)
-    tie_rank = np.array(ranks, np.int64)
-    got = kernels.top_k(scores, k, tie_rank)
-    assert got.tolist() == kernels.top_k_oracle(scores + np.float32(0), max(k, 0), tie_rank).tolist()
-
-
-def test_top_k_puts_nan_last_and_takes_large_ranks() -> None:
-    scores = np.array([np.nan, 1, -np.inf, 1], np.float32)
-    ranks = np.array([0, (1 << 32) - 1, 1, 7], np.uint32)
-    assert kernels.top_k(scores, 4, ranks)[:2].tolist() == [3, 1]
-    assert 0 not in kernels.top_k(scores, 2, ranks)
+    assert kernels.best(scores, k).tolist() == kernels.best_oracle(scores, k).tolist()
 
 
 def test_warm_up_leaves_nothing_to_compile() -> None:
