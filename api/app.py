@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from starlette.types import ASGIApp
 
 from api import binary, items, schemas
 from api.events import KINDS, checked
@@ -22,7 +23,7 @@ from api.explain import explain
 from api.openapi import add_schemas, documented
 from api.prerank import Candidates, answer_of
 from api.problems import ProblemError, decode, invalid
-from api.replies import JSON, body_of, error_handlers, reply
+from api.replies import JSON, Endpoint, Shortcut, body_of, error_handlers, reply
 from api.service import Service
 from api.status import generations_of
 from api.users import moment_text, user_id_of
@@ -46,7 +47,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 
-def application() -> FastAPI:
+def application() -> ASGIApp:
     """What uvicorn's workers run; settings come from the environment."""
     settings = load()
     telemetry.start_metrics(settings)
@@ -55,7 +56,7 @@ def application() -> FastAPI:
     return create_app(Service(settings))
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """The HTTP application around a service, which it starts and stops."""
 
     @asynccontextmanager
@@ -75,13 +76,13 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    _ranking_routes(app, service)
+    hot = _ranking_routes(app, service)
     _lookup_routes(app, service)
     _event_routes(app, service)
     _operation_routes(app, service)
     error_handlers(app)
     add_schemas(app, _TYPES)
-    return app
+    return Shortcut(app, hot)
 
 
 _TYPES: list[Any] = [
@@ -102,7 +103,9 @@ _TYPES: list[Any] = [
 # ---- ranking
 
 
-def _ranking_routes(app: FastAPI, service: Service) -> None:
+def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
+    """Adds them, and gives those which are asked most often."""
+
     @app.post(
         "/v1/score",
         summary="score a user's candidates",
@@ -151,6 +154,8 @@ def _ranking_routes(app: FastAPI, service: Service) -> None:
     async def prefetch(user_id: str, request: Request) -> Response:
         body, _ = await body_of(request, JSON, empty=True)
         return await service.run(_prefetch, service, user_id, body)
+
+    return {"/v1/score": score, "/v1/recommend": recommend}
 
 
 def _score_json(service: Service, body: bytes, _: Any) -> Response:

@@ -28,6 +28,7 @@ def serve(settings: Settings) -> None:
         http="httptools",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         log_config=None,
         timeout_graceful_shutdown=10,
     )
