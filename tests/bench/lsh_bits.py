@@ -142,7 +142,7 @@ class Case:
 def kernel_us(cases: Mapping[str, Case], repetitions: int, candidates: int = CANDIDATES) -> dict[str, list[float]]:
     """CPU microseconds per candidate of `index.kernels.score` on one thread, one per repetition; cases interleaved."""
     random = np.random.default_rng(1)
-    ready = {name: _arrays(case, candidates, random) for name, case in cases.items()}
+    ready = {name: arrays_of(case, candidates, random) for name, case in cases.items()}
     spent: dict[str, list[float]] = {name: [] for name in cases}
     for repetition in range(repetitions + 1):  # the first compiles
         for name, (hot, user, head) in ready.items():
@@ -153,7 +153,7 @@ def kernel_us(cases: Mapping[str, Case], repetitions: int, candidates: int = CAN
     return spent
 
 
-def _arrays(case: Case, candidates: int, random: np.random.Generator) -> tuple[Any, Any, Any]:
+def arrays_of(case: Case, candidates: int, random: np.random.Generator) -> tuple[Any, Any, Any]:
     """Random rows, user tables and head of the default sizes."""
     layout = RowLayout(bits=case.bits, crosses=case.crosses)
     h, tiers = layout.width, TRAINED.tiers

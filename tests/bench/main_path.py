@@ -56,7 +56,7 @@ def run(seed: int, quick: bool) -> None:
         stack.publisher.users({"user_id": f"u{user}", "features": world.profile(user)} for user in range(users))
         stack.publisher.behaviours(row for user in range(users) for row in world.history(user, 1_000))
         arena = stack.serve_generation("fp16", bundles["fp16"])
-        with stack.api("tests.bench.stand_in", str(world.items), str(seed)) as client:
+        with stack.api("tests.bench.stand_in", "retrieval", str(world.items), str(seed)) as client:
             wait("the histories are complete", lambda: _seen(client, users - 1) == 1_000, 120, every_s=0.2)
             _recommend(report, client, users, 100 if quick else 500)
         with stack.api() as client:

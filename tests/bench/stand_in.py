@@ -1,6 +1,8 @@
-"""The API with a timed stand-in for a remote retrieval: 10 ms, then 10,000 distinct seeded ids. For `main_path`.
+"""The API with a stand-in for a part of it, for benchmarks.
 
-python -m tests.bench.stand_in ITEMS SEED
+python -m tests.bench.stand_in retrieval ITEMS SEED    recommends out of a remote retrieval that takes 10 ms and gives
+                                                       10,000 distinct seeded ids
+python -m tests.bench.stand_in ready                   has every answer ready: what is left is HTTP and its bodies
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import uvicorn
@@ -15,7 +18,7 @@ import uvicorn
 from api.app import create_app
 from api.generations import Generation
 from api.prerank import Answer, Candidates, Merger
-from api.schemas import RecommendRequest
+from api.schemas import Query, RecommendRequest
 from api.service import Service
 from api.users import UserSource
 from infra import settings as settings_module
@@ -26,10 +29,10 @@ RETRIEVAL_S = 0.010
 DIFFERENT = 32  # answers, in turn
 
 
-class StandInMerger(Merger):
+class RemoteRetrieval(Merger):
     """Recommends out of ids that a remote service would have given."""
 
-    def prepare(self, items: int, seed: int) -> StandInMerger:
+    def prepare(self, items: int, seed: int) -> RemoteRetrieval:
         random = np.random.default_rng(seed)
         self._answers = itertools.cycle(
             [random.permutation(items)[:CANDIDATES].astype(np.uint64) for _ in range(DIFFERENT)]
@@ -45,15 +48,32 @@ class StandInMerger(Merger):
         return Candidates.of_integers(ids), []
 
 
+class Ready(Merger):
+    """Gives the first answer to a question for k again and again."""
+
+    _known: dict[int | None, Answer] | None = None
+
+    def prerank(
+        self, query: Query, k: int | None, retrieve: Callable[[Generation, UserSource], tuple[Candidates, list[str]]]
+    ) -> Answer:
+        if self._known is None:
+            self._known = {}
+        if k not in self._known:
+            self._known[k] = super().prerank(query, k, retrieve)
+        return self._known[k]
+
+
 def main() -> None:
     settings = settings_module.load()
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, "stand-in")
     sys.setswitchinterval(1e-4)
     service = Service(settings)
-    service.merger = StandInMerger(settings, service.generations, service.users).prepare(
-        int(sys.argv[1]), int(sys.argv[2])
-    )
+    if sys.argv[1] == "ready":
+        service.merger = Ready(settings, service.generations, service.users)
+    else:
+        remote = RemoteRetrieval(settings, service.generations, service.users)
+        service.merger = remote.prepare(int(sys.argv[2]), int(sys.argv[3]))
     uvicorn.run(
         create_app(service),
         host=settings.api_host,
@@ -61,6 +81,8 @@ def main() -> None:
         loop="uvloop",
         http="httptools",
         access_log=False,
+        server_header=False,
+        proxy_headers=False,
         log_config=None,
     )
 

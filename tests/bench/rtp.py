@@ -1,0 +1,565 @@
+"""Benchmark `rtp`: a request of 10,000 candidates, from their ids to the best 100, against what the machine can do.
+
+An index of 1M random rows (d = h = 64, n = 16, b = 128, fp16), users with 1,000 behaviours, all timings interleaved in
+one run. In process, one thread: `score` is id table, gather, scores and the best 100 with a ready user block; `user` is
+history, rows and fold. Its limit is the sum of three lower bounds (tests/bench/limits.py), its kernels are timed bare.
+Through HTTP: another process asks over one kept connection; `overhead` is the round trip where every answer is ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rocksdict import AccessType, Options, Rdict
+
+from api import rtp
+from api.prerank import Candidates
+from api.schemas import Query
+from api.service import Service
+from api.users import infer
+from encoders.bundle import load_bundle
+from encoders.fold import ItemFold
+from index import kernels, popcount_ir, score_ir
+from index.arena import ArenaReader, ArenaWriter, Progress
+from index.keys import keys_of_ints
+from index.layout import RowLayout, aligned_empty
+from index.n2o import ROW, N2OWriter, RowBatch
+from infra.settings import Settings, environment
+from tests.bench import http_load, limits
+from tests.bench.lsh_bits import Case, arrays_of
+from tests.bench.report import Report
+from tests.bench.world import World
+from tests.conftest import free_ports
+from tests.host import HOUR, NOW, Host, Seen
+
+CANDIDATES, LENGTH, K = 10_000, 1_000, 100
+USERS, REQUESTS = 8, 16
+GENERATION = "g1"
+_PART = 50_000  # rows written together
+
+Series = dict[str, list[float]]
+
+
+def run(seed: int, quick: bool) -> None:
+    report = Report("rtp", seed, quick)
+    items, rounds = (50_000, 60) if quick else (1_000_000, 400)
+    folder = Path(tempfile.mkdtemp(prefix="forerank-rtp-"))
+    torch.set_num_threads(1)
+    try:
+        host = _host(folder / "state", items, seed)
+        print(f"{items:,} rows, {USERS} users with {LENGTH:,} behaviours", flush=True)
+        _in_process(report, host, items, seed, rounds)
+        _http(report, host, items, seed, rounds, quick)
+        _store(report, host, items)
+        _growth(report, folder, seed, quick)
+    finally:
+        shutil.rmtree(folder)
+    report.finish(lambda canvas: _draw(canvas, report.tables))
+
+
+# ---- the world
+
+
+def _host(state: Path, items: int, seed: int) -> Host:
+    """Random rows in RocksDB and arena, histories, one generation that is active. Its writers are closed."""
+    state.mkdir()
+    settings = Settings(
+        kafka_bootstrap=f"127.0.0.1:{free_ports(1)[0]}",
+        state=state,
+        api_port=free_ports(1)[0],
+        candidates_max=2 * CANDIDATES,
+    )
+    host, random = Host(settings), np.random.default_rng(seed)
+    layout = RowLayout.from_json(host.bundle(GENERATION, seed=seed, precision="fp16").manifest.row)
+    for at in range(0, items, _PART):
+        numbers = range(at, min(items, at + _PART))
+        hot, cold = _rows(layout, len(numbers), random)
+        host.put(GENERATION, [str(number) for number in numbers], hot, cold)
+    for user in range(USERS):
+        seen = random.integers(0, items, LENGTH).tolist()
+        behaviours = [Seen(f"u{user}", str(item), NOW - (LENGTH - at) * HOUR) for at, item in enumerate(seen)]
+        host.behave(behaviours, {f"u{user}": {"segment": "s1", "age": 30}})
+    host.activate(GENERATION)
+    host.close()
+    return host
+
+
+def _rows(layout: RowLayout, count: int, random: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Random hot and cold records; an item has four crosses of 400 on average."""
+    hot, cold = aligned_empty(count, layout.hot), aligned_empty(count, layout.cold)
+    hot.view(np.uint8)[:], cold.view(np.uint8)[:] = 0, 0
+    hot["joint"] = 0.3 * random.standard_normal((count, layout.width), dtype=np.float32)
+    weights = random.random((count, layout.bridges), dtype=np.float32)
+    hot["bridge"] = weights / weights.sum(axis=1, keepdims=True)
+    hot["signature"] = random.integers(0, 256, (count, layout.bits // 8), dtype=np.uint8)
+    used = random.random((count, layout.crosses)) < 0.7
+    hot["crosses"] = random.integers(1, 401, (count, layout.crosses)) * used
+    cold["vector"] = random.standard_normal((count, layout.dim), dtype=np.float32)
+    cold["attributes"] = 1
+    return hot, cold
+
+
+def _asked(items: int, seed: int) -> list[NDArray[np.uint64]]:
+    """The candidates of each request."""
+    random = np.random.default_rng([seed, 1])
+    return [random.choice(items, CANDIDATES, replace=False).astype(np.uint64) for _ in range(REQUESTS)]
+
+
+def _interleaved(rounds: int, work: dict[str, Callable[[int], object]]) -> Series:
+    """Milliseconds of each, one after the other in every round; the first tenth does not count."""
+    spent: Series = {name: [] for name in work}
+    for place in range(rounds + rounds // 10):
+        for name, do in work.items():
+            began = time.perf_counter()
+            do(place)
+            if place >= rounds // 10:
+                spent[name].append((time.perf_counter() - began) * 1e3)
+    return spent
+
+
+def _percentiles(report: Report, name: str, values: list[float], which: tuple[int, ...] = (50, 99)) -> None:
+    for percentile in which:
+        windows = [float(np.percentile(window, percentile)) for window in np.array_split(values, 5)]
+        report.figure(f"{name}_p{percentile}_ms", windows, "ms", float(np.percentile(values, percentile)))
+
+
+# ---- in process
+
+
+def _in_process(report: Report, host: Host, items: int, seed: int, rounds: int) -> None:
+    service = Service(host.settings)
+    service.start()
+    generation = service.generations.pin()
+    try:
+        asked = _asked(items, seed)
+        sources = [service.users.stored(f"u{user}", NOW) for user in range(USERS)]
+        sides = [infer(generation, source) for source in sources]
+        bare = _Bare(generation.arena, sides[0].tables, generation.head_tables, asked)
+        rocks = _Rocks(host, asked)
+
+        def score(place: int) -> None:
+            ids = asked[place % REQUESTS]
+            keys = Candidates.of_integers(ids).keys
+            rows = generation.arena.gather(keys)
+            scores = rtp.score(generation, sides[place % USERS], rows.hot)
+            rtp.ranked(scores, K, keys, lambda places: ids[places])
+
+        def prerank(place: int) -> None:
+            query = Query(user_id=f"u{place % USERS}", as_of=NOW)
+            service.merger.score_integers(asked[place % REQUESTS], query, K)
+
+        spent = _interleaved(
+            rounds,
+            {
+                "score": score,
+                "user": lambda place: infer(generation, sources[place % USERS]),
+                "request": prerank,
+                "gather": bare.gather,
+                "counts": bare.counts,
+                "join": bare.join,
+                "best": bare.best,
+            },
+        )
+        rocks_ms = [_ms(rocks.get, place) for place in range(max(5, rounds // 40))]
+        rocks.close()
+    finally:
+        service.stop()
+    for name in ("score", "user", "request"):
+        _percentiles(report, name, spent[name])
+    medians = {name: float(np.median(values)) for name, values in spent.items()}
+    for name in ("gather", "counts", "join", "best"):
+        _percentiles(report, f"kernel_{name}", spent[name], (50,))
+    report.figure(
+        "over_kernels_ratio",
+        medians["score"] / sum(medians[name] for name in ("gather", "counts", "join", "best")),
+        "x",
+    )
+    _limits(report, generation.layout, generation.head_tables, medians)
+    report.figure("gather_over_rocksdb", (np.array(rocks_ms) / medians["gather"]).tolist(), "x")
+
+
+def _ms(work: Callable[[int], object], place: int) -> float:
+    began = time.perf_counter()
+    work(place)
+    return (time.perf_counter() - began) * 1e3
+
+
+def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians: dict[str, float]) -> None:
+    machine = limits.measure()
+    report.figure("stream_gb_per_s", machine.stream_gb_per_s, "GB/s")
+    report.figure("clock_ghz", machine.clock_ghz, "GHz")
+    report.figure("fma_g_per_s", machine.fma_g_per_s, "G/s")
+    products = layout.width * (layout.bridges + len(head.T)) + sum(
+        before * after for before, after in zip(head.sizes[:-1], head.sizes[1:], strict=True)
+    )
+    parts = machine.score_ms(CANDIDATES, layout.hot.itemsize, LENGTH, layout.bits, products)
+    for name, value in parts.items():
+        report.figure(f"limit_{name.replace('-', '_')}_ms", value, "ms")
+    report.figure("limit_ms", sum(parts.values()), "ms")
+    report.figure("over_limit_ratio", medians["score"] / sum(parts.values()), "x")
+    report.figure("simtier_roof_share", parts["popcounts"] / medians["counts"], "")
+
+
+class _Bare:
+    """The project's kernels as machine code alone, on memory that is there."""
+
+    def __init__(
+        self, arena: ArenaReader, user: kernels.UserTables, head: kernels.HeadTables, asked: list[NDArray[np.uint64]]
+    ) -> None:
+        self._arena, self._user, self._head = arena, user, head
+        self._keys = [keys_of_ints(ids) for ids in asked]
+        self._hot = [arena.gather(keys).hot for keys in self._keys]
+        hot = self._hot[0]
+        assert hot.dtype.fields is not None
+        self._signature = hot.dtype.fields["signature"][1]
+        self._tiers = len(head.T)
+        self._counts = np.empty((CANDIDATES, self._tiers), np.int32)
+        self._out = np.empty(CANDIDATES, np.float32)
+        self._slots = np.zeros(kernels.CROSS_SLOTS, np.uint16)
+        self._slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
+        self._scores = [kernels.score(rows, user, head) for rows in self._hot]
+
+    def gather(self, place: int) -> None:
+        self._arena.gather(self._keys[place % REQUESTS])
+
+    def counts(self, place: int) -> None:
+        hot, size = self._hot[place % REQUESTS], self._hot[0]["signature"].shape[1]
+        first = hot.ctypes.data + self._signature
+        popcount_ir.counts(first, hot.itemsize, len(hot), size, self._user.window, self._head.edges, self._counts)
+
+    def join(self, place: int) -> None:
+        hot, user, head = self._hot[place % REQUESTS], self._user, self._head
+        before = [a.ctypes.data for a in (self._counts, user.P, user.C, user.D, user.G, self._slots)]
+        after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, self._out)]
+        code = score_ir.score(hot.dtype, self._tiers, head.sizes)
+        code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
+
+    def best(self, place: int) -> None:
+        kernels.best(self._scores[place % REQUESTS], K)
+
+
+class _Rocks:
+    """The same rows out of RocksDB, by its call for many keys; a block cache that holds all of them."""
+
+    def __init__(self, host: Host, asked: list[NDArray[np.uint64]]) -> None:
+        path = host.settings.generation_dir(GENERATION) / "n2o" / "rocks"
+        self._own = tempfile.mkdtemp(prefix="forerank-rtp-rocks-")
+        options = Options(raw_mode=True)
+        options.set_max_open_files(-1)
+        self._rocks = Rdict(str(path), options, access_type=AccessType.secondary(self._own))
+        self._names: list[list[str | int | float | bytes | bool]] = [
+            [ROW + str(number).encode() for number in ids.tolist()] for ids in asked
+        ]
+        for names in self._names:
+            found = self._rocks.get(names)
+            assert isinstance(found, list)
+            assert None not in found, "RocksDB holds other keys"
+
+    def get(self, place: int) -> None:
+        self._rocks.get(self._names[place % REQUESTS])
+
+    def close(self) -> None:
+        self._rocks.close()
+        shutil.rmtree(self._own)
+
+
+# ---- through HTTP
+
+
+def _http(report: Report, host: Host, items: int, seed: int, rounds: int, quick: bool) -> None:
+    asked = _asked(items, seed)
+    binary = [
+        http_load.request(
+            f"/v1/score?user_id=u{at % USERS}&as_of={NOW}&k={K}",
+            ids.astype("<u8").tobytes(),
+            "application/octet-stream",
+        )
+        for at, ids in enumerate(asked)
+    ]
+    texts = [
+        http_load.request("/v1/score", _body(f"u{at % USERS}", ids.tolist()), "application/json")
+        for at, ids in enumerate(asked)
+    ]
+    names = [
+        http_load.request(
+            "/v1/score", _body(f"u{at % USERS}", [str(number) for number in ids.tolist()]), "application/json"
+        )
+        for at, ids in enumerate(asked)
+    ]
+    with _server(host, "api", "serve") as (port, pid), _server(host, "tests.bench.stand_in", "ready") as (ready, _):
+        served, there = http_load.Connection(port), http_load.Connection(ready)
+        spent = _interleaved(
+            rounds,
+            {
+                "http": lambda at: served.ask(binary[at % REQUESTS]),
+                "http_json": lambda at: served.ask(texts[at % REQUESTS]),
+                "http_json_strings": lambda at: served.ask(names[at % REQUESTS]),
+                "http_overhead": lambda at: there.ask(binary[at % REQUESTS]),
+                "http_json_overhead": lambda at: there.ask(texts[at % REQUESTS]),
+            },
+        )
+        for name in ("http", "http_json", "http_json_strings"):
+            _percentiles(report, name, spent[name])
+        for name in ("http_overhead", "http_json_overhead"):
+            windows = [float(np.median(part)) for part in np.array_split(spent[name], 5)]
+            report.figure(f"{name}_ms", windows, "ms", float(np.median(spent[name])))
+        folder = host.settings.state / "requests"
+        folder.mkdir()
+        for at, one in enumerate(binary):
+            (folder / f"{at:03}").write_bytes(one)
+        _under_nearline(report, host, served, binary, rounds)
+        rows = [
+            _clients(port, pid, count, folder, 3 if quick else 8)
+            for count in ((1, 8) if quick else (1, 2, 4, 8, 16, 32))
+        ]
+        report.table("clients", rows)
+        report.figure("requests_per_s_per_core", [float(row["per_core"]) for row in rows], "1/s")
+    processes = []
+    for count in (1, 2) if quick else (1, 2, 3, 4):
+        with _server(host, "api", "serve", processes=count) as (port, pid):
+            row = _clients(port, pid, 8, folder, 3 if quick else 8)
+            own = http_load.private_mib(pid)
+            processes.append(row | {"processes": count, "private_mib_each": max(own)})
+    report.table("processes", processes)
+
+
+def _body(user: str, ids: list[Any]) -> bytes:
+    return json.dumps({"user_id": user, "as_of": NOW, "k": K, "candidates": ids}).encode()
+
+
+@contextlib.contextmanager
+def _server(host: Host, *command: str, processes: int = 1) -> Iterator[tuple[int, int]]:
+    """(port, process id) of an API over the host's state."""
+    port = free_ports(1)[0]
+    environ = {**os.environ, **environment(host.settings), "API_PORT": str(port), "API_PROCESSES": str(processes)}
+    log = (host.settings.state / f"{command[-1]}.log").open("ab")
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environ, stdout=log, stderr=log)
+    log.close()
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/readyz").is_success:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{' '.join(command)} does not serve; its log is in {host.settings.state}")
+            time.sleep(0.1)
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _clients(port: int, pid: int, clients: int, folder: Path, seconds: int) -> dict[str, Any]:
+    """Closed-loop clients in a process of their own, for so long."""
+    command = [sys.executable, "-m", "tests.bench.http_load", str(port), str(clients), str(seconds), str(folder)]
+    subprocess.run([*command[:-2], "1", str(folder)], check=True, capture_output=True)  # warms every thread up
+    before = http_load.cpu_seconds(pid)
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    used = http_load.cpu_seconds(pid) - before
+    return {
+        "clients": clients,
+        "requests_per_s": found["count"] / seconds,
+        "per_core": found["count"] / used,
+        "p50_ms": found["p50_ms"],
+        "p99_ms": found["p99_ms"],
+    }
+
+
+def _under_nearline(report: Report, host: Host, served: http_load.Connection, asked: list[bytes], rounds: int) -> None:
+    """p99 of round trips while another process encodes and writes rows as fast as it can, against without it; in
+    turns."""
+    context = multiprocessing.get_context("spawn")
+    go, stop = context.Event(), context.Event()
+    path = host.settings.generation_dir(GENERATION)
+    worker = context.Process(target=_encode_and_write, args=(path, host.settings.hash_key, go, stop))
+    worker.start()
+    alone: list[list[float]] = []
+    beside: list[list[float]] = []
+    try:
+        for turn in range(6):
+            (go.set if turn % 2 else go.clear)()
+            time.sleep(0.5)
+            trips = [served.timed(asked[at % REQUESTS]) for at in range(max(30, rounds // 2))]
+            (beside if turn % 2 else alone).append(trips)
+    finally:
+        stop.set()
+        go.set()
+        worker.join(30)
+    p99 = [float(np.percentile(np.concatenate(part), 99)) for part in (alone, beside)]
+    report.figure("http_alone_p99_ms", [float(np.percentile(part, 99)) for part in alone], "ms", p99[0])
+    report.figure("http_under_nearline_p99_ms", [float(np.percentile(part, 99)) for part in beside], "ms", p99[1])
+    report.figure("p99_under_nearline_ratio", p99[1] / p99[0], "x")
+
+
+def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any) -> None:
+    """Process: what encode and replicate do, without Kafka, on the newest rows again and again."""
+    bundle = load_bundle(path / "bundle")
+    layout, fold, world = RowLayout.from_json(bundle.manifest.row), ItemFold(bundle), World(2_000, 1)
+    torch.set_num_threads(1)
+    inputs = [world.inputs(number, 1) for number in range(500)]
+    writer = N2OWriter(path / "n2o", layout, 2, hash_key.encode())
+    offset = int(writer.rows_offsets()[0])
+    version = 2
+    while not stop.is_set():
+        if not go.wait(0.1):
+            continue
+        encoded = fold.encode(inputs)
+        hot, cold = aligned_empty(500, layout.hot), aligned_empty(500, layout.cold)
+        hot.view(np.uint8)[:], cold.view(np.uint8)[:] = 0, 0
+        for name in ("joint", "bridge", "signature", "crosses"):
+            hot[name] = getattr(encoded, name)
+        cold["vector"] = encoded.vector
+        writer.apply([(_batch(range(500), offset, version, hot, cold), offset)])
+        offset, version = offset + 500, version + 1
+    writer.close()
+
+
+def _batch(numbers: range, offset: int, version: int, hot: NDArray[Any], cold: NDArray[Any]) -> RowBatch:
+    count = len(numbers)
+    return RowBatch(
+        partition=0,
+        covered=offset + count - 1,
+        ids=[str(number) for number in numbers],
+        versions=np.full(count, version, np.uint64),
+        offsets=np.arange(offset, offset + count, dtype=np.int64),
+        deleted=np.zeros(count, bool),
+        hot=hot,
+        cold=cold,
+        attributes=[b"{}"] * count,
+    )
+
+
+# ---- memory and opening
+
+
+def _store(report: Report, host: Host, items: int) -> None:
+    path = host.settings.generation_dir(GENERATION) / "n2o"
+    layout = RowLayout.of_manifest(path.parent / "bundle" / "manifest.json")
+    opened = []
+    for _ in range(5):
+        began = time.perf_counter()
+        reader = ArenaReader.open(path, layout)
+        opened.append(time.perf_counter() - began)
+    size = reader.size()
+    record = layout.hot.itemsize + layout.cold.itemsize
+    report.figure("memory_over_record", (size.hot_bytes + size.cold_bytes) / items / record, "x")
+    report.figure("id_table_bytes_per_item", size.table_bytes / items, "B")
+    report.figure("open_warm_arena_s", opened, "s")
+    arena = path / "arena"
+    shutil.rmtree(arena)
+    began = time.perf_counter()
+    N2OWriter(path, layout, 2, host.settings.hash_key.encode()).close()
+    report.figure("rebuild_arena_s", time.perf_counter() - began, "s")
+
+
+# ---- growth
+
+
+def _growth(report: Report, folder: Path, seed: int, quick: bool) -> None:
+    random, rounds = np.random.default_rng(seed), 5 if quick else 30
+    counts = (1_000, 2_000, 5_000, 10_000, 20_000)
+    rows = [_scored(count, Case(), random, rounds) | {"candidates": count} for count in counts]
+    report.table("candidates", rows)
+    lengths = (100, 300, 1_000, 3_000, 10_000)
+    cases = {length: arrays_of(Case(window=length), CANDIDATES, random) for length in lengths}
+    spent = _interleaved(rounds, {str(length): _scoring(case) for length, case in cases.items()})
+    joins = _interleaved(rounds, {str(length): _joining(case) for length, case in cases.items()})
+    report.table(
+        "length",
+        [
+            {
+                "length": length,
+                "score_ms": float(np.median(spent[str(length)])),
+                "without_simtier_ms": float(np.median(joins[str(length)])),
+            }
+            for length in lengths
+        ],
+    )
+    report.figure(
+        "din_growth_ratio", (np.array(joins[str(lengths[-1])]) / np.median(joins[str(lengths[0])])).tolist(), "x"
+    )
+    report.table("bits", [_scored(CANDIDATES, Case(bits=b), random, rounds) | {"bits": b} for b in (64, 128, 256, 512)])
+    sizes = (10_000, 50_000) if quick else (10_000, 100_000, 1_000_000, 5_000_000)
+    report.table("items", [_gathered(folder, size, seed, rounds) for size in sizes])
+
+
+def _scoring(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
+    hot, user, head = arrays
+    return lambda _: kernels.score(hot, user, head)
+
+
+def _joining(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
+    """All but SimTier's counts."""
+    hot, user, head = arrays
+    counts = np.zeros((len(hot), len(head.T)), np.int32)
+    slots = np.zeros(kernels.CROSS_SLOTS, np.uint16)
+    slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
+    out = np.empty(len(hot), np.float32)
+    code = score_ir.score(hot.dtype, len(head.T), head.sizes)
+
+    def join(_: int) -> None:
+        before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.G, slots)]
+        after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
+        code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
+
+    return join
+
+
+def _scored(candidates: int, case: Case, random: np.random.Generator, rounds: int) -> dict[str, Any]:
+    spent = _interleaved(rounds, {"score": _scoring(arrays_of(case, candidates, random))})["score"]
+    return {"score_ms": float(np.median(spent)), "low_ms": min(spent), "high_ms": max(spent)}
+
+
+def _gathered(folder: Path, items: int, seed: int, rounds: int) -> dict[str, Any]:
+    """Gathering from an arena of so many rows, whose ids are 0, 1, ..."""
+    layout, path, random = RowLayout(), folder / f"items-{items}", np.random.default_rng(seed)
+    writer = ArenaWriter.create(path, layout, 1, items)
+    for at in range(0, items, _PART):
+        count = min(_PART, items - at)
+        hot, cold = _rows(layout, count, random)
+        writer.apply(keys_of_ints(np.arange(at, at + count, dtype=np.uint64)), np.ones(count, np.uint8), hot, cold)
+    writer.publish(1, 1, Progress.empty(1))
+    reader = ArenaReader.open(path, layout)
+    keys = [
+        keys_of_ints(random.choice(items, min(items, CANDIDATES), replace=False).astype(np.uint64)) for _ in range(8)
+    ]
+    spent = _interleaved(rounds, {"gather": lambda place: reader.gather(keys[place % 8])})["gather"]
+    shutil.rmtree(path)
+    return {"items": items, "gather_ms": float(np.median(spent)), "low_ms": min(spent), "high_ms": max(spent)}
+
+
+def _draw(canvas: Any, tables: dict[str, list[dict[str, Any]]]) -> None:
+    panels = canvas.subplots(2, 3).ravel()
+    canvas.set_size_inches(13, 7)
+    plots = [
+        ("candidates", "candidates", {"score_ms": "score"}, "ms"),
+        ("length", "length", {"score_ms": "score", "without_simtier_ms": "without SimTier"}, "ms"),
+        ("bits", "bits", {"score_ms": "score"}, "ms"),
+        ("items", "items", {"gather_ms": "id table and gather"}, "ms"),
+        ("clients", "clients", {"p50_ms": "p50", "p99_ms": "p99"}, "ms"),
+        ("processes", "processes", {"requests_per_s": "8 clients"}, "requests/s"),
+    ]
+    for panel, (table, x, lines, unit) in zip(panels, plots, strict=True):
+        rows = tables[table]
+        for key, label in lines.items():
+            panel.plot([row[x] for row in rows], [row[key] for row in rows], marker="o", markersize=3, label=label)
+        panel.set(xlabel=x, ylabel=unit, ylim=(0, None))
+        if x in ("length", "items", "bits", "clients"):
+            panel.set_xscale("log")
+        panel.legend(fontsize=8)
