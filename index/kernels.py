@@ -24,6 +24,7 @@ from index.layout import RowLayout, aligned_empty
 
 F4 = NDArray[np.float32]
 CROSS_SLOTS = 65536
+_LEAST_STEP = 1e-30  # of a column of D without weight
 
 
 class KernelError(ValueError):
@@ -36,7 +37,8 @@ class UserTables:
 
     P: F4  # [h]
     C: F4  # [n, h]
-    D: F4  # [b/4, 16, h]
+    D: F4 | NDArray[np.int16]  # [b/4, 16, h]
+    steps: F4  # [h], what 1 is worth where D holds integers
     G: F4  # [c+2, h], the last row zero
     cross_slots: NDArray[np.uint16]  # [c]
     window: popcount_ir.Blocks
@@ -44,7 +46,7 @@ class UserTables:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.P, self.C, self.D, self.G, self.cross_slots, self.window.data, self.logs)
+        arrays = (self.P, self.C, self.D, self.steps, self.G, self.cross_slots, self.window.data, self.logs)
         return sum(array.nbytes for array in arrays)
 
 
@@ -67,21 +69,29 @@ def user_tables(
     cross_slots: NDArray[np.uint16],
     window: NDArray[np.uint8],
     lengths: tuple[int, ...],
+    *,
+    narrow: bool,
 ) -> UserTables:
     """From P [h], C [n, h], D [b, h], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
     of SimTier's window, oldest first, and how many of its newest each histogram counts: L first, then ever fewer.
-    Raises KernelError when shapes do not go together."""
+    `narrow`: D's tables as 16-bit integers, which shifts a number of z by at most b/8 + 1 of its `steps`, as a rule by
+    a tenth of that, and so by less than rows of fp16 are rounded. Raises KernelError when shapes do not go together."""
     bits, width = D.shape
     fitting = P.shape == (width,) and C.shape[1] == width and G.shape == (len(cross_slots) + 1, width)
     nested = [len(window), *lengths[1:]] == sorted(lengths, reverse=True)
     if not fitting or bits % 8 or window.shape != (len(window), bits // 8) or not nested:
         raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape} of {lengths}")
     rows, fours = np.ascontiguousarray(D, np.float32), _aligned_f4(bits // 4, 16, width)
-    score_ir.fours(width)(rows.ctypes.data, bits // 4, fours.ctypes.data)
+    steps = _aligned(np.abs(rows).sum(axis=0) / (32_767 - bits // 4))  # no sum of the tables' rows runs over
+    if narrow:
+        fours = aligned_empty(fours.size, np.dtype(np.int16)).reshape(fours.shape)
+    shares = 1 / np.maximum(steps, _LEAST_STEP)
+    score_ir.fours(width, narrow)(rows.ctypes.data, shares.ctypes.data, bits // 4, fours.ctypes.data)
     return UserTables(
         _aligned(P),
         _aligned(C),
         fours,
+        steps,
         np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
         np.ascontiguousarray(cross_slots, np.uint16),
         popcount_ir.blocks_of(window, lengths),
@@ -125,9 +135,11 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
     out = np.empty(len(hot), np.float32)
     slots = _scratch.cross_map
     slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
-    before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.G, slots)]
+    before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
     after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
-    score_ir.score(hot.dtype, tiers, head.sizes)(first, len(hot), *before, len(user.G) - 1, *after)
+    score_ir.score(hot.dtype, tiers, head.sizes, user.D.dtype == np.int16)(
+        first, len(hot), *before, len(user.G) - 1, *after
+    )
     slots[user.cross_slots] = 0
     return out
 
@@ -206,6 +218,7 @@ def warm_up(layout: RowLayout, head: HeadTables) -> None:
         np.zeros(0, np.uint16),
         np.zeros((1, layout.bits // 8), np.uint8),
         (1,) * (len(head.T) // tiers),
+        narrow=layout.precision == "fp16",
     )
     score(hot, user, head)
 

@@ -26,12 +26,13 @@ _TABLES = 1 << 14  # bytes of D's tables that stay in the first cache with a til
 
 
 @functools.lru_cache(maxsize=16)
-def fours(width: int) -> Callable[..., None]:
-    """void fours(D [4 n, width], n, out [n, 16, width]): for every four of D's rows their sums with all 16 choices of
-    signs, bit k of the choice = + for row k."""
-    code = Code("fours", [F32.as_pointer(), I64, F32.as_pointer()])
-    D, number, out = code.function.args
+def fours(width: int, narrow: bool) -> Callable[..., None]:
+    """void fours(D [4 n, width], shares [width], n, out [n, 16, width]): for every four of D's rows their sums with all
+    16 choices of signs, bit k of the choice = + for row k; where `narrow` times `shares`, as 16-bit integers."""
+    code = Code("fours", [F32.as_pointer(), F32.as_pointer(), I64, (I16 if narrow else F32).as_pointer()])
+    D, shares, number, out = code.function.args
     vector = ir.VectorType(F32, width)
+    share = code.vector(shares, I64(0), vector) if narrow else None
 
     def one(four: Any, _: list[Any]) -> list[Any]:
         build = code.build
@@ -42,6 +43,8 @@ def fours(width: int) -> Callable[..., None]:
             total = ir.Constant(vector, None)
             for k, row in enumerate(rows):
                 total = build.fadd(total, row) if choice >> k & 1 else build.fsub(total, row)
+            if narrow:
+                total = build.fptosi(code.round(build.fmul(total, share)), ir.VectorType(I16, width))
             code.store(total, out, build.mul(build.add(build.mul(four, I64(16)), I64(choice)), I64(width)))
         return []
 
@@ -50,12 +53,12 @@ def fours(width: int) -> Callable[..., None]:
 
 
 @functools.lru_cache(maxsize=16)
-def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callable[..., None]:
-    """void score(hot, n, counts i4[n, tiers], P, C [bridges, h], D [b/4, 16, h], G, slots u2[65536], unmet, logs,
-    T [tiers, h], weights, biases, out [n])
+def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bool) -> Callable[..., None]:
+    """void score(hot, n, counts i4[n, tiers], P, C [bridges, h], D [b/4, 16, h], steps [h], G, slots u2[65536], unmet,
+    logs, T [tiers, h], weights, biases, out [n])
 
-    `sizes` = h, hidden layers, 1; layer l has weights [sizes[l], sizes[l + 1]]. `unmet` is the place of a row of zeros
-    in G.
+    `sizes` = h, hidden layers, 1; layer l has weights [sizes[l], sizes[l + 1]]. D's tables hold 16-bit integers where
+    they are `narrow`, to be multiplied by `steps`. `unmet` is the place of a row of zeros in G.
     """
     fields = hot.fields
     assert fields is not None
@@ -63,12 +66,15 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callabl
     width, bridges = joint[0].shape[0], bridge[0].shape[0]
     assert sizes[0] == width
     stored = HALF if joint[0].base.itemsize == 2 else F32
-    kinds = [I8, I64, I32, F32, F32, F32, F32, I16, I64, F32, F32, F32, F32, F32]
+    entry = I16 if narrow else F32  # of D's tables
+    kinds = [I8, I64, I32, F32, F32, entry, F32, F32, I16, I64, F32, F32, F32, F32, F32]
     code = Code("score", [kind if kind is I64 else kind.as_pointer() for kind in kinds])
-    rows, number, counts, P, C, D, G, slots, unmet, logs, T, weights, biases, out = code.function.args
+    rows, number, counts, P, C, D, steps, G, slots, unmet, logs, T, weights, biases, out = code.function.args
     vector = ir.VectorType(F32, width)
     block, inputs = max(1, _ROOM // width), bridges + tiers
     begun = code.scratch(_TILE * width)  # z of a tile, without what is a product with a matrix
+    entries = ir.VectorType(entry, width)
+    partial = code.build.bitcast(code.scratch(_TILE * width), entry.as_pointer())  # of D s
     x = code.scratch(block * inputs)  # bridge weights and log1p(counts) of a block
     z = [code.scratch(block * size) for size in sizes[:-1]]
 
@@ -90,7 +96,7 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callabl
         A few bytes at a time for the whole tile, so that their tables stay in the first cache.
         """
         size = signature[0].shape[0]
-        together = max(1, _TABLES // (32 * width * 4))
+        together = max(1, _TABLES // (32 * width * (2 if narrow else 4)))
         for start in range(0, size, together):
             part = range(start, min(size, start + together))
 
@@ -98,17 +104,24 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...]) -> Callabl
                 build = code.build
                 i = build.add(first, c)
                 here = build.mul(c, I64(width))
-                if part.start:
-                    sums = code.vector(begun, here, vector)
-                else:
-                    sums = build.fadd(floats(i, "joint", vector), code.vector(P, I64(0), vector))
+                sums = code.vector(partial, here, entries) if part.start else ir.Constant(entries, None)
                 own = address(i, "signature")
+                add = build.add if narrow else build.fadd
                 for j in part:
                     byte = build.zext(build.load(build.gep(own, [I64(j)])), I64)
-                    low = row_of(D, build.add(build.and_(byte, I64(15)), I64(32 * j)))
-                    high = row_of(D, build.add(build.lshr(byte, I64(4)), I64(32 * j + 16)))
-                    sums = build.fadd(sums, build.fadd(low, high))
-                code.store(sums, begun, here)
+                    for half, value in enumerate((build.and_(byte, I64(15)), build.lshr(byte, I64(4)))):
+                        row = build.mul(build.add(value, I64(16 * (2 * j + half))), I64(width))
+                        sums = add(sums, code.vector(D, row, entries))
+                if part.stop < size:
+                    code.store(sums, partial, here)
+                    return []
+                base = build.fadd(floats(i, "joint", vector), code.vector(P, I64(0), vector))
+                if narrow:
+                    sums = build.sitofp(build.sext(sums, ir.VectorType(I32, width)), vector)
+                    base = code.multiply_add(sums, code.vector(steps, I64(0), vector), base)
+                else:
+                    base = build.fadd(base, sums)
+                code.store(base, begun, here)
                 return []
 
             code.loop(count, add_part, [])

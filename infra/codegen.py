@@ -100,11 +100,11 @@ class Code:
     def vector(self, table: Any, at: Any, kind: Any) -> Any:
         """The numbers of a vector from element `at` of a table."""
         place = self.build.bitcast(self.build.gep(table, [at]), kind.as_pointer())
-        return self.build.load(place, align={HALF: 2, I8: 1}.get(kind.element, 4))
+        return self.build.load(place, align={HALF: 2, I16: 2, I8: 1}.get(kind.element, 4))
 
     def store(self, value: Any, table: Any, at: Any) -> None:
         place = self.build.bitcast(self.build.gep(table, [at]), value.type.as_pointer())
-        self.build.store(value, place, align=4)
+        self.build.store(value, place, align=2 if value.type.element == I16 else 4)
 
     def spread(self, value: Any, vector: Any) -> Any:
         """All lanes the same value."""

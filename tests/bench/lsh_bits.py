@@ -170,7 +170,7 @@ def arrays_of(case: Case, candidates: int, random: np.random.Generator) -> tuple
     window = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
     C, D, G = normal(layout.bridges, h), normal(case.bits, h), normal(case.met + 1, h)
     user = kernels.user_tables(
-        normal(h), C, D, G, np.sort(slots), window, (len(window), min(len(window), TRAINED.short_window))
+        normal(h), C, D, G, np.sort(slots), window, (len(window), min(len(window), TRAINED.short_window)), narrow=True
     )
     edges = np.array(lsh.tier_edges(random.binomial(case.bits, 0.5, 9_999), tiers, case.bits))
     sizes = [h, *TRAINED.head, 1]

@@ -244,9 +244,9 @@ class _Bare:
 
     def join(self, place: int) -> None:
         hot, user, head = self._hot[place % REQUESTS], self._user, self._head
-        before = [a.ctypes.data for a in (self._counts, user.P, user.C, user.D, user.G, self._slots)]
+        before = [a.ctypes.data for a in (self._counts, user.P, user.C, user.D, user.steps, user.G, self._slots)]
         after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, self._out)]
-        code = score_ir.score(hot.dtype, self._tiers, head.sizes)
+        code = score_ir.score(hot.dtype, self._tiers, head.sizes, user.D.dtype == np.int16)
         code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
 
     def best(self, place: int) -> None:
@@ -511,10 +511,10 @@ def _joining(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
     slots = np.zeros(kernels.CROSS_SLOTS, np.uint16)
     slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
     out = np.empty(len(hot), np.float32)
-    code = score_ir.score(hot.dtype, len(head.T), head.sizes)
+    code = score_ir.score(hot.dtype, len(head.T), head.sizes, user.D.dtype == np.int16)
 
     def join(_: int) -> None:
-        before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.G, slots)]
+        before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
         after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
         code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
 

@@ -211,7 +211,16 @@ def tables_of(bundle: Bundle, scene: Scene, rows: Rows) -> tuple[kernels.UserTab
     block = UserFold(bundle).block(scene.profile, scene.behaviours(rows), as_of())
     head = Head.of(bundle)
     return (
-        kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths),
+        kernels.user_tables(
+            block.P,
+            block.C,
+            block.D,
+            block.G,
+            block.cross_slots,
+            block.window,
+            block.lengths,
+            narrow=bundle.manifest.precision == "fp16",
+        ),
         kernels.head_tables(head.T, head.edges, head.weights, head.biases),
     )
 

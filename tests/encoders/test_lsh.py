@@ -195,7 +195,9 @@ def test_every_width_is_served_as_it_is_trained(
     hot = aligned_empty(80, RowLayout.from_json(w.bundle.manifest.row).hot)
     for name in ("joint", "bridge", "signature", "crosses"):
         hot[name] = getattr(w.rows, name)
-    user = kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths)
+    user = kernels.user_tables(
+        block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths, narrow=False
+    )
     tables = kernels.head_tables(head.T, head.edges, head.weights, head.biases)
     np.testing.assert_allclose(kernels.score(hot, user, tables), wanted, atol=2e-5)
     hot["signature"][:, -1] ^= 0x80

@@ -89,30 +89,45 @@ def test_score_is_the_oracles(
     layout: RowLayout, rows: int, window: int, crosses: int, tiers: int, hidden: tuple[int, ...]
 ) -> None:
     hot, block, head = case(rows + layout.bits, layout, rows, window, crosses, tiers, hidden)
-    got = kernels.score(hot, kernels.user_tables(*block), kernels.head_tables(*head))
+    got = kernels.score(hot, kernels.user_tables(*block, narrow=False), kernels.head_tables(*head))
     assert got.dtype == np.float32
     assert got.shape == (rows,)
     np.testing.assert_allclose(got, kernels.score_oracle(hot, block, *head), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"h{layout.width}-b{layout.bits}")
+@pytest.mark.parametrize("size", [0.0, 1e-3, 30.0])
+def test_narrow_tables_stay_within_their_bound(layout: RowLayout, size: float) -> None:
+    hot, block, head = case(4, layout, rows=70)
+    block = (block[0], block[1], np.float32(size) * block[2], *block[3:])
+    tables = kernels.user_tables(*block, narrow=True)
+    assert tables.D.dtype == np.int16
+    bound = (layout.bits / 8 + 1) * tables.steps.astype(np.float64)
+    for weight in head[2]:
+        bound = np.abs(weight) @ bound
+    wanted = kernels.score_oracle(hot, block, *head)
+    error = np.abs(kernels.score(hot, tables, kernels.head_tables(*head)) - wanted)
+    assert (error <= bound + 1e-5 * (1 + np.abs(wanted))).all()
 
 
 def test_every_part_counts_and_nothing_is_left_from_the_call_before() -> None:
     layout = RowLayout(precision="fp32")
     hot, block, head = case(1, layout)
     tables = kernels.head_tables(*head)
-    base = kernels.score(hot, kernels.user_tables(*block), tables)
+    base = kernels.score(hot, kernels.user_tables(*block, narrow=False), tables)
     for at in range(6):
         changed = list(block)
         changed[at] = block[at][::-1].copy() if at == 4 else block[at] + 1
-        other = kernels.score(hot, kernels.user_tables(*changed), tables)
+        other = kernels.score(hot, kernels.user_tables(*changed, narrow=False), tables)
         np.testing.assert_allclose(other, kernels.score_oracle(hot, tuple(changed), *head), rtol=2e-5, atol=2e-5)
         assert not np.allclose(other, base)
-    again = kernels.score(hot, kernels.user_tables(*block), tables)
+    again = kernels.score(hot, kernels.user_tables(*block, narrow=False), tables)
     assert again.tobytes() == base.tobytes()
 
 
 def test_a_row_scores_the_same_alone_and_among_others() -> None:
     hot, block, head = case(2, RowLayout(), rows=40)
-    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    user, tables = kernels.user_tables(*block, narrow=False), kernels.head_tables(*head)
     whole = kernels.score(hot, user, tables)
     for at in (0, 1, 17, 39):
         assert kernels.score(hot[at : at + 1], user, tables)[0] == whole[at]
@@ -121,26 +136,26 @@ def test_a_row_scores_the_same_alone_and_among_others() -> None:
 
 def test_shapes_that_do_not_go_together_are_refused() -> None:
     hot, block, head = case(3, RowLayout())
-    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    user, tables = kernels.user_tables(*block, narrow=False), kernels.head_tables(*head)
     other_hot, other_block, other_head = case(3, RowLayout(width=32, bits=64))
     with pytest.raises(kernels.KernelError):
         kernels.score(other_hot, user, tables)
     with pytest.raises(kernels.KernelError):
-        kernels.score(hot, kernels.user_tables(*other_block), tables)
+        kernels.score(hot, kernels.user_tables(*other_block, narrow=False), tables)
     with pytest.raises(kernels.KernelError):
         kernels.score(hot, user, kernels.head_tables(*other_head))
     with pytest.raises(kernels.KernelError):
-        kernels.user_tables(*block[:5], other_block[5], block[6])
+        kernels.user_tables(*block[:5], other_block[5], block[6], narrow=False)
     for lengths in ((99, 16), (100, 16, 17), (101, 16)):
         with pytest.raises(kernels.KernelError, match="window"):
-            kernels.user_tables(*block[:6], lengths)
+            kernels.user_tables(*block[:6], lengths, narrow=False)
     with pytest.raises(kernels.KernelError):
         kernels.head_tables(head[0][:, :3], *head[1:])
 
 
 def test_threads_score_at_the_same_time() -> None:
     cases = [case(seed, RowLayout(), rows=300) for seed in range(4)]
-    ready = [(hot, kernels.user_tables(*block), kernels.head_tables(*head)) for hot, block, head in cases]
+    ready = [(hot, kernels.user_tables(*block, narrow=False), kernels.head_tables(*head)) for hot, block, head in cases]
     wanted = [kernels.score(*one) for one in ready]
     wrong: list[int] = []
 
@@ -196,7 +211,7 @@ def test_best_are_the_oracles(values: list[float], k: int) -> None:
 def test_warm_up_leaves_nothing_to_compile() -> None:
     layout = RowLayout(width=24, bits=40)
     hot, block, head = case(5, layout, tiers=5, hidden=(8, 8))
-    user, tables = kernels.user_tables(*block), kernels.head_tables(*head)
+    user, tables = kernels.user_tables(*block, narrow=True), kernels.head_tables(*head)
     kernels.warm_up(layout, tables)
     started = time.perf_counter()
     kernels.score(hot, user, tables)
