@@ -1,13 +1,37 @@
-"""`python -m api serve`: the API's processes. Runs until SIGTERM or Ctrl-C."""
+"""`python -m api serve`: a parent that holds the listening socket, and the API's processes below it.
+
+SIGTERM or Ctrl-C ends all of them, SIGHUP exchanges them: new processes start, and once all are ready the old ones end.
+A process that ends by itself is replaced. A process that is to end answers what it was asked, and tells callers with
+each answer to come on another connection, before it closes those that are idle: nobody's request is lost to it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import multiprocessing
 import os
+import signal
 import socket
+import threading
+import time
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import uvicorn
 
-from infra.settings import Settings, environment, variable
+from infra import telemetry
+from infra.settings import Settings, environment, load, variable
+
+LOG = logging.getLogger(__name__)
+_SPAWN = multiprocessing.get_context("spawn")
+_BACKLOG = 2_048
+_DRAIN_S = 2.0  # for callers on idle connections to hear that they are to come on another
+_LEAVE_S = 10.0  # for answers under way, after that
+_AGAIN_S = 1.0  # until a process that ended is replaced
+_END_S = 20.0  # until a process that does not end is killed
+_CLOSE = (b"connection", b"close")
 
 
 class ServeError(RuntimeError):
@@ -15,30 +39,182 @@ class ServeError(RuntimeError):
 
 
 def serve(settings: Settings) -> None:
-    """Raises ServeError when the port is taken or the address is not of this host."""
-    check_port(settings)
-    os.environ.update(environment(settings))  # for uvicorn's workers
-    uvicorn.run(
+    """Raises ServeError when the port is taken or the address is not of this host, or no process can start."""
+    with listening(settings) as listener:
+        os.environ.update(environment(settings))  # for the processes
+        telemetry.start_metrics(settings)  # what is wrong with the state's folder is wrong for all
+        telemetry.configure_logging(settings, "api")
+        _Processes(listener, settings.api_processes).run()
+
+
+def check_port(settings: Settings) -> None:
+    """Raises ServeError where the API could not listen."""
+    listening(settings).close()
+
+
+def listening(settings: Settings) -> socket.socket:
+    """The socket. Raises ServeError."""
+    address = f"{settings.api_host}:{settings.api_port}"
+    try:
+        return socket.create_server((settings.api_host, settings.api_port), reuse_port=False, backlog=_BACKLOG)
+    except OSError as error:
+        raise ServeError(
+            f"The API cannot listen on {address}: {error.strerror}. Set {variable('api_port')} to a free port."
+        ) from error
+
+
+class _Processes:
+    """The processes below, as they come and go."""
+
+    def __init__(self, listener: socket.socket, count: int) -> None:
+        self._listener, self._count = listener, count
+        self._serving: list[_Child] = []
+        self._ending: list[_Child] = []
+        self._signals, self._raised = multiprocessing.Pipe(duplex=False)
+
+    def run(self) -> None:
+        handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for number in handled:
+            signal.signal(number, lambda number, _: self._raised.send(number))
+        try:
+            self._serving = self._started()
+            if not self._serving and not self._signals.poll():
+                raise ServeError("The API's processes end before they serve; the log has the reason.")
+            while True:
+                match self._next():
+                    case signal.SIGTERM | signal.SIGINT:
+                        return
+                    case signal.SIGHUP:
+                        self._exchange()
+                    case _:
+                        self._replace_dead()
+        finally:
+            for number in handled:
+                signal.signal(number, signal.SIG_IGN)
+            for child in (*self._serving, *self._ending):
+                child.end()
+            for child in (*self._serving, *self._ending):
+                child.join()
+
+    def _next(self) -> int | None:
+        """The next signal; None when a process has ended."""
+        alive = [child.process.sentinel for child in (*self._serving, *self._ending)]
+        if self._signals in wait([self._signals, *alive]):
+            number: int = self._signals.recv()
+            return number
+        return None
+
+    def _started(self) -> list[_Child]:
+        """As many processes as there are to be, all ready; none where one of them ended, or all are to end, before."""
+        children = [_Child(self._listener) for _ in range(self._count)]
+        left, signals = list(children), list[int]()
+        while left and not {signal.SIGTERM, signal.SIGINT} & set(signals):
+            came = wait([self._signals, *(child.ready for child in left)])
+            signals += [self._signals.recv()] if self._signals in came else []
+            heard = {child: child.heard() for child in left if child.ready in came}
+            if not all(heard.values()):
+                break
+            left = [child for child in left if child not in heard]
+        for number in signals:
+            self._raised.send(number)  # they are the next
+        if not left:
+            return children
+        for child in children:
+            child.end()
+        self._ending += children
+        return []
+
+    def _exchange(self) -> None:
+        began = time.monotonic()
+        if fresh := self._started():
+            for child in self._serving:
+                child.end()
+            self._ending, self._serving = self._ending + self._serving, fresh
+            LOG.info("processes exchanged", extra={"seconds": round(time.monotonic() - began, 1)})
+        else:
+            LOG.error("the new processes do not start; the old ones go on")
+
+    def _replace_dead(self) -> None:
+        self._ending = [child for child in self._ending if child.process.is_alive()]
+        for place, child in enumerate(self._serving):
+            if not child.process.is_alive() and not wait([self._signals], _AGAIN_S):  # else what came goes first
+                LOG.error("a process has ended by itself", extra={"exit_code": child.process.exitcode})
+                self._serving[place] = _Child(self._listener)
+
+
+class _Child:
+    """One process; `ready` hears when it serves, and closes with it."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.ready, theirs = _SPAWN.Pipe()
+        self.process: BaseProcess = _SPAWN.Process(target=_work, args=(listener, theirs), name="api")
+        self.process.start()
+        theirs.close()
+
+    def heard(self) -> bool:
+        """Whether the process said that it serves; False where it ended instead."""
+        try:
+            return bool(self.ready.recv())
+        except EOFError:
+            return False
+
+    def end(self) -> None:
+        self.process.terminate()
+
+    def join(self) -> None:
+        self.process.join(_END_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _work(listener: socket.socket, parent: Connection) -> None:
+    """What a process runs."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a terminal that closes; the parent decides
+    settings = load()
+    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    config = uvicorn.Config(
         "api.app:application",
         factory=True,
         host=settings.api_host,
         port=settings.api_port,
-        workers=settings.api_processes,
         loop="uvloop",
         http="httptools",
         access_log=False,
         server_header=False,
         proxy_headers=False,
         log_config=None,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=int(_LEAVE_S),
     )
+    _Server(config, parent).run(sockets=[listener])
 
 
-def check_port(settings: Settings) -> None:
-    address = f"{settings.api_host}:{settings.api_port}"
+def _end_with(parent: Connection) -> None:
+    """A parent that was killed leaves nobody behind."""
     try:
-        socket.create_server((settings.api_host, settings.api_port), reuse_port=False).close()
-    except OSError as error:
-        raise ServeError(
-            f"The API cannot listen on {address}: {error.strerror}. Set {variable('api_port')} to a free port."
-        ) from error
+        parent.recv()
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which says when it serves, and takes leave of its callers before it closes their connections."""
+
+    def __init__(self, config: uvicorn.Config, parent: Connection) -> None:
+        super().__init__(config)
+        self._parent = parent
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._parent.send(True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        state: Any = self.server_state
+        state.default_headers = [*state.default_headers, _CLOSE]
+        deadline = time.monotonic() + _DRAIN_S
+        while state.connections and time.monotonic() < deadline:  # noqa: ASYNC110  uvicorn has no event for it
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -227,6 +228,61 @@ def test_several_processes_serve_and_end_together(own_host: Callable[..., Host])
         with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
             assert fresh.post("/v1/score", json=body).status_code in (200, 503)
     assert "Traceback" not in host.log
+
+
+def workers(host: Host) -> set[int]:
+    """Process ids below the API's."""
+    assert host._process is not None
+    children = Path(f"/proc/{host._process.pid}/task/{host._process.pid}/children").read_text().split()
+    return {int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def test_processes_are_exchanged_and_replaced_without_a_failed_request(own_host: Callable[..., Host]) -> None:
+    """Callers keep their connections and do not retry. A killed process takes its own connections with it: after that
+    only new ones are asked for an answer."""
+    host = own_host(api_processes=2)
+    filled(host, "g1")
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    process, before = host._process, workers(host)
+    assert process is not None
+    assert len(before) == 2
+    body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
+    wrong, stop, answered = [], threading.Event(), [0] * 4
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=client.base_url, timeout=30.0) as own:
+            while not stop.is_set():
+                try:
+                    answer = own.post("/v1/score", json=body)
+                    wrong.extend([] if answer.is_success else [answer.text])
+                except httpx.TransportError as error:
+                    wrong.append(repr(error))
+                answered[number] += 1
+                time.sleep(0.001 * number)  # connections that rest are those which a careless end would cut
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(2):
+            known = workers(host)
+            os.kill(process.pid, signal.SIGHUP)
+            host.wait_for(lambda known=known: len(workers(host)) == 2 and not workers(host) & known, 90.0)  # type: ignore[misc]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert min(answered) > 10
+    assert not workers(host) & before
+
+    known = workers(host)
+    os.kill(min(known), signal.SIGKILL)
+    host.wait_for(lambda: len(workers(host) - known) == 1, 30.0)
+    with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
+        assert fresh.post("/v1/score", json=body).is_success
 
 
 def test_sigterm_ends_the_process_with_its_requests_answered(own_host: Callable[..., Host]) -> None:
