@@ -17,6 +17,11 @@ from llvmlite import ir
 I8, I16, I32, I64, F32, HALF = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType(), ir.HalfType())
 
 
+def host() -> tuple[str, str]:
+    """The processor that code is made for, and its features."""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
 _ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
 _PANEL = 64  # columns of a matrix that are computed together
 _BLOCK = 16  # rows, at most
@@ -57,8 +62,8 @@ class Code:
         llvm.initialize_native_asmprinter()
         parsed = llvm.parse_assembly(str(self._module))
         parsed.verify()
-        features = llvm.get_host_cpu_features().flatten()
-        machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
+        cpu, features = host()
+        machine = llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3)
         builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
         builder.getModulePassManager().run(parsed, builder)
         engine = llvm.create_mcjit_compiler(parsed, machine)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from index import kernels
+from index import kernels, popcount_ir, score_ir
 from index.layout import RowLayout, aligned_empty
+from infra import codegen
 
 
 def case(
@@ -108,6 +111,31 @@ def test_narrow_tables_stay_within_their_bound(layout: RowLayout, size: float) -
     wanted = kernels.score_oracle(hot, block, *head)
     error = np.abs(kernels.score(hot, tables, kernels.head_tables(*head)) - wanted)
     assert (error <= bound + 1e-5 * (1 + np.abs(wanted))).all()
+
+
+@pytest.fixture
+def older_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code is made for a processor with AVX2 and no AVX-512."""
+    if platform.machine() != "x86_64":
+        pytest.skip("made for x86-64")
+    made = (score_ir.score, score_ir.fours, popcount_ir.compiled)
+    monkeypatch.setattr(codegen, "host", lambda: ("x86-64-v3", ""))
+    for one in made:
+        one.cache_clear()
+    yield
+    for one in made:
+        one.cache_clear()
+
+
+@pytest.mark.usefixtures("older_machine")
+@pytest.mark.parametrize("narrow", [False, True])
+def test_machines_without_avx512_score_the_same(narrow: bool) -> None:
+    hot, block, head = case(6, RowLayout(), rows=77, window=130)
+    tables = kernels.user_tables(*block, narrow=narrow)
+    got, wanted = kernels.score(hot, tables, kernels.head_tables(*head)), kernels.score_oracle(hot, block, *head)
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=0.2 if narrow else 2e-5)
+    counts = kernels.simtier_counts(hot["signature"], block[5], head[1])
+    assert counts.tolist() == kernels.simtier_counts_oracle(hot["signature"], block[5], head[1]).tolist()
 
 
 def test_every_part_counts_and_nothing_is_left_from_the_call_before() -> None:
