@@ -1,6 +1,6 @@
 """Peer (d): target attention, the published DIN over the whole history, in the place of BEA and LSH-DIN.
 
-The model is `encoders.baselines.DIN`, with seeded weights, and so are its scores its own. All but the attention is done as
+The model is `encoders.baselines.DIN` with seeded weights, so its scores are its own. All but the attention is done as
 Forerank does it, by its fold and its kernel, from rows in this process's memory: what remains is the attention, in the
 best form known of it (tests/bench/serving_forms.py), in PyTorch or in ONNX Runtime.
 """
@@ -67,9 +67,7 @@ class AttentionPeer(Peer):
         self.scene.turn(user)
         past = self.scene.behaviours(self._rows)
         block = self._fold.block(data.profiles[user], past, data.as_of)
-        tables = kernels.user_tables(
-            block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths
-        )
+        tables = kernels.user_tables(block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths)
         tokens = self._tokens(past)
         lap("user")
         rows["joint"] += (self.attended(tokens, x) @ self.model.W1d.T).numpy()

@@ -32,9 +32,7 @@ _BATCH = 1_000
 _COPIED = ("joint", "bridge", "crosses")  # of a hot record
 
 
-def write_world(
-    folder: Path, items: int, users: int, length: int, seed: int, candidates: int, requests: int
-) -> None:
+def write_world(folder: Path, items: int, users: int, length: int, seed: int, candidates: int, requests: int) -> None:
     """Write the data of `items` items, `users` users with `length` behaviours each, and `requests` requests for
     `candidates` different items each. Equal arguments give equal data."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +129,8 @@ class Data:
     def hot(self) -> NDArray[np.void]:
         """Records [items]."""
         rows = np.load(self.folder / "hot.npy", mmap_mode="r")
-        return rows.view(self.layout.hot)[:, 0]
+        out: NDArray[np.void] = rows.view(self.layout.hot)[:, 0]
+        return out
 
     @functools.cached_property
     def vector(self) -> NDArray[np.float16]:

@@ -9,6 +9,7 @@ those of encoders/model.py, with c = crosses that the user met and K = candidate
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,7 +101,7 @@ class UserSide(nn.Module):
         vectors: Tensor,  # [L, d]
         actions: Tensor,  # i8 [L]
         recencies: Tensor,  # i8 [L]
-        signatures: Tensor,  # noqa: ARG002  u1 [L, b / 8], of FoldedSide
+        signatures: Tensor,  # u1 [L, b / 8], for FoldedSide
         means: Tensor,  # [c, L]
         counts: Tensor,  # [c, 2]
         kinds: Tensor,  # [c, kinds], 1 at the cross's own
@@ -176,13 +177,12 @@ class TrainingForm(nn.Module):
         G: Tensor,
         history: Tensor,  # signs of the behaviours' signatures [b, L], of the type that `equal_bits` takes
     ) -> Tensor:
-        model, config = self.model, self.model.config
+        model = self.model
         x = self._item_vectors(ids, numerics, dense)
         matches = self._equal_bits(bits, history)  # [K, L], in -b .. b: twice the equal bits, less b
-        similarity = matches * (config.din_scale / (2 * config.bits)) + config.din_scale * (0.5 - config.din_shift)
         z = user @ model.W1u.T + model.b1 + x @ model.W1x.T
         z = z + model.bridge_weights(x) @ V @ model.W1b.T
-        z = z + similarity @ tokens / len(tokens) @ model.W1d.T
+        z = z + self._long_interest(matches, tokens) @ model.W1d.T
         z = z + torch.log1p(self._tiers(matches)) @ model.tier_table @ model.W1t.T
         z = z + cross_mean(G, crosses)
         if model.dots:
@@ -191,11 +191,17 @@ class TrainingForm(nn.Module):
 
     def _item_vectors(self, ids: Tensor, numerics: Tensor, dense: Tensor) -> Tensor:
         tower = self.model.item_tower
-        parts = torch.split(tower.table[ids], self._bags, dim=1)  # each [K, ids of the category, category_dim]
+        parts = torch.split(tower.table[ids], list(self._bags), dim=1)  # each [K, ids of the category, category_dim]
         bags = [part.squeeze(1) if part.shape[1] == 1 else part.mean(dim=1) for part in parts]
         known = torch.where(torch.isnan(numerics), tower.missing, numerics)
         out: Tensor = tower.outer(functional.relu(tower.inner(torch.cat([*bags, known, dense], dim=1))))
         return out
+
+    def _long_interest(self, matches: Tensor, tokens: Tensor) -> Tensor:
+        """DIN(u,i) [K, d]; what is equal for all pairs is multiplied and added behind the product."""
+        config = self.model.config
+        mean = matches @ tokens * (config.din_scale / (2 * config.bits))
+        return (mean + config.din_scale * (0.5 - config.din_shift) * tokens.sum(dim=0)) / len(tokens)
 
     def _tiers(self, matches: Tensor) -> Tensor:
         """Behaviours in each tier of each window [K, tiers of all]."""
@@ -206,7 +212,7 @@ class TrainingForm(nn.Module):
             cuts = [(2.0 * (edge - 1) - config.bits, 2.0 * edge - config.bits) for edge in config.tier_edges]
             sums = [near.clamp(low, high).sum(dim=1, keepdim=True) * 0.5 - L * low / 2 for low, high in cuts]
             first, last = L - sums[0], sums[-1]
-            out += [first, *(a - b for a, b in zip(sums[:-1], sums[1:], strict=True)), last]
+            out += [first, *(a - b for a, b in itertools.pairwise(sums)), last]
         return torch.cat(out, dim=1)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from encoders.fold import reference_scores
 from tests.bench.peers.data import Data
 
 F4 = NDArray[np.float32]
@@ -34,7 +34,7 @@ class Lap:
 class Peer(ABC):
     """Scores candidates for users of a `Data`. `settings` tells what it was tuned to."""
 
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     tolerance: float  # most error of its scores against the network's own
 
     def __init__(self, data: Data) -> None:
@@ -46,8 +46,6 @@ class Peer(ABC):
 
     def expected(self, user: int, ids: U8) -> F4:
         """What `scores` is held against: the training form's forward pass, without a store or a fold."""
-        from encoders.fold import reference_scores
-
         data = self.data
         items = [data.world.inputs(int(one), 1) for one in ids]
         return reference_scores(data.bundle, data.profiles[user], data.users[user], items, data.as_of)
@@ -66,5 +64,5 @@ class Peer(ABC):
         """CPU that a server of the peer has used so far."""
         return 0.0
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most have nothing to end
         """End what was started, delete what was written."""

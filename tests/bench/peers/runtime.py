@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +36,6 @@ def exported(
     """The ONNX model of a module that takes the arrays of `example` in order."""
     sizes = {name: torch.export.Dim(name, min=2) for name in set(dynamic.values())}
     shapes = tuple({0: sizes[dynamic[name]]} if name in dynamic else {} for name in example)
-    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -50,8 +48,8 @@ def exported(
             verbose=False,
         )
         assert program is not None
-        program.save(buffer)
-    return buffer.getvalue()
+        out: bytes = program.model_proto.SerializeToString()
+    return out
 
 
 def _options() -> onnxruntime.SessionOptions:

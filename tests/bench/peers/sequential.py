@@ -1,4 +1,5 @@
-"""Peer (a): sequential execution. Once the candidates are known, their features are looked up and the training form runs.
+"""Peer (a): sequential execution. Once the candidates are known, their features are looked up and the training form
+runs.
 
 Features lie in this process's arrays, by id, and those of a few distinct items stand for all, so that most lie in the
 cache: both in the peer's favour. What does not depend on the candidates runs once and not per chunk of them.
@@ -39,7 +40,7 @@ class Sequential(Peer):
         self._users = UserInputs(data)
         self._signatures = data.hot["signature"].copy()
         self._crosses = np.ascontiguousarray(data.hot["crosses"][:, : used_columns(data)])
-        self.settings = {"torch": torch.__version__, "chunk": self.chunk}
+        self.settings = {"torch": torch.__version__, "candidates_per_run": self.chunk}
 
     def scores(self, user: int, ids: U8, lap: Lap) -> F4:
         data, which = self.data, self.data.source[ids]

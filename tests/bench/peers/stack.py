@@ -26,7 +26,7 @@ class Stack(Peer):
 
     def __init__(self, data: Data, store: Store) -> None:
         super().__init__(data)
-        self.store, self.settings = store, {**store.settings, "chunk": CHUNK}
+        self.store, self.settings = store, {**store.settings, "candidates_per_run": CHUNK}
         config, model = data.bundle.manifest.config, data.bundle.model
         self._users, self._tiers = UserInputs(data), Tiers(config.tier_edges, config.windows, config.bits)
         self._crosses = used_columns(data)

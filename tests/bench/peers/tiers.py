@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 _1, _2, _4, _56 = (np.uint64(number) for number in (1, 2, 4, 56))
 _PAIRS, _FOURS, _BYTES, _SUM = (
-    np.uint64(number)
-    for number in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101)
+    np.uint64(number) for number in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101)
 )
 
 
@@ -34,14 +33,14 @@ class Tiers:
         return out
 
 
-@numba.njit(nogil=True, inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, inline="always")
 def _ones(x: np.uint64) -> np.uint64:
     x = x - ((x >> _1) & _PAIRS)
     x = (x & _FOURS) + ((x >> _2) & _FOURS)
     return (((x + (x >> _4)) & _BYTES) * _SUM) >> _56
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _count(
     theirs: NDArray[np.uint64],  # [K, words]
     low: NDArray[np.uint64],  # [L], the first words of the behaviours' signatures
