@@ -62,6 +62,9 @@ lock: setup-dev ## resolve requirements/*.in and infra/kafka/jgo.toml again
 	  --upgrade --no-emit-index-url --no-header requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps \
 	  --upgrade --no-emit-index-url --no-header requirements/peers.in -o requirements/peers.txt
+	@echo 'prometheus-client>=0.26' | $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 \
+	  --generate-hashes --upgrade --no-emit-index-url --no-header --override /dev/stdin \
+	  tests/bench/peers/requirements.in -o tests/bench/peers/requirements.txt
 	@$(BIN)/python -m jgo --resolver python --system-java --repo-cache .local/lock --cache-dir .local/lock/cache \
 	  --file infra/kafka/jgo.toml lock
 

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from encoders import lsh
 from encoders.baselines import COLD, DIN, DSSM, ETA, MODELS, SDIM, IntTower, TargetAttention, build
 from encoders.bundle import SAMPLE_SPEC, Bundle, Manifest, Precision
 from encoders.features import ItemColumns, ItemEncoder, ProfileEncoder
-from encoders.fold import Behaviours, Head, UserFold
+from encoders.fold import Behaviours, Head, UserBlock, UserFold
 from encoders.model import AIF, Candidates, Features, Frame, ModelConfig, Ranker, Users
 from index import kernels
 from index.arena import ArenaReader
@@ -58,7 +59,6 @@ LENGTH = 1_000
 FEWER = {"din": 256, "din-plain": 256, "eta": 2_000}  # candidates per repetition of the slow ones
 CHECKED = 256  # candidates that each form is held against the forward pass with
 EXACT, NARROW = 2e-3, 0.05  # most error of fp32 and of narrower forms, in standard deviations of the scores
-_TILE = 32  # candidates whose attention is computed at a time: their first layer's output is 8 MB
 _HASH_KEY = b"bench"
 
 
@@ -209,20 +209,25 @@ def arena_of(rows: Rows, layout: RowLayout, folder: Path) -> ArenaReader:
 def tables_of(bundle: Bundle, scene: Scene, rows: Rows) -> tuple[kernels.UserTables, kernels.HeadTables]:
     """What the kernel needs of the scene's user and of the model."""
     block = UserFold(bundle).block(scene.profile, scene.behaviours(rows), as_of())
-    head = Head.of(bundle)
-    return (
-        kernels.user_tables(
-            block.P,
-            block.C,
-            block.D,
-            block.G,
-            block.cross_slots,
-            block.window,
-            block.lengths,
-            narrow=bundle.manifest.precision == "fp16",
-        ),
-        kernels.head_tables(head.T, head.edges, head.weights, head.biases),
+    return user_tables_of(block, bundle), head_of(bundle)
+
+
+def user_tables_of(block: UserBlock, bundle: Bundle) -> kernels.UserTables:
+    return kernels.user_tables(
+        block.P,
+        block.C,
+        block.D,
+        block.G,
+        block.cross_slots,
+        block.window,
+        block.lengths,
+        narrow=bundle.manifest.precision == "fp16",
     )
+
+
+def head_of(bundle: Bundle) -> kernels.HeadTables:
+    head = Head.of(bundle)
+    return kernels.head_tables(head.T, head.edges, head.weights, head.biases)
 
 
 # ---- the forms
@@ -455,7 +460,7 @@ def _frame(model: ETA | SDIM | DIN, scene: Scene) -> list[Form]:
     if isinstance(model, SDIM):
         return [form("rows of the user's buckets", _buckets(model, users, x))]
     tokens = model.history(users)[0]
-    attention = {dtype: _Attention(model.attention, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    attention = {dtype: Attention(model.attention, dtype) for dtype in (torch.float32, torch.bfloat16)}
     if isinstance(model, ETA):
         return [
             form(f"nearest behaviours, {str(dtype).removeprefix('torch.')}", _nearest(model, one, users, x, tokens), e)
@@ -472,10 +477,12 @@ def _frame(model: ETA | SDIM | DIN, scene: Scene) -> list[Form]:
     ]
 
 
-class _Attention:
+class Attention:
     """`TargetAttention` of one user, with the first layer as one matrix per item, M_i = (We + Wd) + Wp diag(x_i), and
     sigmoid(z) as (1 + tanh(z / 2)) / 2, whose constants go into the weights; both exact, tanh being the quicker one.
     """
+
+    tile: ClassVar[int] = 32  # candidates at a time: their first layer's output is 8 MB
 
     def __init__(self, attention: TargetAttention, dtype: torch.dtype) -> None:
         if attention.activation is not torch.sigmoid:
@@ -493,7 +500,7 @@ class _Attention:
     def over_all(self, tokens: Tensor, x: Tensor) -> Tensor:
         """All tokens [L, d] for each of x [K, d] -> [K, d]."""
         narrow = tokens.to(self.dtype)
-        return torch.cat([self._tile(tokens, narrow, x[at : at + _TILE]) for at in range(0, len(x), _TILE)])
+        return torch.cat([self.one_tile(tokens, narrow, x[at : at + self.tile]) for at in range(0, len(x), self.tile)])
 
     def over_own(self, tokens: Tensor, places: Tensor, x: Tensor) -> Tensor:
         """Tokens [L, d], in this attention's type, at places [K, top], each item's own, for x [K, d] -> [K, d]."""
@@ -505,10 +512,10 @@ class _Attention:
             weight = torch.softmax(weight, dim=1)
         return torch.bmm(weight[:, None, :].to(own.dtype), own)[:, 0].float()
 
-    def _tile(self, tokens: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
+    def one_tile(self, tokens: Tensor, narrow: Tensor, x: Tensor) -> Tensor:
         matrices, added = self._first(x)  # [T, a, d], [T, a]
         z = torch.addmm(added.flatten(), narrow, matrices.flatten(0, 1).T)  # [L, T * a]
-        weight = self._weights(z.view(-1, matrices.shape[1])).view(len(tokens), len(x)).float()
+        weight = self._weights(z.view(-1, matrices.shape[1])).view(len(tokens), x.shape[0]).float()
         if self._softmax:
             weight = torch.softmax(weight, dim=0)
         return weight.T @ tokens
@@ -523,7 +530,7 @@ class _Attention:
         return z
 
 
-def _nearest(model: ETA, attention: _Attention, users: Users, x: Tensor, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+def _nearest(model: ETA, attention: Attention, users: Users, x: Tensor, tokens: Tensor) -> Callable[[Tensor], Tensor]:
     ours = _words(users.vectors[0], model.hashes)  # [L, words]
     theirs = _words(x, model.hashes)  # [M, words]
     narrow, W1d, top, chunk = tokens.to(attention.dtype), model.W1d.T, min(model.top, len(tokens)), 128
