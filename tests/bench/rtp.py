@@ -1,9 +1,12 @@
 """Benchmark `rtp`: a request of 10,000 candidates, from their ids to the best 100, against what the machine can do.
 
-An index of 1M random rows (d = h = 64, n = 16, b = 128, fp16), users with 1,000 behaviours, all timings interleaved in
-one run. In process, one thread: `score` is id table, gather, scores and the best 100 with a ready user block; `user` is
-history, rows and fold. Its limit is the sum of three lower bounds (tests/bench/limits.py), its kernels are timed bare.
+An index of 1M rows (d = h = 64, n = 16, b = 128, fp16; tests/bench/peers/data.py), users with 1,000 behaviours, all
+timings interleaved in one run. In process, one thread: `score` is id table, gather, scores and the best 100 with a
+ready user block; `user` is history, rows and fold. Its limit is the sum of three lower bounds (tests/bench/limits.py),
+its kernels are timed bare.
 Through HTTP: another process asks over one kept connection; `overhead` is the round trip where every answer is ready.
+Peers (full runs; tests/bench/peers) answer the same requests on the same data, each in a process of its own, in turns
+with Forerank in process: user inference, rows, scores, the best 100.
 """
 
 from __future__ import annotations
@@ -42,10 +45,13 @@ from index.n2o import ROW, N2OWriter, RowBatch
 from infra.settings import Settings, environment
 from tests.bench import http_load, limits
 from tests.bench.lsh_bits import Case, arrays_of
+from tests.bench.peers.data import Data, write_world
+from tests.bench.peers.environment import PeersError
+from tests.bench.peers.environment import environment as environment_of_peers
 from tests.bench.report import Report
 from tests.bench.world import World
 from tests.conftest import free_ports
-from tests.host import HOUR, NOW, Host, Seen
+from tests.host import Host, Seen
 
 CANDIDATES, LENGTH, K = 10_000, 1_000, 100
 USERS, REQUESTS = 8, 16
@@ -61,10 +67,14 @@ def run(seed: int, quick: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="forerank-rtp-"))
     torch.set_num_threads(1)
     try:
-        host = _host(folder / "state", items, seed)
+        write_world(folder / "world", items, USERS, LENGTH, seed, CANDIDATES, REQUESTS)
+        data = Data(folder / "world")
+        host = _host(folder / "state", data)
         print(f"{items:,} rows, {USERS} users with {LENGTH:,} behaviours", flush=True)
-        _in_process(report, host, items, seed, rounds)
-        _http(report, host, items, seed, rounds, quick)
+        _in_process(report, host, data, rounds)
+        if not quick:
+            _peers(report, host, data)
+        _http(report, host, data, rounds, quick)
         _store(report, host, items)
         _growth(report, folder, seed, quick)
     finally:
@@ -75,8 +85,8 @@ def run(seed: int, quick: bool) -> None:
 # ---- the world
 
 
-def _host(state: Path, items: int, seed: int) -> Host:
-    """Random rows in RocksDB and arena, histories, one generation that is active. Its writers are closed."""
+def _host(state: Path, data: Data) -> Host:
+    """The data's rows in RocksDB and arena, histories, one generation that is active. Its writers are closed."""
     state.mkdir()
     settings = Settings(
         kafka_bootstrap=f"127.0.0.1:{free_ports(1)[0]}",
@@ -84,16 +94,22 @@ def _host(state: Path, items: int, seed: int) -> Host:
         api_port=free_ports(1)[0],
         candidates_max=2 * CANDIDATES,
     )
-    host, random = Host(settings), np.random.default_rng(seed)
-    layout = RowLayout.from_json(host.bundle(GENERATION, seed=seed, precision="fp16").manifest.row)
-    for at in range(0, items, _PART):
-        numbers = range(at, min(items, at + _PART))
-        hot, cold = _rows(layout, len(numbers), random)
-        host.put(GENERATION, [str(number) for number in numbers], hot, cold)
-    for user in range(USERS):
-        seen = random.integers(0, items, LENGTH).tolist()
-        behaviours = [Seen(f"u{user}", str(item), NOW - (LENGTH - at) * HOUR) for at, item in enumerate(seen)]
-        host.behave(behaviours, {f"u{user}": {"segment": "s1", "age": 30}})
+    host, layout = Host(settings), data.layout
+    assert host.bundle(GENERATION, seed=data.seed, precision="fp16").sha256 == data.bundle.sha256
+    for at in range(0, len(data.hot), _PART):
+        part = slice(at, at + _PART)
+        count = len(data.hot[part])
+        hot, cold = aligned_empty(count, layout.hot), aligned_empty(count, layout.cold)
+        hot[:], cold.view(np.uint8)[:] = data.hot[part], 0
+        cold["vector"] = data.vector[part]
+        host.put(GENERATION, [str(number) for number in range(at, at + count)], hot, cold)
+    for user, profile in enumerate(data.profiles):
+        history = data.world.history(user, LENGTH)
+        behaviours = [
+            Seen(f"u{user}", one["item_id"], at, one["action"])
+            for one, at in zip(history, data.users[user].times.tolist(), strict=True)
+        ]
+        host.behave(behaviours, {f"u{user}": profile})
     host.activate(GENERATION)
     host.close()
     return host
@@ -112,12 +128,6 @@ def _rows(layout: RowLayout, count: int, random: np.random.Generator) -> tuple[N
     cold["vector"] = random.standard_normal((count, layout.dim), dtype=np.float32)
     cold["attributes"] = 1
     return hot, cold
-
-
-def _asked(items: int, seed: int) -> list[NDArray[np.uint64]]:
-    """The candidates of each request."""
-    random = np.random.default_rng([seed, 1])
-    return [random.choice(items, CANDIDATES, replace=False).astype(np.uint64) for _ in range(REQUESTS)]
 
 
 def _interleaved(rounds: int, work: dict[str, Callable[[int], object]]) -> Series:
@@ -141,13 +151,13 @@ def _percentiles(report: Report, name: str, values: list[float], which: tuple[in
 # ---- in process
 
 
-def _in_process(report: Report, host: Host, items: int, seed: int, rounds: int) -> None:
+def _in_process(report: Report, host: Host, data: Data, rounds: int) -> None:
     service = Service(host.settings)
     service.start()
     generation = service.generations.pin()
     try:
-        asked = _asked(items, seed)
-        sources = [service.users.stored(f"u{user}", NOW) for user in range(USERS)]
+        asked, as_of = list(data.requests), data.as_of
+        sources = [service.users.stored(f"u{user}", as_of) for user in range(USERS)]
         sides = [infer(generation, source) for source in sources]
         bare = _Bare(generation.arena, sides[0].tables, generation.head_tables, asked)
         rocks = _Rocks(host, asked)
@@ -160,7 +170,7 @@ def _in_process(report: Report, host: Host, items: int, seed: int, rounds: int) 
             rtp.ranked(scores, K, keys, lambda places: ids[places])
 
         def prerank(place: int) -> None:
-            query = Query(user_id=f"u{place % USERS}", as_of=NOW)
+            query = Query(user_id=f"u{place % USERS}", as_of=as_of)
             service.merger.score_integers(asked[place % REQUESTS], query, K)
 
         spent = _interleaved(
@@ -281,23 +291,23 @@ class _Rocks:
 # ---- through HTTP
 
 
-def _http(report: Report, host: Host, items: int, seed: int, rounds: int, quick: bool) -> None:
-    asked = _asked(items, seed)
+def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> None:
+    asked, as_of = list(data.requests), data.as_of
     binary = [
         http_load.request(
-            f"/v1/score?user_id=u{at % USERS}&as_of={NOW}&k={K}",
+            f"/v1/score?user_id=u{at % USERS}&as_of={as_of}&k={K}",
             ids.astype("<u8").tobytes(),
             "application/octet-stream",
         )
         for at, ids in enumerate(asked)
     ]
     texts = [
-        http_load.request("/v1/score", _body(f"u{at % USERS}", ids.tolist()), "application/json")
+        http_load.request("/v1/score", _body(f"u{at % USERS}", as_of, ids.tolist()), "application/json")
         for at, ids in enumerate(asked)
     ]
     names = [
         http_load.request(
-            "/v1/score", _body(f"u{at % USERS}", [str(number) for number in ids.tolist()]), "application/json"
+            "/v1/score", _body(f"u{at % USERS}", as_of, [str(number) for number in ids.tolist()]), "application/json"
         )
         for at, ids in enumerate(asked)
     ]
@@ -338,8 +348,8 @@ def _http(report: Report, host: Host, items: int, seed: int, rounds: int, quick:
     report.table("processes", processes)
 
 
-def _body(user: str, ids: list[Any]) -> bytes:
-    return json.dumps({"user_id": user, "as_of": NOW, "k": K, "candidates": ids}).encode()
+def _body(user: str, as_of: int, ids: list[Any]) -> bytes:
+    return json.dumps({"user_id": user, "as_of": as_of, "k": K, "candidates": ids}).encode()
 
 
 @contextlib.contextmanager
@@ -443,6 +453,95 @@ def _batch(numbers: range, offset: int, version: int, hot: NDArray[Any], cold: N
         cold=cold,
         attributes=[b"{}"] * count,
     )
+
+
+# ---- peers
+
+
+_ROUNDS = 30  # of all peers and Forerank
+_FIGURES = {  # what is the figure of which peer
+    "sequential-onnx": "sequential_over_forerank",
+    "sequential-torch": "sequential_torch_over_forerank",
+    "redis-onnx": "stack_over_forerank",
+    "rocksdb-onnx": "rocksdb_over_forerank",
+    "feast-onnx": "feast_over_forerank",
+    "attention-onnx": "attention_over_forerank",
+}
+
+
+def _peers(report: Report, host: Host, data: Data) -> None:
+    """Times as long as Forerank's each peer takes for the same requests; ranges are over rounds."""
+    try:
+        python = environment_of_peers()
+    except PeersError as error:
+        print(f"peers are left out: {error}", flush=True)
+        return
+    service = Service(host.settings)
+    service.start()
+    with contextlib.ExitStack() as held:
+        held.callback(service.stop)
+        peers = {name: held.enter_context(_peer(python, name, data.folder)) for name in _FIGURES}
+        spent: Series = {name: [] for name in ("forerank", *peers)}
+        cpu: Series = {name: [] for name in spent}
+        for place in range(_ROUNDS + 3):
+            query = Query(user_id=f"u{place % USERS}", as_of=data.as_of)
+            ids = data.requests[place % REQUESTS]
+            used, began = time.process_time(), time.perf_counter()
+            answer = service.merger.score_integers(ids, query, K)
+            ms, cpu_ms = (time.perf_counter() - began) * 1e3, (time.process_time() - used) * 1e3
+            best = set(ids[answer.places].tolist())
+            found = {"forerank": (ms, cpu_ms)}
+            for name, peer in peers.items():
+                own = peer(place % REQUESTS)
+                found[name] = own["ms"], own["cpu_ms"]
+                if not name.startswith("attention") and len(best & set(own["top"])) < K - 1:
+                    raise RuntimeError(
+                        f"{name} ranks otherwise: {len(best & set(own['top']))} of the best {K} are the same"
+                    )
+            for name, (own_ms, own_cpu) in found.items() if place >= 3 else ():
+                spent[name].append(own_ms)
+                cpu[name].append(own_cpu)
+    medians = {name: float(np.median(values)) for name, values in spent.items()}
+    report.table(
+        "peers",
+        [
+            {
+                "peer": name,
+                "p50_ms": medians[name],
+                "low_ms": min(spent[name]),
+                "high_ms": max(spent[name]),
+                "cpu_ms": float(np.median(cpu[name])),
+            }
+            for name in spent
+        ],
+    )
+    for name, figure in _FIGURES.items():
+        ratios = np.array(spent[name]) / np.array(spent["forerank"])
+        report.figure(figure, ratios.tolist(), "x", medians[name] / medians["forerank"])
+
+
+@contextlib.contextmanager
+def _peer(python: Path, name: str, folder: Path) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """A function that has the peer answer a request."""
+    command = [str(python), "-m", "tests.bench.peers", name, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        if not first.startswith("ready"):
+            raise RuntimeError(f"the peer {name} does not start: `{' '.join(command)}` says why")
+        print(f"  {name}: {first.removeprefix('ready ').strip()}", flush=True)
+        send, receive = process.stdin, process.stdout
+
+        def ask(place: int) -> dict[str, Any]:
+            print(place, file=send, flush=True)
+            answer: dict[str, Any] = json.loads(receive.readline())
+            return answer
+
+        yield ask
+        send.close()
+        process.wait(60)
 
 
 # ---- memory and opening
