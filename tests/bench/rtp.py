@@ -71,9 +71,14 @@ def run(seed: int, quick: bool) -> None:
         data = Data(folder / "world")
         host = _host(folder / "state", data)
         print(f"{items:,} rows, {USERS} users with {LENGTH:,} behaviours", flush=True)
-        _in_process(report, host, data, rounds)
-        if not quick:
-            _peers(report, host, data)
+        service = Service(host.settings)
+        service.start()
+        try:
+            _in_process(report, host, service, data, rounds)
+            if not quick:
+                _peers(report, service, data)
+        finally:
+            service.stop()
         _http(report, host, data, rounds, quick)
         _store(report, host, items)
         _growth(report, folder, seed, quick)
@@ -151,44 +156,39 @@ def _percentiles(report: Report, name: str, values: list[float], which: tuple[in
 # ---- in process
 
 
-def _in_process(report: Report, host: Host, data: Data, rounds: int) -> None:
-    service = Service(host.settings)
-    service.start()
+def _in_process(report: Report, host: Host, service: Service, data: Data, rounds: int) -> None:
     generation = service.generations.pin()
-    try:
-        asked, as_of = list(data.requests), data.as_of
-        sources = [service.users.stored(f"u{user}", as_of) for user in range(USERS)]
-        sides = [infer(generation, source) for source in sources]
-        bare = _Bare(generation.arena, sides[0].tables, generation.head_tables, asked)
-        rocks = _Rocks(host, asked)
+    asked, as_of = list(data.requests), data.as_of
+    sources = [service.users.stored(f"u{user}", as_of) for user in range(USERS)]
+    sides = [infer(generation, source) for source in sources]
+    bare = _Bare(generation.arena, sides[0].tables, generation.head_tables, asked)
+    rocks = _Rocks(host, asked)
 
-        def score(place: int) -> None:
-            ids = asked[place % REQUESTS]
-            keys = Candidates.of_integers(ids).keys
-            rows = generation.arena.gather(keys)
-            scores = rtp.score(generation, sides[place % USERS], rows.hot)
-            rtp.ranked(scores, K, keys, lambda places: ids[places])
+    def score(place: int) -> None:
+        ids = asked[place % REQUESTS]
+        keys = Candidates.of_integers(ids).keys
+        rows = generation.arena.gather(keys)
+        scores = rtp.score(generation, sides[place % USERS], rows.hot)
+        rtp.ranked(scores, K, keys, lambda places: ids[places])
 
-        def prerank(place: int) -> None:
-            query = Query(user_id=f"u{place % USERS}", as_of=as_of)
-            service.merger.score_integers(asked[place % REQUESTS], query, K)
+    def prerank(place: int) -> None:
+        query = Query(user_id=f"u{place % USERS}", as_of=as_of)
+        service.merger.score_integers(asked[place % REQUESTS], query, K)
 
-        spent = _interleaved(
-            rounds,
-            {
-                "score": score,
-                "user": lambda place: infer(generation, sources[place % USERS]),
-                "request": prerank,
-                "gather": bare.gather,
-                "counts": bare.counts,
-                "join": bare.join,
-                "best": bare.best,
-            },
-        )
-        rocks_ms = [_ms(rocks.get, place) for place in range(max(5, rounds // 40))]
-        rocks.close()
-    finally:
-        service.stop()
+    spent = _interleaved(
+        rounds,
+        {
+            "score": score,
+            "user": lambda place: infer(generation, sources[place % USERS]),
+            "request": prerank,
+            "gather": bare.gather,
+            "counts": bare.counts,
+            "join": bare.join,
+            "best": bare.best,
+        },
+    )
+    rocks_ms = [_ms(rocks.get, place) for place in range(max(5, rounds // 40))]
+    rocks.close()
     for name in ("score", "user", "request"):
         _percentiles(report, name, spent[name])
     medians = {name: float(np.median(values)) for name, values in spent.items()}
@@ -469,17 +469,14 @@ _FIGURES = {  # what is the figure of which peer
 }
 
 
-def _peers(report: Report, host: Host, data: Data) -> None:
+def _peers(report: Report, service: Service, data: Data) -> None:
     """Times as long as Forerank's each peer takes for the same requests; ranges are over rounds."""
     try:
         python = environment_of_peers()
     except PeersError as error:
         print(f"peers are left out: {error}", flush=True)
         return
-    service = Service(host.settings)
-    service.start()
     with contextlib.ExitStack() as held:
-        held.callback(service.stop)
         peers = {name: held.enter_context(_peer(python, name, data.folder)) for name in _FIGURES}
         spent: Series = {name: [] for name in ("forerank", *peers)}
         cpu: Series = {name: [] for name in spent}
