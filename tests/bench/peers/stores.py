@@ -114,8 +114,8 @@ class RocksDb(Store):
 class Feast(Store):
     """Feast's online store on SQLite, one bytes feature per item, read by one `get_online_features`.
 
-    SQLite beats Feast's Redis store, which sends a command per item. The values are taken out of the answer's protobuf:
-    `to_dict` would cost more.
+    SQLite beats Feast's Redis store, which sends a command per item. The values are taken out of the answer's protobuf,
+    without the dictionary that `to_dict` would make of them.
     """
 
     def __init__(self, data: Data) -> None:
