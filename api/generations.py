@@ -142,7 +142,7 @@ class Generations:
             self._reason = why
             self._say("generation", why)
             return
-        self._renew_retrieval(generation)  # first: whoever sees the generation can ask it for recommendations
+        self._renew_retrieval(generation)  # first: whoever sees the generation sees its index too, where it has one
         self._active = generation
         self._reason = self.stale
         LOG.info("generation served", extra={"generation": name})

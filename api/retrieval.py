@@ -120,7 +120,11 @@ class RetrievalView:
         known: RetrievalView | None, settings: Settings, generation: str, arena: ArenaReader
     ) -> RetrievalView | None:
         """The view to use from now on: `known` unless there is another build, or a generation that has one by now."""
-        build = current(settings.generation_dir(generation) / "retrieval")
+        folder = settings.generation_dir(generation) / "retrieval"
+        try:
+            build = current(folder)
+        except OSError as error:
+            raise RetrievalError(f"{folder} cannot be read: {error}") from error
         if build is None or (known is not None and (known.generation, known.build) == (generation, build)):
             return known
         try:

@@ -2,7 +2,8 @@
 
 SIGTERM or Ctrl-C ends all of them, SIGHUP exchanges them: new processes start, and once all are ready the old ones end.
 A process that ends by itself is replaced. A process that is to end answers what it was asked, and tells callers with
-each answer to come on another connection, before it closes those that are idle: nobody's request is lost to it.
+each answer to come on another connection, before it closes those that are idle; whoever asks again within two seconds
+loses no request to an exchange. When all end, new connections are refused at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SPAWN = multiprocessing.get_context("spawn")
 _BACKLOG = 2_048
 _DRAIN_S = 2.0  # for callers on idle connections to hear that they are to come on another
 _LEAVE_S = 10.0  # for answers under way, after that
+_START_S = 120.0  # for a process until it serves
 _AGAIN_S = 1.0  # until a process that ended is replaced
+_ENDS_MAX = 5  # replacements in a row that ended before they served; then all end, and whoever started them may see it
 _END_S = 20.0  # until a process that does not end is killed
 _CLOSE = (b"connection", b"close")
 
@@ -70,6 +73,7 @@ class _Processes:
         self._listener, self._count = listener, count
         self._serving: list[_Child] = []
         self._ending: list[_Child] = []
+        self._ends = 0  # of processes in a row that never served
         self._signals, self._raised = multiprocessing.Pipe(duplex=False)
 
     def run(self) -> None:
@@ -78,9 +82,7 @@ class _Processes:
             signal.signal(number, lambda number, _: self._raised.send(number))
         try:
             self._serving = self._started()
-            if not self._serving and not self._signals.poll():
-                raise ServeError("The API's processes end before they serve; the log has the reason.")
-            while True:
+            while self._serving or self._signals.poll():
                 match self._next():
                     case signal.SIGTERM | signal.SIGINT:
                         return
@@ -88,9 +90,11 @@ class _Processes:
                         self._exchange()
                     case _:
                         self._replace_dead()
+            raise ServeError("The API's processes end before they serve; the log has the reason.")
         finally:
             for number in handled:
                 signal.signal(number, signal.SIG_IGN)
+            self._listener.close()
             for child in (*self._serving, *self._ending):
                 child.end()
             for child in (*self._serving, *self._ending):
@@ -108,8 +112,12 @@ class _Processes:
         """As many processes as there are to be, all ready; none where one of them ended, or all are to end, before."""
         children = [_Child(self._listener) for _ in range(self._count)]
         left, signals = list(children), list[int]()
+        deadline = time.monotonic() + _START_S
         while left and not {signal.SIGTERM, signal.SIGINT} & set(signals):
-            came = wait([self._signals, *(child.ready for child in left)])
+            came = wait([self._signals, *(child.ready for child in left)], deadline - time.monotonic())
+            if not came:
+                LOG.error("a process does not start", extra={"seconds": _START_S})
+                break
             signals += [self._signals.recv()] if self._signals in came else []
             heard = {child: child.heard() for child in left if child.ready in came}
             if not all(heard.values()):
@@ -131,7 +139,7 @@ class _Processes:
                 child.end()
             self._ending, self._serving = self._ending + self._serving, fresh
             LOG.info("processes exchanged", extra={"seconds": round(time.monotonic() - began, 1)})
-        else:
+        elif self._serving:
             LOG.error("the new processes do not start; the old ones go on")
 
     def _replace_dead(self) -> None:
@@ -139,6 +147,12 @@ class _Processes:
         for place, child in enumerate(self._serving):
             if not child.process.is_alive() and not wait([self._signals], _AGAIN_S):  # else what came goes first
                 LOG.error("a process has ended by itself", extra={"exit_code": child.process.exitcode})
+                served = child.served or (child.ready.poll() and child.heard())
+                self._ends = 0 if served else self._ends + 1
+                if self._ends > _ENDS_MAX:
+                    raise ServeError(
+                        f"{self._ends} processes of the API in a row ended before they served; see the log."
+                    )
                 self._serving[place] = _Child(self._listener)
 
 
@@ -147,6 +161,7 @@ class _Child:
 
     def __init__(self, listener: socket.socket) -> None:
         self.ready, theirs = _SPAWN.Pipe()
+        self.served = False
         self.process: BaseProcess = _SPAWN.Process(target=_work, args=(listener, theirs), name="api")
         self.process.start()
         theirs.close()
@@ -154,9 +169,10 @@ class _Child:
     def heard(self) -> bool:
         """Whether the process said that it serves; False where it ended instead."""
         try:
-            return bool(self.ready.recv())
+            self.served = bool(self.ready.recv())
         except EOFError:
             return False
+        return self.served
 
     def end(self) -> None:
         self.process.terminate()
@@ -212,6 +228,8 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
+        for sock in sockets or []:
+            sock.close()
         state: Any = self.server_state
         state.default_headers = [*state.default_headers, _CLOSE]
         deadline = time.monotonic() + _DRAIN_S

@@ -183,13 +183,15 @@ class UserFold:
 
     def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
         """The block of a user at `as_of` (ms); later behaviours do not enter, nor any before the config's `longest`. A
-        profile without features is none. Raises FeatureError for a bad profile.
+        profile without features is none. Raises FeatureError for a bad profile, ValueError for columns of other shapes.
 
         The behaviours' columns may be views with strides, and vectors fp16.
         """
         config, past = self._config, behaviours.until(as_of, self._config.longest)
         L, h = len(past), config.width
-        vectors, signatures, crosses = _by_row(past.vectors), _by_row(past.signatures), _by_row(past.crosses)
+        _checked(past, config)
+        vectors = _by_row(past.vectors, np.float32, np.float16)
+        signatures, crosses = _by_row(past.signatures, np.uint8), _by_row(past.crosses, np.uint16)
         sizes, room = self._sizes[vectors.dtype == np.float16], self._room()
         P, C, D = (
             np.empty(h, np.float32),
@@ -290,15 +292,26 @@ class _Room:
         self.found = np.zeros(1, np.int64)
 
 
-def _by_row(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array as the generated code reads it: any distance between rows, none within a row."""
-    inside = array.strides[1] == array.itemsize
-    usable = array.dtype in (np.float16, np.float32, np.uint8, np.uint16)
-    return (
-        array
-        if inside and usable and array.strides[0] > 0
-        else np.ascontiguousarray(array, array.dtype if usable else np.float32)
-    )
+def _checked(past: Behaviours, config: ModelConfig) -> None:
+    """The generated code reads memory by these sizes. Raises ValueError."""
+    L = len(past)
+    wanted = {
+        "vectors": (L, config.dim),
+        "signatures": (L, config.bits // 8),
+        "crosses": (L, config.crosses),
+        "actions": (L,),
+        "times": (L,),
+    }
+    for name, shape in wanted.items():
+        if getattr(past, name).shape != shape:
+            raise ValueError(f"the behaviours' {name} are {getattr(past, name).shape}, not {shape}")
+
+
+def _by_row(array: npt.NDArray[Any], *kinds: type[np.generic]) -> npt.NDArray[Any]:
+    """The array as the generated code reads it: of one of these kinds, else the first; any distance between rows, none
+    within a row."""
+    usable = array.dtype in kinds and array.strides[1] == array.itemsize and array.strides[0] > 0
+    return array if usable else np.ascontiguousarray(array, array.dtype if array.dtype in kinds else kinds[0])
 
 
 def _kept(slots: U2, counts: npt.NDArray[np.int32], newest: npt.NDArray[np.int32], config: ModelConfig) -> Any:

@@ -38,7 +38,7 @@ class UserTables:
     P: F4  # [h]
     C: F4  # [n, h]
     D: F4 | NDArray[np.int16]  # [b/4, 16, h]
-    steps: F4  # [h], what 1 is worth where D holds integers
+    steps: F4  # [parts of the signature, h], what 1 is worth where D holds integers
     G: F4  # [c+2, h], the last row zero
     cross_slots: NDArray[np.uint16]  # [c]
     window: popcount_ir.Blocks
@@ -74,15 +74,18 @@ def user_tables(
 ) -> UserTables:
     """From P [h], C [n, h], D [b, h], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
     of SimTier's window, oldest first, and how many of its newest each histogram counts: L first, then ever fewer.
-    `narrow`: D's tables as 16-bit integers, which shifts a number of z by at most b/8 + 1 of its `steps`, as a rule by
-    a tenth of that, and so by less than rows of fp16 are rounded. Raises KernelError when shapes do not go together."""
+    `narrow`: D's tables as 16-bit integers. Their steps are as small as lets no sum over a part of the signature run
+    over; an entry errs by half a step at most, so a number of z by some 0.3 sqrt(b / 4) steps. Raises KernelError when
+    shapes do not go together."""
     bits, width = D.shape
     fitting = P.shape == (width,) and C.shape[1] == width and G.shape == (len(cross_slots) + 1, width)
     nested = [len(window), *lengths[1:]] == sorted(lengths, reverse=True)
     if not fitting or bits % 8 or window.shape != (len(window), bits // 8) or not nested:
         raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape} of {lengths}")
     rows, fours = np.ascontiguousarray(D, np.float32), _aligned_f4(bits // 4, 16, width)
-    steps = _aligned(np.abs(rows).sum(axis=0) / (32_767 - bits // 4))  # no sum of the tables' rows runs over
+    part = 8 * score_ir.together(width, narrow)  # rows of D
+    most = np.add.reduceat(np.abs(rows), np.arange(0, bits, part), axis=0)
+    steps = _aligned(most / (32_767 - part // 4))
     if narrow:
         fours = aligned_empty(fours.size, np.dtype(np.int16)).reshape(fours.shape)
     shares = 1 / np.maximum(steps, _LEAST_STEP)

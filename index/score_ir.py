@@ -25,17 +25,24 @@ _TILE = 32  # candidates between which the first cache keeps what it has
 _TABLES = 1 << 14  # bytes of D's tables that stay in the first cache with a tile
 
 
+def together(width: int, narrow: bool) -> int:
+    """Bytes of a signature whose tables of D are looked up in one go: what stays in the first cache."""
+    return max(1, _TABLES // (32 * width * (2 if narrow else 4)))
+
+
 @functools.lru_cache(maxsize=16)
 def fours(width: int, narrow: bool) -> Callable[..., None]:
-    """void fours(D [4 n, width], shares [width], n, out [n, 16, width]): for every four of D's rows their sums with all
-    16 choices of signs, bit k of the choice = + for row k; where `narrow` times `shares`, as 16-bit integers."""
+    """void fours(D [4 n, width], shares [parts, width], n, out [n, 16, width]): for every four of D's rows their sums
+    with all 16 choices of signs, bit k of the choice = + for row k; where `narrow` times the shares of its part, as
+    16-bit integers. A part is `together` bytes of a signature."""
     code = Code("fours", [F32.as_pointer(), F32.as_pointer(), I64, (I16 if narrow else F32).as_pointer()])
     D, shares, number, out = code.function.args
     vector = ir.VectorType(F32, width)
-    share = code.vector(shares, I64(0), vector) if narrow else None
 
     def one(four: Any, _: list[Any]) -> list[Any]:
         build = code.build
+        part = build.udiv(four, I64(2 * together(width, narrow)))
+        share = code.vector(shares, build.mul(part, I64(width)), vector) if narrow else None
         rows = [
             code.vector(D, build.mul(build.add(build.mul(four, I64(4)), I64(k)), I64(width)), vector) for k in range(4)
         ]
@@ -54,11 +61,11 @@ def fours(width: int, narrow: bool) -> Callable[..., None]:
 
 @functools.lru_cache(maxsize=16)
 def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bool) -> Callable[..., None]:
-    """void score(hot, n, counts i4[n, tiers], P, C [bridges, h], D [b/4, 16, h], steps [h], G, slots u2[65536], unmet,
-    logs, T [tiers, h], weights, biases, out [n])
+    """void score(hot, n, counts i4[n, tiers], P, C [bridges, h], D [b/4, 16, h], steps [parts, h], G, slots u2[65536],
+    unmet, logs, T [tiers, h], weights, biases, out [n])
 
     `sizes` = h, hidden layers, 1; layer l has weights [sizes[l], sizes[l + 1]]. D's tables hold 16-bit integers where
-    they are `narrow`, to be multiplied by `steps`. `unmet` is the place of a row of zeros in G.
+    they are `narrow`, to be multiplied by the `steps` of their part. `unmet` is the place of a row of zeros in G.
     """
     fields = hot.fields
     assert fields is not None
@@ -74,7 +81,6 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
     block, inputs = max(1, _ROOM // width), bridges + tiers
     begun = code.scratch(_TILE * width)  # z of a tile, without what is a product with a matrix
     entries = ir.VectorType(entry, width)
-    partial = code.build.bitcast(code.scratch(_TILE * width), entry.as_pointer())  # of D s
     x = code.scratch(block * inputs)  # bridge weights and log1p(counts) of a block
     z = [code.scratch(block * size) for size in sizes[:-1]]
 
@@ -95,16 +101,15 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
         """joint + P + D s of a tile into `begun`: one row out of each table of D, two tables per byte of a signature.
         A few bytes at a time for the whole tile, so that their tables stay in the first cache.
         """
-        size = signature[0].shape[0]
-        together = max(1, _TABLES // (32 * width * (2 if narrow else 4)))
-        for start in range(0, size, together):
-            part = range(start, min(size, start + together))
+        size, most = signature[0].shape[0], together(width, narrow)
+        for place, start in enumerate(range(0, size, most)):
+            part = range(start, min(size, start + most))
 
-            def add_part(c: Any, _: list[Any], part: range = part) -> list[Any]:
+            def add_part(c: Any, _: list[Any], part: range = part, place: int = place) -> list[Any]:
                 build = code.build
                 i = build.add(first, c)
                 here = build.mul(c, I64(width))
-                sums = code.vector(partial, here, entries) if part.start else ir.Constant(entries, None)
+                sums = ir.Constant(entries, None)
                 own = address(i, "signature")
                 add = build.add if narrow else build.fadd
                 for j in part:
@@ -112,13 +117,13 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
                     for half, value in enumerate((build.and_(byte, I64(15)), build.lshr(byte, I64(4)))):
                         row = build.mul(build.add(value, I64(16 * (2 * j + half))), I64(width))
                         sums = add(sums, code.vector(D, row, entries))
-                if part.stop < size:
-                    code.store(sums, partial, here)
-                    return []
-                base = build.fadd(floats(i, "joint", vector), code.vector(P, I64(0), vector))
+                if part.start:
+                    base = code.vector(begun, here, vector)
+                else:
+                    base = build.fadd(floats(i, "joint", vector), code.vector(P, I64(0), vector))
                 if narrow:
                     sums = build.sitofp(build.sext(sums, ir.VectorType(I32, width)), vector)
-                    base = code.multiply_add(sums, code.vector(steps, I64(0), vector), base)
+                    base = code.multiply_add(sums, code.vector(steps, I64(place * width), vector), base)
                 else:
                     base = build.fadd(base, sums)
                 code.store(base, begun, here)

@@ -291,14 +291,48 @@ def test_sigterm_ends_the_process_with_its_requests_answered(own_host: Callable[
     host.activate("g1")
     client = host.start()
     host.ready()
-    client.post("/v1/score", json={"user_id": "u", "candidates": IDS})
-    process = host._process
+    process, answers = host._process, []
     assert process is not None
+    body = {"user_id": "u", "candidates": IDS * 150}
+
+    def ask(own: httpx.Client) -> None:
+        answers.append(own.post("/v1/score", json=body).status_code)
+
+    callers = [httpx.Client(base_url=client.base_url, timeout=30.0) for _ in range(6)]
+    for own in callers:
+        assert own.get("/healthz").is_success  # connected
+    threads = [threading.Thread(target=ask, args=(own,)) for own in callers]
+    for thread in threads:
+        thread.start()
+    host.wait_for(lambda: len(answers) > 0)  # the others are under way
     began = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(20) in (0, -signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 6
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{client.base_url}/healthz")
+    for own in callers:
+        own.close()
+    assert process.wait(20) == 0
     assert time.monotonic() - began < 15
     assert "Traceback" not in host.log
+
+
+def test_a_parent_that_is_killed_leaves_no_process(own_host: Callable[..., Host]) -> None:
+    host = own_host(api_processes=2)
+    host.start()
+    process = host._process
+    assert process is not None
+    host.wait_for(lambda: len(workers(host)) == 2)
+    known = workers(host)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in known):
+        assert time.monotonic() < deadline, "a process outlives its parent"
+        time.sleep(0.05)
+    host._process = None
 
 
 def test_a_taken_port_is_one_sentence(own_host: Callable[..., Host]) -> None:

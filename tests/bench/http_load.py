@@ -64,15 +64,19 @@ class Connection:
 
 
 def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> NDArray[np.float64]:
-    """Round trips, ms, of closed-loop clients, each a thread with a connection of its own."""
+    """Round trips, ms, of closed-loop clients, each a thread with a connection of its own. Raises what one raised."""
     trips: list[list[float]] = [[] for _ in range(clients)]
+    failed: list[Exception] = []
     end = time.monotonic() + seconds
 
     def work(number: int) -> None:
         connection, place = Connection(port), number
-        while time.monotonic() < end:
-            trips[number].append(connection.timed(requests[place % len(requests)]))
-            place += 1
+        try:
+            while time.monotonic() < end:
+                trips[number].append(connection.timed(requests[place % len(requests)]))
+                place += 1
+        except (OSError, RuntimeError) as error:
+            failed.append(error)
         connection.close()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
@@ -80,6 +84,8 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        raise failed[0]
     return np.concatenate([np.array(own) for own in trips])
 
 
@@ -114,9 +120,11 @@ def main() -> None:
     """PORT CLIENTS SECONDS FOLDER: the requests are the files of FOLDER; prints what came of it as JSON."""
     port, clients, seconds, folder = sys.argv[1:]
     requests = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
+    began = time.perf_counter()
     trips = load(int(port), requests, int(clients), float(seconds))
+    took = time.perf_counter() - began  # the last answers come after the end
     p50, p99 = np.percentile(trips, [50, 99])
-    print(json.dumps({"count": len(trips), "p50_ms": float(p50), "p99_ms": float(p99)}))
+    print(json.dumps({"count": len(trips), "seconds": took, "p50_ms": float(p50), "p99_ms": float(p99)}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ class Limits:
     fma_g_per_s: float  # multiply-adds of single precision
 
     def score_ms(self, candidates: int, record: int, window: int, bits: int, multiply_adds: int) -> dict[str, float]:
-        """Lower bounds of a request's parts: reading the records once, the popcounts, the multiply-adds."""
+        """Lower bounds of a request's parts: reading the records once, the popcounts, the multiply-adds. Their sum is
+        one where they do not overlap."""
         return {
             "records": candidates * record / self.stream_gb_per_s / 1e6,
             "popcounts": candidates * window * bits / POPCOUNT_BITS / self.clock_ghz / 1e6,

@@ -3,10 +3,11 @@
 An index of 1M rows (d = h = 64, n = 16, b = 128, fp16; tests/bench/peers/data.py), users with 1,000 behaviours, all
 timings interleaved in one run. In process, one thread: `score` is id table, gather, scores and the best 100 with a
 ready user block; `user` is history, rows and fold. Its limit is the sum of three lower bounds (tests/bench/limits.py),
-its kernels are timed bare.
+as if nothing overlapped; its kernels are timed bare. In a round each of them has other candidates.
 Through HTTP: another process asks over one kept connection; `overhead` is the round trip where every answer is ready.
 Peers (full runs; tests/bench/peers) answer the same requests on the same data, each in a process of its own, in turns
-with Forerank in process: user inference, rows, scores, the best 100.
+with Forerank in process: user inference, rows, scores, the best 100. A peer is one thread, Forerank's user inference
+runs in a second one; so a peer's figure is the ratio of CPU times, servers' included.
 """
 
 from __future__ import annotations
@@ -136,13 +137,15 @@ def _rows(layout: RowLayout, count: int, random: np.random.Generator) -> tuple[N
 
 
 def _interleaved(rounds: int, work: dict[str, Callable[[int], object]]) -> Series:
-    """Milliseconds of each, one after the other in every round; the first tenth does not count."""
+    """Milliseconds of each, one after the other in every round, each at a place of its own, so that none finds in the
+    cache what the one before has read; the first tenth does not count."""
     spent: Series = {name: [] for name in work}
-    for place in range(rounds + rounds // 10):
-        for name, do in work.items():
+    first = max(2, rounds // 10)
+    for place in range(rounds + first):
+        for turn, (name, do) in enumerate(work.items()):
             began = time.perf_counter()
-            do(place)
-            if place >= rounds // 10:
+            do(place + 3 * turn)
+            if place >= first:
                 spent[name].append((time.perf_counter() - began) * 1e3)
     return spent
 
@@ -187,7 +190,7 @@ def _in_process(report: Report, host: Host, service: Service, data: Data, rounds
             "best": bare.best,
         },
     )
-    rocks_ms = [_ms(rocks.get, place) for place in range(max(5, rounds // 40))]
+    stores = _interleaved(max(5, rounds // 20), {"arena": bare.gather_both, "rocksdb": rocks.get})
     rocks.close()
     for name in ("score", "user", "request"):
         _percentiles(report, name, spent[name])
@@ -200,13 +203,8 @@ def _in_process(report: Report, host: Host, service: Service, data: Data, rounds
         "x",
     )
     _limits(report, generation.layout, generation.head_tables, medians)
-    report.figure("gather_over_rocksdb", (np.array(rocks_ms) / medians["gather"]).tolist(), "x")
-
-
-def _ms(work: Callable[[int], object], place: int) -> float:
-    began = time.perf_counter()
-    work(place)
-    return (time.perf_counter() - began) * 1e3
+    whole = np.array(stores["rocksdb"]) / stores["arena"]
+    report.figure("gather_over_rocksdb", whole.tolist(), "x")
 
 
 def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians: dict[str, float]) -> None:
@@ -247,6 +245,10 @@ class _Bare:
     def gather(self, place: int) -> None:
         self._arena.gather(self._keys[place % REQUESTS])
 
+    def gather_both(self, place: int) -> None:
+        """Whole rows, as RocksDB gives them."""
+        self._arena.gather_both(self._keys[place % REQUESTS])
+
     def counts(self, place: int) -> None:
         hot, size = self._hot[place % REQUESTS], self._hot[0]["signature"].shape[1]
         first = hot.ctypes.data + self._signature
@@ -264,7 +266,7 @@ class _Bare:
 
 
 class _Rocks:
-    """The same rows out of RocksDB, by its call for many keys; a block cache that holds all of them."""
+    """The same rows out of RocksDB, by its call for many keys; all of it is in memory and was read before."""
 
     def __init__(self, host: Host, asked: list[NDArray[np.uint64]]) -> None:
         path = host.settings.generation_dir(GENERATION) / "n2o" / "rocks"
@@ -384,7 +386,7 @@ def _clients(port: int, pid: int, clients: int, folder: Path, seconds: int) -> d
     used = http_load.cpu_seconds(pid) - before
     return {
         "clients": clients,
-        "requests_per_s": found["count"] / seconds,
+        "requests_per_s": found["count"] / found["seconds"],
         "per_core": found["count"] / used,
         "p50_ms": found["p50_ms"],
         "p99_ms": found["p99_ms"],
@@ -395,37 +397,46 @@ def _under_nearline(report: Report, host: Host, served: http_load.Connection, as
     """p99 of round trips while another process encodes and writes rows as fast as it can, against without it; in
     turns."""
     context = multiprocessing.get_context("spawn")
-    go, stop = context.Event(), context.Event()
+    go, stop, written = context.Event(), context.Event(), context.Value("q", -1)
     path = host.settings.generation_dir(GENERATION)
-    worker = context.Process(target=_encode_and_write, args=(path, host.settings.hash_key, go, stop))
+    worker = context.Process(target=_encode_and_write, args=(path, host.settings.hash_key, go, stop, written))
     worker.start()
+    deadline = time.monotonic() + 120
+    while written.value < 0:  # until the store is open
+        assert worker.is_alive(), "the writer has ended"
+        assert time.monotonic() < deadline, "the writer does not start"
+        time.sleep(0.05)
     alone: list[list[float]] = []
     beside: list[list[float]] = []
     try:
         for turn in range(6):
             (go.set if turn % 2 else go.clear)()
             time.sleep(0.5)
+            before = written.value
             trips = [served.timed(asked[at % REQUESTS]) for at in range(max(30, rounds // 2))]
             (beside if turn % 2 else alone).append(trips)
+            assert (written.value > before) == bool(turn % 2), "rows were written in the wrong turn"
     finally:
         stop.set()
         go.set()
         worker.join(30)
+    assert worker.exitcode == 0, "the writer has failed"
     p99 = [float(np.percentile(np.concatenate(part), 99)) for part in (alone, beside)]
     report.figure("http_alone_p99_ms", [float(np.percentile(part, 99)) for part in alone], "ms", p99[0])
     report.figure("http_under_nearline_p99_ms", [float(np.percentile(part, 99)) for part in beside], "ms", p99[1])
     report.figure("p99_under_nearline_ratio", p99[1] / p99[0], "x")
 
 
-def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any) -> None:
-    """Process: what encode and replicate do, without Kafka, on the newest rows again and again."""
+def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any, written: Any) -> None:
+    """Process: what encode and replicate do, without Kafka, on the same rows again and again; `written` counts them
+    from 0 on, when the store is open."""
     bundle = load_bundle(path / "bundle")
     layout, fold, world = RowLayout.from_json(bundle.manifest.row), ItemFold(bundle), World(2_000, 1)
     torch.set_num_threads(1)
     inputs = [world.inputs(number, 1) for number in range(500)]
     writer = N2OWriter(path / "n2o", layout, 2, hash_key.encode())
-    offset = int(writer.rows_offsets()[0])
-    version = 2
+    offset, version = int(writer.rows_offsets()[0]), 2
+    written.value = 0
     while not stop.is_set():
         if not go.wait(0.1):
             continue
@@ -437,6 +448,7 @@ def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any) -> None:
         cold["vector"] = encoded.vector
         writer.apply([(_batch(range(500), offset, version, hot, cold), offset)])
         offset, version = offset + 500, version + 1
+        written.value += 500
     writer.close()
 
 
@@ -470,12 +482,16 @@ _FIGURES = {  # what is the figure of which peer
 
 
 def _peers(report: Report, service: Service, data: Data) -> None:
-    """Times as long as Forerank's each peer takes for the same requests; ranges are over rounds."""
+    """Times as much CPU as Forerank each peer takes for the same requests; ranges are over rounds. First every peer's
+    scores are held against the training form's, in a small world."""
     try:
         python = environment_of_peers()
     except PeersError as error:
         print(f"peers are left out: {error}", flush=True)
         return
+    small = data.folder.with_name("small-world")
+    write_world(small, items=500, users=3, length=40, seed=data.seed, candidates=200, requests=3)
+    subprocess.run([str(python), "-m", "tests.bench.peers", "check", str(small)], check=True, stderr=subprocess.DEVNULL)
     with contextlib.ExitStack() as held:
         peers = {name: held.enter_context(_peer(python, name, data.folder)) for name in _FIGURES}
         spent: Series = {name: [] for name in ("forerank", *peers)}
@@ -513,8 +529,8 @@ def _peers(report: Report, service: Service, data: Data) -> None:
         ],
     )
     for name, figure in _FIGURES.items():
-        ratios = np.array(spent[name]) / np.array(spent["forerank"])
-        report.figure(figure, ratios.tolist(), "x", medians[name] / medians["forerank"])
+        ratios = np.array(cpu[name]) / np.array(cpu["forerank"])
+        report.figure(figure, ratios.tolist(), "x", float(np.median(cpu[name]) / np.median(cpu["forerank"])))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from encoders.bundle import Bundle
 from encoders.features import FeatureError, ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores, reference_scores
 from encoders.model import COMPONENTS, RECENCY_EDGES
+from index import kernels
+from index.layout import RowLayout, aligned_empty
 
 NOW = 1_767_225_600_000
 DAY = 86_400_000
@@ -196,17 +198,25 @@ def by_hand(
 
 
 def test_half_precision_rows_stay_within_the_stated_bound(world: Callable[..., Any]) -> None:
-    """Rows as fp16: joint and bridge on the item side, and the history's vectors."""
+    """As they are served: records of fp16, the history's rows as views of them, 16-bit look-up tables, the kernel."""
     worst_row = worst_all = 0.0
     for seed in range(4):
         w = world("default", seed)
-        half = {name: getattr(w.rows, name).astype(np.float16).astype(np.float32) for name in ("joint", "bridge")}
-        rows = dataclasses.replace(w.rows, **half)
+        config, head = w.bundle.manifest.config, Head.of(w.bundle)
+        layout = RowLayout(config.width, config.bridges, config.bits, config.dim, config.crosses, "fp16")
+        hot = aligned_empty(len(w.items), layout.hot)
+        for name in ("joint", "bridge", "signature", "crosses"):
+            hot[name] = getattr(w.rows, name)
+        tables = kernels.head_tables(head.T, head.edges, head.weights, head.biases)
         for length in (0, 1, 50, 1_000):
             exact = w.behaviours(np.random.default_rng([seed, length]), length)
+            own, cold = np.zeros(length, layout.hot), np.zeros(length, layout.cold)
+            own["signature"], own["crosses"], cold["vector"] = exact.signatures, exact.crosses, exact.vectors
+            views = Behaviours(cold["vector"], own["signature"], own["crosses"], exact.actions, exact.times)
+            block = UserFold(w.bundle).block({"age": 30}, views, NOW)
+            arrays = (block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths)
+            served = kernels.score(hot, kernels.user_tables(*arrays, narrow=True), tables)
             rounded = dataclasses.replace(exact, vectors=exact.vectors.astype(np.float16).astype(np.float32))
-            block = UserFold(w.bundle).block({"age": 30}, rounded, NOW)
-            served = join_scores(block, Head.of(w.bundle), rows)
             for behaviours, limit in ((rounded, 2e-3), (exact, 5e-3)):
                 wanted = reference_scores(w.bundle, {"age": 30}, behaviours, w.items, NOW)
                 error = float(np.abs(served - wanted).max())
@@ -217,6 +227,31 @@ def test_half_precision_rows_stay_within_the_stated_bound(world: Callable[..., A
                     worst_all = max(worst_all, error)
     assert worst_row > 1e-5  # it is the fp16 error that is measured
     print(f"fp16 rows: {worst_row:.2e} against the same histories, {worst_all:.2e} against fp32 histories")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vectors": np.zeros((5, 3), np.float32)},
+        {"signatures": np.zeros((5, 1), np.uint8)},
+        {"crosses": np.zeros((5, 1), np.uint16)},
+        {"actions": np.zeros(0, np.uint8)},
+    ],
+)
+def test_columns_of_other_shapes_are_refused(world: Callable[..., Any], change: dict[str, Any]) -> None:
+    w = world("default", 0)
+    behaviours = dataclasses.replace(w.behaviours(np.random.default_rng(0), 5), **change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        UserFold(w.bundle).block(None, behaviours, NOW)
+
+
+def test_columns_of_other_types_are_converted(world: Callable[..., Any]) -> None:
+    w = world("tiny", 0)
+    past = w.behaviours(np.random.default_rng(0), 7)
+    other = dataclasses.replace(past, vectors=past.vectors.astype(np.float64), crosses=past.crosses.astype(np.int64))
+    one, two = (UserFold(w.bundle).block(None, behaviours, NOW) for behaviours in (past, other))
+    for name in ("P", "C", "D", "G", "cross_slots"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
 def test_block_is_what_the_design_says(world: Callable[..., Any]) -> None:
