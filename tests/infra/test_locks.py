@@ -5,6 +5,7 @@ import hashlib
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -17,17 +18,18 @@ from tests.conftest import JARS, ROOT
 REQUIREMENTS = ROOT / "requirements"
 PINNED = ["base.txt", "dev.txt"]
 PEERS = "peers.txt"  # installed without dependencies
+ONLINE_PEERS = ROOT / "tests/bench/peers"  # run in an environment of their own
 _ENTRY = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(\[[a-z,]+\])?==(?P<version>[^ ]+)(?P<marker> ; [^\\]+)?", re.MULTILINE)
 
 
-def entries(name: str) -> dict[tuple[str, str], str]:
+def entries(name: str | Path) -> dict[tuple[str, str], str]:
     """(package, marker) -> version."""
-    text = (REQUIREMENTS / name).read_text()
+    text = (REQUIREMENTS / name).read_text()  # an absolute path stays what it is
     found = _ENTRY.finditer(text)
     return {(normal(e["name"]), (e["marker"] or "").strip()): e["version"] for e in found}
 
 
-def wanted(name: str) -> set[str]:
+def wanted(name: str | Path) -> set[str]:
     lines = (line.partition("#")[0].strip() for line in (REQUIREMENTS / name).read_text().splitlines())
     return {normal(line.partition("[")[0]) for line in lines if line and not line.startswith("-")}
 
@@ -36,8 +38,8 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("name", [*PINNED, PEERS])
-def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
+@pytest.mark.parametrize("name", [*PINNED, PEERS, ONLINE_PEERS / "requirements.txt"], ids=str)
+def test_every_requirement_is_pinned_and_hashed(name: str | Path) -> None:
     text = (REQUIREMENTS / name).read_text()
     logical = [
         line for line in re.sub(r"\\\n", "", text).splitlines() if line.strip() and not line.lstrip().startswith("#")
@@ -48,7 +50,11 @@ def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", line), line
 
 
-@pytest.mark.parametrize("path", [*sorted(REQUIREMENTS.iterdir()), jars.SPECIFICATION, jars.LOCK], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(REQUIREMENTS.iterdir()), *sorted(ONLINE_PEERS.glob("requirements.*")), jars.SPECIFICATION, jars.LOCK],
+    ids=str,
+)
 def test_no_address_in_a_lock_file(path: Path) -> None:
     text = path.read_text()
     assert "://" not in text
@@ -66,18 +72,24 @@ def test_the_locks_hold_what_was_asked_for() -> None:
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+\n", (REQUIREMENTS / "torch.txt").read_text())
 
 
-def imported(*folders: str) -> set[str]:
-    """Distributions that the folders' modules import by themselves."""
+def modules_of(paths: Iterable[Path]) -> set[str]:
+    """Top-level modules of others that these files import."""
     ours = {"infra", "index", "encoders", "streams", "api", "tests", "__future__"}
     modules = set()
-    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.partition(".")[0])
+    return modules - ours - sys.stdlib_module_names
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions that the folders' modules import by themselves."""
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     known = packages_distributions()
-    return {normal(known[module][0]) for module in modules - ours - sys.stdlib_module_names}
+    return {normal(known[module][0]) for module in modules_of(set(paths) - set(ONLINE_PEERS.rglob("*.py")))}
 
 
 def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
@@ -92,6 +104,21 @@ def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
     assert imported("tests") - base - {"torch"} <= dev | peers
     assert peers - imported("tests") == {"pandas"}  # a peer's own
     assert dev - imported("tests") <= checks
+
+
+def test_the_online_peers_lock_holds_what_they_import() -> None:
+    asked, locked = wanted(ONLINE_PEERS / "requirements.in"), entries(ONLINE_PEERS / "requirements.txt")
+    packages = {package for package, _ in locked}
+    by_others = {"hiredis", "onnx", "onnxscript"}  # redis-py and torch's exporter take them
+    own = {normal(module) for module in modules_of(ONLINE_PEERS.rglob("*.py"))}
+    of_project = {normal(name[0]) for name in packages_distributions().values()} | set(packages_distributions())
+    assert asked <= packages
+    assert own - of_project <= packages
+    assert asked - own <= by_others
+    base = entries("base.txt")
+    assert {key: base[key] for key in base.keys() & locked.keys()} == {
+        key: locked[key] for key in base.keys() & locked.keys()
+    }
 
 
 def test_both_locks_agree() -> None:
