@@ -21,9 +21,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from infra import telemetry
-from infra.settings import Settings, environment, load, variable
+from infra.settings import Settings, environment, variable
 
 LOG = logging.getLogger(__name__)
 _SPAWN = multiprocessing.get_context("spawn")
@@ -187,13 +188,14 @@ class _Child:
 def _work(listener: socket.socket, parent: Connection) -> None:
     """What a process runs."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a terminal that closes; the parent decides
-    settings = load()
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
-    config = uvicorn.Config(
-        "api.app:application",
-        factory=True,
-        host=settings.api_host,
-        port=settings.api_port,
+    _Server(config_of("api.app:application", factory=True), parent).run(sockets=[listener])
+
+
+def config_of(app: str | ASGIApp, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves the API; logs, their form and what they tell are the process's own."""
+    return uvicorn.Config(
+        app,
         loop="uvloop",
         http="httptools",
         access_log=False,
@@ -201,8 +203,8 @@ def _work(listener: socket.socket, parent: Connection) -> None:
         proxy_headers=False,
         log_config=None,
         timeout_graceful_shutdown=int(_LEAVE_S),
+        **more,
     )
-    _Server(config, parent).run(sockets=[listener])
 
 
 def _end_with(parent: Connection) -> None:

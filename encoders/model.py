@@ -670,7 +670,7 @@ class AIF(Frame):
 
 
 def kept_crosses(user: Tensor, count: Tensor, newest: Tensor, config: ModelConfig) -> Tensor:
-    """Which crosses the users' tables keep, bool [keys]; the keys ascend by user, then slot. Used by both forms.
+    """Which crosses the users' tables keep, bool [keys]; the keys ascend by user, then slot. `fold` has it for one.
 
     A capped table keeps a user's first `cross_rows` crosses: "frequent" orders them by `count`, "recent" by the place
     of the `newest` behaviour; each breaks ties by the other, and then by slot.

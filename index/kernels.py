@@ -132,19 +132,31 @@ def score(hot: NDArray[Any], user: UserTables, head: HeadTables) -> F4:
             f"head T {head.T.shape}"
         )
     hot = np.ascontiguousarray(hot)
-    first, record = hot.ctypes.data, hot.dtype.itemsize
     counts = _scratch.counts(len(hot) * tiers)
-    popcount_ir.counts(first + signature[1], record, len(hot), size, user.window, head.edges, counts)
+    first = hot.ctypes.data + signature[1]
+    popcount_ir.counts(first, hot.dtype.itemsize, len(hot), size, user.window, head.edges, counts)
     out = np.empty(len(hot), np.float32)
     slots = _scratch.cross_map
-    slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
-    before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
-    after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
-    score_ir.score(hot.dtype, tiers, head.sizes, user.D.dtype == np.int16)(
-        first, len(hot), *before, len(user.G) - 1, *after
-    )
+    place_crosses(slots, user)
+    join(hot, counts, user, head, slots, out)
     slots[user.cross_slots] = 0
     return out
+
+
+def place_crosses(slots: NDArray[np.uint16], user: UserTables) -> None:
+    """Notes in slots u2[65536], zero before, which row of G is each cross's."""
+    slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
+
+
+def join(
+    hot: NDArray[Any], counts: NDArray[np.int32], user: UserTables, head: HeadTables, slots: NDArray[np.uint16], out: F4
+) -> None:
+    """The rest of `score`, into f4[n]: SimTier's counts i4[n, tiers of all histograms] are there, crosses in place,
+    and all arrays are contiguous and of shapes that go together."""
+    before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
+    after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
+    code = score_ir.score(hot.dtype, len(head.T), head.sizes, user.D.dtype == np.int16)
+    code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
 
 
 def score_oracle(

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from infra.codegen import F32, HALF, I8, I16, I32, I64, Code
+from infra.codegen import F32, HALF, I8, I16, I32, I64, ROOM, Code, Matrix
 
-_ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
 _TILE = 32  # candidates between which the first cache keeps what it has
 _TABLES = 1 << 14  # bytes of D's tables that stay in the first cache with a tile
 
@@ -78,7 +77,7 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
     code = Code("score", [kind if kind is I64 else kind.as_pointer() for kind in kinds])
     rows, number, counts, P, C, D, steps, G, slots, unmet, logs, T, weights, biases, out = code.function.args
     vector = ir.VectorType(F32, width)
-    block, inputs = max(1, _ROOM // width), bridges + tiers
+    block, inputs = max(1, ROOM // width), bridges + tiers
     begun = code.scratch(_TILE * width)  # z of a tile, without what is a product with a matrix
     entries = ir.VectorType(entry, width)
     x = code.scratch(block * inputs)  # bridge weights and log1p(counts) of a block
@@ -160,22 +159,6 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
             log = build.load(build.gep(logs, [build.zext(count, I64)]))
             build.store(log, build.gep(own, [I64(bridges + t)]))
 
-    def product(
-        sums: list[Any], source: Any, stride: int, first: int, table: Any, start: int, count: int, kind: Any
-    ) -> list[Any]:
-        """sums[b] + source[b, first .. first + count) times the rows of the matrix that begins at table[start]."""
-
-        def add_row(k: Any, sums: list[Any]) -> list[Any]:
-            build = code.build
-            row = code.vector(table, build.add(build.mul(k, I64(kind.count)), I64(start)), kind)
-            out = []
-            for b, value in enumerate(sums):
-                one = build.load(build.gep(source, [build.add(k, I64(b * stride + first))]))
-                out.append(code.multiply_add(code.spread(one, kind), row, value))
-            return out
-
-        return code.loop(count, add_row, sums)
-
     def candidates(first: Any, begin: Any, last: Any) -> None:
         """A block of a tile that begins at `first`: from its place `begin`; what is behind place `last` repeats it."""
 
@@ -190,8 +173,10 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
 
         code.loop(block, enter_one, [])
         sums = [code.vector(z[0], I64(b * width), vector) for b in range(block)]
-        sums = product(sums, x, inputs, 0, C, 0, bridges, vector)
-        sums = product(sums, x, inputs, bridges, T, 0, tiers, vector)
+        places = [I64(b) for b in range(block)]
+        sums = code.product(sums, places, bridges, Matrix(x, inputs), Matrix(C, width))
+        counted = Matrix(code.build.gep(x, [I64(bridges)]), inputs)
+        sums = code.product(sums, places, tiers, counted, Matrix(T, width))
         weight_at = bias_at = 0
         for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
             lanes = ir.VectorType(F32, before)
@@ -207,7 +192,8 @@ def score(hot: np.dtype[np.void], tiers: int, sizes: tuple[int, ...], narrow: bo
                 code.store(value, z[layer], I64(b * before))
             kind = ir.VectorType(F32, after)
             sums = [code.vector(biases, I64(bias_at), kind)] * block
-            sums = product(sums, z[layer], before, 0, weights, weight_at, before, kind)
+            own = Matrix(code.build.gep(weights, [I64(weight_at)]), after)
+            sums = code.product(sums, places, before, Matrix(z[layer], before), own)
             weight_at += before * after
             bias_at += after
 

@@ -22,7 +22,7 @@ def host() -> tuple[str, str]:
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
 
-_ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
+ROOM = 256  # floats of a block that stay in registers: half of what AVX-512 has
 _PANEL = 64  # columns of a matrix that are computed together
 _BLOCK = 16  # rows, at most
 
@@ -163,7 +163,7 @@ class Code:
         relu: bool,
     ) -> None:
         kind = ir.VectorType(F32, width)
-        block = max(1, min(_BLOCK, _ROOM // width))
+        block = max(1, min(_BLOCK, ROOM // width))
 
         def one_block(number: Any, _: list[Any]) -> list[Any]:
             build, first = self.build, self.build.mul(number, I64(block))
@@ -178,19 +178,28 @@ class Code:
             else:
                 sums = [self.vector(start, I64(begin), kind)] * block
 
-            def step(k: Any, sums: list[Any]) -> list[Any]:
-                own, column = self.vector(b.row(self.build, k), I64(begin), kind), a.column(self.build, k)
-                found = []
-                for value, place in zip(sums, places, strict=True):
-                    one = self.build.load(a.row(self.build, place, column))
-                    found.append(self.multiply_add(self.spread(one, kind), own, value))
-                return found
-
-            for value, place in zip(self.loop(inner, step, sums), places, strict=True):
+            for value, place in zip(self.product(sums, places, inner, a, b, begin), places, strict=True):
                 self.store(self.relu(value) if relu else value, out.row(self.build, place), I64(begin))
             return []
 
         self.loop(self.build.udiv(self.build.add(count, I64(block - 1)), I64(block)), one_block, [])
+
+    def product(
+        self, sums: list[Any], places: list[Any], inner: Any, a: Matrix, b: Matrix, begin: int = 0
+    ) -> list[Any]:
+        """sums[r] + a[places[r], inner] b[inner, from column `begin` on], in registers: a row of b is loaded once for
+        all of them."""
+        kind = sums[0].type
+
+        def step(k: Any, sums: list[Any]) -> list[Any]:
+            own, column = self.vector(b.row(self.build, k), I64(begin), kind), a.column(self.build, k)
+            found = []
+            for value, place in zip(sums, places, strict=True):
+                one = self.build.load(a.row(self.build, place, column))
+                found.append(self.multiply_add(self.spread(one, kind), own, value))
+            return found
+
+        return self.loop(inner, step, sums)
 
     def softmax_down(self, table: Matrix, rows: Any, columns: int) -> None:
         """Softmax over the rows (> 0) of each column of table[rows, columns], in place."""

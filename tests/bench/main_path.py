@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import datetime
 import http.client
 import json
 import os
@@ -36,7 +35,7 @@ from encoders.bundle import load_bundle, seeded_bundle
 from encoders.fold import Behaviours, ItemFold, reference_scores
 from tests.bench.report import Report
 from tests.bench.stack import Arena, BenchStack, wait
-from tests.bench.world import World, as_of
+from tests.bench.world import World, as_of, ms
 from tests.conftest import ROOT, free_ports
 
 RATE = 1_000  # updates per second
@@ -253,7 +252,7 @@ def _parity(client: httpx.Client, world: World, bundle_folder: Path) -> list[flo
             rows.signature,
             rows.crosses,
             np.array([codes[behaviour["action"]] for behaviour in history], np.uint8),
-            np.array([_ms(behaviour["event_time"]) for behaviour in history], np.int64),
+            np.array([ms(behaviour["event_time"]) for behaviour in history], np.int64),
         )
         profile = world.profile(user) if user % 2 else None
         body = {
@@ -282,10 +281,6 @@ def _versions(client: httpx.Client, numbers: list[int]) -> dict[int, int]:
         answer = client.post("/v1/score", json=body).json()
         found |= dict(zip(answer["ids"], answer["trace"]["versions"], strict=True))
     return found
-
-
-def _ms(text: str) -> int:
-    return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
 
 
 # ---- set-up

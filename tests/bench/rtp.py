@@ -38,7 +38,7 @@ from api.service import Service
 from api.users import infer
 from encoders.bundle import load_bundle
 from encoders.fold import ItemFold
-from index import kernels, popcount_ir, score_ir
+from index import kernels, popcount_ir
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
@@ -235,11 +235,8 @@ class _Bare:
         hot = self._hot[0]
         assert hot.dtype.fields is not None
         self._signature = hot.dtype.fields["signature"][1]
-        self._tiers = len(head.T)
-        self._counts = np.empty((CANDIDATES, self._tiers), np.int32)
-        self._out = np.empty(CANDIDATES, np.float32)
-        self._slots = np.zeros(kernels.CROSS_SLOTS, np.uint16)
-        self._slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
+        self._counts = np.empty((CANDIDATES, len(head.T)), np.int32)
+        self._joins = [_joining((rows, user, head), self._counts) for rows in self._hot]
         self._scores = [kernels.score(rows, user, head) for rows in self._hot]
 
     def gather(self, place: int) -> None:
@@ -255,11 +252,7 @@ class _Bare:
         popcount_ir.counts(first, hot.itemsize, len(hot), size, self._user.window, self._head.edges, self._counts)
 
     def join(self, place: int) -> None:
-        hot, user, head = self._hot[place % REQUESTS], self._user, self._head
-        before = [a.ctypes.data for a in (self._counts, user.P, user.C, user.D, user.steps, user.G, self._slots)]
-        after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, self._out)]
-        code = score_ir.score(hot.dtype, self._tiers, head.sizes, user.D.dtype == np.int16)
-        code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
+        self._joins[place % REQUESTS](place)
 
     def best(self, place: int) -> None:
         kernels.best(self._scores[place % REQUESTS], K)
@@ -616,21 +609,13 @@ def _scoring(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
     return lambda _: kernels.score(hot, user, head)
 
 
-def _joining(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
-    """All but SimTier's counts."""
+def _joining(arrays: tuple[Any, Any, Any], counts: NDArray[np.int32] | None = None) -> Callable[[int], object]:
+    """All but SimTier's counts, which are given, or zero."""
     hot, user, head = arrays
-    counts = np.zeros((len(hot), len(head.T)), np.int32)
-    slots = np.zeros(kernels.CROSS_SLOTS, np.uint16)
-    slots[user.cross_slots] = np.arange(1, len(user.cross_slots) + 1, dtype=np.uint16)
-    out = np.empty(len(hot), np.float32)
-    code = score_ir.score(hot.dtype, len(head.T), head.sizes, user.D.dtype == np.int16)
-
-    def join(_: int) -> None:
-        before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
-        after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
-        code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
-
-    return join
+    given = np.zeros((len(hot), len(head.T)), np.int32) if counts is None else counts
+    slots, out = np.zeros(kernels.CROSS_SLOTS, np.uint16), np.empty(len(hot), np.float32)
+    kernels.place_crosses(slots, user)
+    return lambda _: kernels.join(hot, given, user, head, slots, out)
 
 
 def _scored(candidates: int, case: Case, random: np.random.Generator, rounds: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import statistics
 import tempfile
 import time
@@ -48,7 +47,7 @@ from index.arena import ArenaReader
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter, RowBatch
-from tests.bench.world import World, as_of
+from tests.bench.world import World, as_of, ms
 
 F4 = NDArray[np.float32]
 I8 = NDArray[np.int64]
@@ -81,7 +80,7 @@ class Scene:
         self.seen = np.array([int(behaviour["item_id"]) for behaviour in behaviours], np.int64)
         codes = {name: code for code, name in enumerate(self.spec.actions, 1)}
         self.actions = np.array([codes[behaviour["action"]] for behaviour in behaviours], np.uint8)
-        self.times = np.array([_ms(behaviour["event_time"]) for behaviour in behaviours], np.int64)
+        self.times = np.array([ms(behaviour["event_time"]) for behaviour in behaviours], np.int64)
         self.profile = self.world.profile(0)
 
     def __len__(self) -> int:
@@ -705,10 +704,6 @@ def _split(tensor: Tensor, sizes: int | list[int], dim: int = 0) -> tuple[Tensor
 def _array(tensor: Tensor) -> F4:
     out: F4 = np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32)
     return out
-
-
-def _ms(text: str) -> int:
-    return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
 
 
 if __name__ == "__main__":

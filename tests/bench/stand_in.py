@@ -19,6 +19,7 @@ from api.app import create_app
 from api.generations import Generation
 from api.prerank import Answer, Candidates, Merger
 from api.schemas import Query, RecommendRequest
+from api.serve import config_of
 from api.service import Service
 from api.users import UserSource
 from infra import settings as settings_module
@@ -74,17 +75,7 @@ def main() -> None:
     else:
         remote = RemoteRetrieval(settings, service.generations, service.users)
         service.merger = remote.prepare(int(sys.argv[2]), int(sys.argv[3]))
-    uvicorn.run(
-        create_app(service),
-        host=settings.api_host,
-        port=settings.api_port,
-        loop="uvloop",
-        http="httptools",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        log_config=None,
-    )
+    uvicorn.Server(config_of(create_app(service), host=settings.api_host, port=settings.api_port)).run()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ def as_of() -> int:
     return int(START.timestamp() * 1000) + 31 * DAY_MS
 
 
+def ms(text: str) -> int:
+    """Milliseconds since the epoch of an event's time."""
+    return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
+
+
 class World:
     """`items` distinct items; events of any item and version are made on demand and are always the same."""
 

@@ -12,7 +12,6 @@ encoding a million events would take minutes: whoever needs a signature takes it
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 from pathlib import Path
@@ -25,7 +24,7 @@ from encoders.bundle import Bundle, load_bundle, seeded_bundle
 from encoders.features import ItemEncoder
 from encoders.fold import Behaviours, ItemFold
 from index.layout import RowLayout, aligned_empty
-from tests.bench.world import World, as_of
+from tests.bench.world import World, as_of, ms
 
 DISTINCT = 20_000
 _BATCH = 1_000
@@ -90,7 +89,7 @@ def _write_users(folder: Path, bundle: Bundle, world: World, users: int, length:
     spec = bundle.manifest.features
     seen = [[int(one["item_id"]) for one in history] for history in histories]
     actions = [spec.action_codes([one["action"] for one in history]) for history in histories]
-    times = [[_ms(one["event_time"]) for one in history] for history in histories]
+    times = [[ms(one["event_time"]) for one in history] for history in histories]
     np.save(folder / "seen.npy", np.array(seen, np.int64))
     np.save(folder / "actions.npy", np.array(actions, np.uint8))
     np.save(folder / "times.npy", np.array(times, np.int64))
@@ -166,7 +165,3 @@ class Data:
     @property
     def as_of(self) -> int:
         return as_of()
-
-
-def _ms(text: str) -> int:
-    return round(datetime.datetime.fromisoformat(text).timestamp() * 1000)
