@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
@@ -31,12 +32,27 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def wait_until(there: Callable[[], object], what: str, deadline_s: float = 60.0) -> None:
-    """Poll until something is there. Raises AssertionError."""
+def wait_until(
+    there: Callable[[], object],
+    what: str,
+    deadline_s: float = 60.0,
+    alive: Callable[[], None] = lambda: None,
+    log: Callable[[], str] = str,
+) -> None:
+    """Poll until something is there. Raises AssertionError, with what `log` says; `alive` may raise one before."""
     deadline = time.monotonic() + deadline_s
     while not there():
-        assert time.monotonic() < deadline, f"{what} did not come true in {deadline_s:.0f} s"
+        alive()
+        assert time.monotonic() < deadline, f"{what} did not come true in {deadline_s:.0f} s; {log()}"
         time.sleep(0.02)
+
+
+def answered(there: Callable[[], bool]) -> bool:
+    """`there`, false where nobody listens yet."""
+    try:
+        return there()
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,11 @@ from encoders.bundle import Bundle, seeded_bundle
 from encoders.fold import Behaviours, ItemFold, reference_scores
 from index.histories import HistoriesWriter, StoredBehaviour, StoredProfile
 from index.layout import RowLayout, aligned_empty
-from index.n2o import N2OWriter, RowBatch
+from index.n2o import N2OWriter
 from infra.settings import Settings, environment
 from streams import rollout
+from tests.conftest import answered, wait_until
+from tests.rows import batch_of
 
 NOW = 1_780_000_000_000  # ms; the newest behaviour of the tests' users
 HOUR = 3_600_000
@@ -133,17 +135,7 @@ class Host:
         n, start = len(ids), self._offsets[generation]
         for name, ago in (("event_time", 300), ("publish_time", 200), ("encode_time", 100)):
             cold[name] = time.time_ns() // 1_000_000 - ago
-        batch = RowBatch(
-            partition=0,
-            covered=start + n - 1,
-            ids=list(ids),
-            versions=np.array(versions or [1] * n, np.uint64),
-            offsets=np.arange(start, start + n, dtype=np.int64),
-            deleted=np.arange(n) >= n - deleted,
-            hot=hot,
-            cold=cold,
-            attributes=list(attributes or [b"{}"] * n),
-        )
+        batch = batch_of(ids, start, hot, cold, versions, attributes, deleted)
         self._writers[generation].apply([(batch, start)])
         self._offsets[generation] += n
 
@@ -236,16 +228,10 @@ class Host:
         return (self.settings.state / "api.log").read_text()
 
     def wait_for(self, there: Callable[[], bool], limit_s: float = 20.0) -> None:
-        deadline = time.monotonic() + limit_s
-        while True:
-            try:
-                if there():
-                    return
-            except httpx.TransportError:
-                pass
-            assert self._process is None or self._process.poll() is None, self.log
-            assert time.monotonic() < deadline, f"not within {limit_s} s; {self.log}"
-            time.sleep(0.02)
+        wait_until(lambda: answered(there), "what is waited for", limit_s, self._check, lambda: self.log)
+
+    def _check(self) -> None:
+        assert self._process is None or self._process.poll() is None, self.log
 
     def ready(self) -> None:
         self.wait_for(lambda: self.client.get("/readyz").is_success)

@@ -42,7 +42,7 @@ from index import kernels, popcount_ir
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
-from index.n2o import ROW, N2OWriter, RowBatch
+from index.n2o import ROW, N2OWriter
 from infra.settings import Settings, environment
 from tests.bench import http_load, limits
 from tests.bench.lsh_bits import Case, arrays_of
@@ -50,9 +50,11 @@ from tests.bench.peers.data import Data, write_world
 from tests.bench.peers.environment import PeersError
 from tests.bench.peers.environment import environment as environment_of_peers
 from tests.bench.report import Report
+from tests.bench.serving_forms import Rows
 from tests.bench.world import World
 from tests.conftest import free_ports
 from tests.host import Host, Seen
+from tests.rows import batch_of
 
 CANDIDATES, LENGTH, K = 10_000, 1_000, 100
 USERS, REQUESTS = 8, 16
@@ -426,7 +428,7 @@ def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any, written: An
     bundle = load_bundle(path / "bundle")
     layout, fold, world = RowLayout.from_json(bundle.manifest.row), ItemFold(bundle), World(2_000, 1)
     torch.set_num_threads(1)
-    inputs = [world.inputs(number, 1) for number in range(500)]
+    inputs, ids = [world.inputs(number, 1) for number in range(500)], [str(number) for number in range(500)]
     writer = N2OWriter(path / "n2o", layout, 2, hash_key.encode())
     offset, version = int(writer.rows_offsets()[0]), 2
     written.value = 0
@@ -434,30 +436,12 @@ def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any, written: An
         if not go.wait(0.1):
             continue
         encoded = fold.encode(inputs)
-        hot, cold = aligned_empty(500, layout.hot), aligned_empty(500, layout.cold)
-        hot.view(np.uint8)[:], cold.view(np.uint8)[:] = 0, 0
-        for name in ("joint", "bridge", "signature", "crosses"):
-            hot[name] = getattr(encoded, name)
-        cold["vector"] = encoded.vector
-        writer.apply([(_batch(range(500), offset, version, hot, cold), offset)])
+        rows = Rows(encoded.joint, encoded.bridge, encoded.signature, encoded.crosses, encoded.vector)
+        batch = batch_of(ids, offset, rows.hot(layout), rows.cold(layout), [version] * len(ids))
+        writer.apply([(batch, offset)])
         offset, version = offset + 500, version + 1
         written.value += 500
     writer.close()
-
-
-def _batch(numbers: range, offset: int, version: int, hot: NDArray[Any], cold: NDArray[Any]) -> RowBatch:
-    count = len(numbers)
-    return RowBatch(
-        partition=0,
-        covered=offset + count - 1,
-        ids=[str(number) for number in numbers],
-        versions=np.full(count, version, np.uint64),
-        offsets=np.arange(offset, offset + count, dtype=np.int64),
-        deleted=np.zeros(count, bool),
-        hot=hot,
-        cold=cold,
-        attributes=[b"{}"] * count,
-    )
 
 
 # ---- peers

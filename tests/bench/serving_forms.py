@@ -46,8 +46,9 @@ from index import kernels
 from index.arena import ArenaReader
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
-from index.n2o import N2OWriter, RowBatch
+from index.n2o import N2OWriter
 from tests.bench.world import World, as_of, ms
+from tests.rows import batch_of
 
 F4 = NDArray[np.float32]
 I8 = NDArray[np.int64]
@@ -186,21 +187,9 @@ def bundle_of(model: AIF, scene: Scene, precision: Precision) -> Bundle:
 
 def arena_of(rows: Rows, layout: RowLayout, folder: Path) -> ArenaReader:
     """A real arena that holds the rows under the integer ids 0, 1, ..."""
-    count = len(rows.joint)
-    numbers = np.arange(count)
     writer = N2OWriter(folder, layout, 1, _HASH_KEY)
-    batch = RowBatch(
-        partition=0,
-        covered=count - 1,
-        ids=[str(number) for number in numbers.tolist()],
-        versions=np.ones(count, np.uint64),
-        offsets=numbers,
-        deleted=np.zeros(count, bool),
-        hot=rows.hot(layout),
-        cold=rows.cold(layout),
-        attributes=[b"{}"] * count,
-    )
-    writer.apply([(batch, 0)])
+    ids = [str(number) for number in range(len(rows.joint))]
+    writer.apply([(batch_of(ids, 0, rows.hot(layout), rows.cold(layout)), 0)])
     writer.close()
     return ArenaReader.open(folder, layout)
 

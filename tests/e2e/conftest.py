@@ -22,7 +22,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from infra.kafka.broker import Broker
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
-from tests.conftest import free_ports
+from tests.conftest import answered, free_ports, wait_until
 
 HISTORY_LENGTH = 60
 MOVIES, USERS, RATINGS, SITTING = 60, 30, 25, 5
@@ -89,17 +89,11 @@ class Running:
         return "\n".join(f"--- {path}\n{path.read_text()[-3_000:]}" for path in sorted(self.folder.glob("*.log")))
 
     def wait_for(self, there: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
-        deadline = time.monotonic() + limit_s
-        while True:
-            try:
-                if there():
-                    return
-            except httpx.TransportError:
-                pass
-            for name, process in self.processes.items():
-                assert process.poll() is None, f"{name} has ended: {self.log()}"
-            assert time.monotonic() < deadline, f"{what}: not within {limit_s} s; {self.log()}"
-            time.sleep(0.05)
+        wait_until(lambda: answered(there), what, limit_s, self._check, self.log)
+
+    def _check(self) -> None:
+        for name, process in self.processes.items():
+            assert process.poll() is None, f"{name} has ended: {self.log()}"
 
     def records(self, topic: str, count: int, limit_s: float = 30.0) -> list[Any]:
         """At least `count` records of a topic (without prefix), read from its beginning."""
