@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -215,163 +211,6 @@ def test_an_index_of_no_rows(own_host: Callable[..., Host]) -> None:
     host.wait_for(lambda: client.post("/v1/recommend", json={"user_id": "u"}).is_success)
     found = client.post("/v1/recommend", json={"user_id": "u", "include": ["trace", "attributes"]}).json()
     assert (found["ids"], found["candidates"], found["attributes"]) == ([], 0, [])
-
-
-def test_several_processes_serve_and_end_together(own_host: Callable[..., Host]) -> None:
-    host = own_host(api_processes=2)
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
-    body: dict[str, Any] = {"user_id": "u", "candidates": IDS, "as_of": NOW}
-    for _ in range(10):
-        with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
-            assert fresh.post("/v1/score", json=body).status_code in (200, 503)
-    assert "Traceback" not in host.log
-
-
-def workers(host: Host) -> set[int]:
-    """Process ids below the API's."""
-    assert host._process is not None
-    children = Path(f"/proc/{host._process.pid}/task/{host._process.pid}/children").read_text().split()
-    return {int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
-def test_processes_are_exchanged_and_replaced_without_a_failed_request(own_host: Callable[..., Host]) -> None:
-    """Callers keep their connections and do not retry. A killed process takes its own connections with it: after that
-    only new ones are asked for an answer."""
-    host = own_host(api_processes=2)
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
-    process, before = host._process, workers(host)
-    assert process is not None
-    assert len(before) == 2
-    body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
-    wrong, stop, answered = [], threading.Event(), [0] * 4
-
-    def ask(number: int) -> None:
-        with httpx.Client(base_url=client.base_url, timeout=30.0) as own:
-            while not stop.is_set():
-                try:
-                    answer = own.post("/v1/score", json=body)
-                    wrong.extend([] if answer.is_success else [answer.text])
-                except httpx.TransportError as error:
-                    wrong.append(repr(error))
-                answered[number] += 1
-                time.sleep(0.001 * number)  # connections that rest are those which a careless end would cut
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(2):
-            known = workers(host)
-            os.kill(process.pid, signal.SIGHUP)
-            host.wait_for(lambda known=known: len(workers(host)) == 2 and not workers(host) & known, 90.0)  # type: ignore[misc]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
-    assert min(answered) > 10
-    assert not workers(host) & before
-
-    known = workers(host)
-    os.kill(min(known), signal.SIGKILL)
-    host.wait_for(lambda: len(workers(host) - known) == 1, 30.0)
-    with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
-        assert fresh.post("/v1/score", json=body).is_success
-
-
-def test_sigterm_ends_the_process_with_its_requests_answered(own_host: Callable[..., Host]) -> None:
-    host = own_host()
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
-    process, answers = host._process, []
-    assert process is not None
-    body = {"user_id": "u", "candidates": IDS * 150}
-
-    def ask(own: httpx.Client) -> None:
-        answers.append(own.post("/v1/score", json=body).status_code)
-
-    callers = [httpx.Client(base_url=client.base_url, timeout=30.0) for _ in range(6)]
-    for own in callers:
-        assert own.get("/healthz").is_success  # connected
-    threads = [threading.Thread(target=ask, args=(own,)) for own in callers]
-    for thread in threads:
-        thread.start()
-    host.wait_for(lambda: len(answers) > 0)  # the others are under way
-    began = time.monotonic()
-    os.kill(process.pid, signal.SIGTERM)
-    for thread in threads:
-        thread.join()
-    assert answers == [200] * 6
-    for own in callers:
-        own.close()
-    while time.monotonic() < began + 15:  # new callers are refused, not left waiting
-        try:
-            assert httpx.get(f"{client.base_url}/healthz").is_success
-        except httpx.ConnectError:
-            break
-    assert process.wait(20) == 0
-    assert time.monotonic() - began < 15
-    assert "Traceback" not in host.log
-
-
-def test_a_parent_that_is_killed_leaves_no_process(own_host: Callable[..., Host]) -> None:
-    host = own_host(api_processes=2)
-    host.start()
-    process = host._process
-    assert process is not None
-    host.wait_for(lambda: len(workers(host)) == 2)
-    known = workers(host)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in known):
-        assert time.monotonic() < deadline, "a process outlives its parent"
-        time.sleep(0.05)
-    host._process = None
-
-
-def test_a_taken_port_is_one_sentence(own_host: Callable[..., Host]) -> None:
-
-    host = own_host()
-    with socket.create_server(("127.0.0.1", host.settings.api_port)):
-        done = subprocess.run(
-            [sys.executable, "-m", "api", "serve"], env=host.environ(), capture_output=True, text=True, timeout=60
-        )
-    assert done.returncode == 1
-    assert done.stderr.strip().count("\n") == 0
-    assert str(host.settings.api_port) in done.stderr
-    assert "API_PORT" in done.stderr
-
-
-@pytest.mark.parametrize("arguments", [["retrieval", "--generation", "nope", "--once"]])
-def test_commands_that_cannot_work_say_so(own_host: Callable[..., Host], arguments: list[str]) -> None:
-
-    host = own_host()
-    done = subprocess.run(
-        [sys.executable, "-m", "api", *arguments], env=host.environ(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("No retrieval index was built")
-
-
-@pytest.mark.parametrize("command", ["up", "down", "demo", "serve"])
-def test_a_state_folder_that_cannot_be_is_one_sentence(own_host: Callable[..., Host], command: str) -> None:
-    environ = own_host().environ() | {"FORERANK_STATE": "/dev/null/x", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "api", command], env=environ, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "/dev/null/x" in done.stderr
-    assert done.stderr.strip().count("\n") == 0
 
 
 def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: Callable[..., Host]) -> None:
