@@ -16,12 +16,11 @@ from api.generations import Generation
 from api.schemas import Contribution, Explanation, Tier, column
 from api.users import UserSide
 from encoders.fold import Head, UserBlock
-from index.kernels import simtier_counts
 
 
 def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[Any], version: int) -> Explanation:
     """`hot`: the item's hot record [1]."""
-    histograms = [simtier_counts(hot["signature"], one, generation.head.edges)[0] for one in side.block.windows]
+    histograms = [one[0] for one in side.block.histograms(hot["signature"], generation.head.edges)]
     counts = np.concatenate(histograms)
     blocks = _blocks(side.block, generation.head, hot[0], counts)
     z = np.sum([part for _, part in blocks], axis=0)

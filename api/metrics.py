@@ -4,16 +4,23 @@ metric.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import time
+from collections import deque
+from typing import Any
+
 from api.prerank import Answer
 from api.schemas import Stages
 from infra import telemetry
 
 ROUTES = ("score", "recommend")
 _BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
+_PAUSES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.1)
 
 
 class RequestMetrics:
-    """Stage times and candidates of ranking requests."""
+    """Stage times and candidates of ranking requests, and what the garbage collector takes from them."""
 
     def __init__(self) -> None:
         labels = ("route", "stage")
@@ -25,9 +32,41 @@ class RequestMetrics:
         }
         self._asked = {route: asked.labels(route) for route in ROUTES}
         self._missing = {route: missing.labels(route) for route in ROUTES}
+        self._pauses = _Pauses()
 
     def observe(self, route: str, answer: Answer) -> None:
         for stage, seconds in self._seconds[route].items():
             seconds.observe(getattr(answer.stages, stage) / 1e3)
         self._asked[route].inc(len(answer.candidates))
         self._missing[route].inc(len(answer.rows.missing))
+        self._pauses.observe()
+
+    def start(self) -> None:
+        gc.callbacks.append(self._pauses.note)
+
+    def stop(self) -> None:
+        gc.callbacks.remove(self._pauses.note)
+
+
+class _Pauses:
+    """How long the collector held the interpreter. A collection may begin while a metric's lock is held, so what is
+    noted then is counted later.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = telemetry.histogram(
+            "forerank_gc_pause_seconds", "Garbage collections of the API's processes", (), _PAUSES
+        )
+        self._began = 0.0
+        self._noted = deque[float](maxlen=1_000)
+
+    def note(self, phase: str, _: dict[str, Any]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            self._noted.append(time.perf_counter() - self._began)
+
+    def observe(self) -> None:
+        with contextlib.suppress(IndexError):  # until nothing is left; other threads take from it too
+            while True:
+                self._seconds.observe(self._noted.popleft())

@@ -43,6 +43,7 @@ class Service:
 
     def start(self) -> None:
         torch.set_num_threads(1)
+        self.metrics.start()
         self.generations.start()
 
     def stop(self) -> None:
@@ -50,6 +51,7 @@ class Service:
         self.requests.shutdown()
         self.inferences.shutdown()
         self.feed.close()
+        self.metrics.stop()
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)

@@ -213,9 +213,7 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
         block = generation.user_fold.block(None, behaviours, source.as_of)
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
     narrow = generation.layout.precision == "fp16"
-    tables = user_tables(
-        block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths, narrow=narrow
-    )
+    tables = user_tables(*block.arrays, narrow=narrow)
     with_row = int(np.count_nonzero(there))
     used = min(with_row, generation.bundle.manifest.config.longest)
     took = (time.perf_counter() - began) * 1e3

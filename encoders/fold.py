@@ -5,7 +5,8 @@
     z = joint_i + P + C w_i + D s_i + T log1p(hist_ui) + mean_c G[c]          s_i in {-1,+1}^b      score = MLP(relu(z))
 
 Guarantee: that score equals `reference_scores`, the training form's forward pass on the same inputs, within 1e-5 (fp32
-arrays). `join_scores` is the join in plain NumPy, the oracle of faster ones. What the config switches off is zero in
+arrays), where SimTier's window holds no more than `lsh.COUNTED` behaviours; of a longer one a sample is counted.
+`join_scores` is the join in plain NumPy, the oracle of faster ones. What the config switches off is zero in
 these arrays, and dot products of users and items are part of C and D. Arrays are float32 unless their line says
 otherwise.
 """
@@ -81,15 +82,23 @@ class UserBlock:
     D: F4  # [b, h], likewise
     G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
     cross_slots: U2  # [c], by kind; slot k belongs to row k + 1 of G
-    window: U1  # [Lw, b / 8], signatures of SimTier's window, the newest last
+    window: U1  # [Lw, b / 8], signatures of SimTier's window, the newest last; a sample of a long one (`lsh.thinned`)
     lengths: tuple[int, ...]  # how many of its newest each histogram counts: Lw, and those of the short window
+    weight: float  # how many behaviours each stands for that the short window has not
     generation: str
     as_of: int
 
     @property
-    def windows(self) -> list[U1]:
-        """What each histogram counts, the newest last."""
-        return [self.window[len(self.window) - length :] for length in self.lengths]
+    def arrays(self) -> tuple[Any, ...]:
+        """What `index.kernels.user_tables` takes."""
+        return self.P, self.C, self.D, self.G, self.cross_slots, self.window, self.lengths, self.weight
+
+    def histograms(self, signatures: U1, edges: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
+        """SimTier's counts [n, tiers] of items with these signatures [n, b / 8]: those of each window."""
+        windows = [self.window[len(self.window) - length :] for length in self.lengths]
+        counts = [lsh.tier_counts(lsh.matches(signatures, window), edges) for window in windows]
+        exact = counts[1] if len(counts) > 1 else np.zeros_like(counts[0])
+        return [exact + lsh.weighted(counts[0] - exact, self.weight), *counts[1:]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +225,7 @@ class UserFold:
         if not L:
             P += self._alone
         size = config.window if config.has("simtier") else 0
-        window = np.ascontiguousarray(signatures[max(0, L - size) :])
+        window, weight = lsh.thinned(np.ascontiguousarray(signatures[max(0, L - size) :]), config.short_window)
         slots, G = self._sim(room, sizes, as_of, times) if config.has("sim") else (_NO_SLOTS, self._absent[None, :])
         return UserBlock(
             P=P,
@@ -226,6 +235,7 @@ class UserFold:
             cross_slots=slots,
             window=window,
             lengths=tuple(min(size, len(window)) for size in config.windows),
+            weight=weight,
             generation=self._generation,
             as_of=as_of,
         )
@@ -411,8 +421,7 @@ def join_scores(block: UserBlock, head: Head, rows: EncodedItems) -> F4:
     used = (rows.crosses != NO_CROSS)[:, :, None]  # [n, C, 1]
     cross = (block.G[table[rows.crosses]] * used).sum(axis=1) / np.maximum(used.sum(axis=1), 1)
     cross = np.where(used.any(axis=1), cross, block.G[0])
-    histograms = [lsh.tier_counts(lsh.matches(rows.signature, window), head.edges) for window in block.windows]
-    counts = np.concatenate(histograms, axis=1)  # [n, tiers of every window]
+    counts = np.concatenate(block.histograms(rows.signature, head.edges), axis=1)  # [n, tiers of every window]
     z = (
         rows.joint
         + block.P

@@ -14,6 +14,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+COUNTED = 2_048  # behaviours of a longer window that SimTier counts for all
+
 
 def projection(embedding_dim: int, bits: int, seed: int, bits_per_projection: int = 1) -> npt.NDArray[np.float32]:
     """A Gaussian random projection [embedding_dim, bits / bits_per_projection]; `bits` is a multiple of 8."""
@@ -75,6 +77,31 @@ def tier_counts(
     """Histogram [n, len(edges) + 1] of each row of `matches` [n, m]; tier = number of edges <= equal bits."""
     tier = np.searchsorted(np.asarray(edges), matches, side="right")
     return np.stack([(tier == t).sum(axis=1, dtype=np.int32) for t in range(len(edges) + 1)], axis=1)
+
+
+def thinned(window: npt.NDArray[np.uint8], exact: int, most: int = COUNTED) -> tuple[npt.NDArray[np.uint8], float]:
+    """What SimTier counts of a window of signatures [L, bits / 8], oldest first: all where L - `exact` is at most
+    `most`, else so many of those before the newest `exact`; and how many behaviours each of these stands for.
+
+    They are every k-th in the order of their first 64 bits, so a set of equal signatures is counted right to within
+    one weight, like ones are near each other, and a tier's share errs less than that of a random sample: by more than 3
+    percent of the window in one case of 20 at most (Hoeffding's inequality, 2,048 of them).
+    """
+    older = window[: max(0, len(window) - exact)]
+    if len(older) <= most:
+        return window, 1.0
+    size = min(8, older.shape[1])
+    begin = np.zeros((len(older), 8), np.uint8)
+    begin[:, :size] = older[:, :size]
+    order = np.argsort(begin.view(">u8")[:, 0].astype(np.uint64))
+    places = ((np.arange(most) + 0.5) * (len(older) / most)).astype(np.int64)
+    return np.concatenate([older[order[places]], window[len(older) :]]), len(older) / most
+
+
+def weighted(counts: npt.NDArray[np.int32], weight: float) -> npt.NDArray[np.int32]:
+    """What `counts` of a thinned window stand for, as the kernels round it."""
+    out: npt.NDArray[np.int32] = ((counts.astype(np.int64) * round(weight * 65_536) + 32_768) >> 16).astype(np.int32)
+    return out
 
 
 def tier_edges(sample: npt.NDArray[np.number], tiers: int, bits: int) -> tuple[int, ...]:

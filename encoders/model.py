@@ -461,7 +461,8 @@ class Frame(Ranker):
             words = config.bits / 64
             pair = 3 * words + 2 * (config.tiers - 1)  # XOR, popcount, add; compare with each edge and count
             short = sum(config.windows[1:])
-            total += (min(length, window) + min(length, short)) * pair + 2 * h * config.tiers * len(config.windows)
+            counted = min(length, window, lsh.COUNTED + short) + min(length, short)
+            total += counted * pair + 2 * h * config.tiers * len(config.windows)
         if config.has("sim"):
             total += h * (config.crosses + 1)  # a row of G per cross, and the mean
         if self.dots:

@@ -42,7 +42,7 @@ class UserTables:
     G: F4  # [c+2, h], the last row zero
     cross_slots: NDArray[np.uint16]  # [c]
     window: popcount_ir.Blocks
-    logs: F4  # log1p of 0..L
+    logs: F4  # log1p of all counts there may be
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +69,13 @@ def user_tables(
     cross_slots: NDArray[np.uint16],
     window: NDArray[np.uint8],
     lengths: tuple[int, ...],
+    weight: float = 1.0,
     *,
     narrow: bool,
 ) -> UserTables:
     """From P [h], C [n, h], D [b, h], G [c+1, h] (row 0 = absent cross), cross_slots u2[c], the signatures u1[L, b/8]
-    of SimTier's window, oldest first, and how many of its newest each histogram counts: L first, then ever fewer.
+    of SimTier's window, oldest first, how many of its newest each histogram counts: L first, then ever fewer; and how
+    many behaviours each stands for that the first alone counts.
     `narrow`: D's tables as 16-bit integers. Their steps are as small as lets no sum over a part of the signature run
     over; an entry errs by half a step at most, so a number of z by some 0.3 sqrt(b / 4) steps. Raises KernelError when
     shapes do not go together."""
@@ -97,8 +99,8 @@ def user_tables(
         steps,
         np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
         np.ascontiguousarray(cross_slots, np.uint16),
-        popcount_ir.blocks_of(window, lengths),
-        np.log1p(np.arange(len(window) + 1, dtype=np.float32)),
+        popcount_ir.blocks_of(window, lengths, weight),
+        np.log1p(np.arange(math.ceil(max(1.0, weight) * len(window)) + 2, dtype=np.float32)),
     )
 
 
@@ -168,10 +170,13 @@ def score_oracle(
     biases: Sequence[F4],
 ) -> NDArray[np.float64]:
     """f8[n]: `score` from the arguments of `user_tables` and `head_tables`."""
-    P, C, D, G, cross_slots, window, lengths = block
+    P, C, D, G, cross_slots, window, lengths, *of_each = block
     windows = [window[len(window) - length :] for length in lengths]
     signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
-    tiers = np.concatenate([simtier_counts_oracle(hot["signature"], window, edges) for window in windows], axis=1)
+    counts = [simtier_counts_oracle(hot["signature"], window, edges).astype(np.int64) for window in windows]
+    exact = counts[1] if len(counts) > 1 else 0
+    counts[0] = exact + ((counts[0] - exact) * round(65_536 * (of_each or [1.0])[0]) + 32_768) // 65_536
+    tiers = np.concatenate(counts, axis=1)
     z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C + signs @ D
     z += np.log1p(tiers.astype(np.float64)) @ T.T
     rows_of = {int(slot): row for row, slot in enumerate(cross_slots, 1)}

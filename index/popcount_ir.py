@@ -10,12 +10,16 @@ candidate and a block:
 
     distance[64] = sum over bytes of popcount(candidate byte XOR block bytes)       lanes of 8 bits, 16 from 256 bits on
     near[t] += number of lanes with distance < limit[t]                             one mask and popcount per edge
+
+Of a long window a sample is there: then what the first histogram counts and no shorter one does is multiplied by how
+many behaviours each stands for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +31,7 @@ from index.layout import aligned_empty
 from infra.codegen import I8, I16, I32, I64, Code
 
 LANES = 64
+WHOLE = 1 << 16  # a weight of 1
 _BYTES_IN_LANE = 31  # so many popcounts of a byte fit an 8-bit lane
 
 
@@ -36,17 +41,24 @@ class Blocks:
 
     data: NDArray[np.uint8]  # [blocks, b/8, 64], aligned; the last block is filled up with zeros
     lengths: NDArray[np.int64]  # [histograms], descending
+    weight: int = WHOLE  # of what only the first counts, in 1/65,536
 
 
-def blocks_of(window: NDArray[np.uint8], lengths: tuple[int, ...]) -> Blocks:
-    """From signatures u1[L, b/8], oldest first, and L >= lengths, descending."""
+def fixed(weight: float) -> int:
+    """A weight as the kernel takes it."""
+    return round(weight * WHOLE)
+
+
+def blocks_of(window: NDArray[np.uint8], lengths: tuple[int, ...], weight: float = 1.0) -> Blocks:
+    """From signatures u1[L, b/8], oldest first, L >= lengths, descending, and how many behaviours each stands for that
+    only the first histogram counts."""
     length, size = window.shape
     count = -(-length // LANES)
     full = np.zeros((count * LANES, size), np.uint8)
     full[:length] = window[::-1]
     data = aligned_empty(count * size * LANES, np.dtype(np.uint8)).reshape(count, size, LANES)
     data[:] = full.reshape(count, LANES, size).transpose(0, 2, 1)
-    return Blocks(data, np.array(lengths, np.int64))
+    return Blocks(data, np.array(lengths, np.int64), fixed(weight))
 
 
 def counts(
@@ -57,16 +69,16 @@ def counts(
     # bits - distance >= edge, as distance < limit; beyond both ends every or no distance is below it
     limits = np.clip(8 * size - np.asarray(edges, np.int64) + 1, 0, 8 * size + 1).astype(np.uint16)
     arrays = [array.ctypes.data for array in (blocks.data, blocks.lengths, limits, out)]
-    compiled(size, len(edges), len(blocks.lengths))(signatures, stride, number, *arrays)
+    compiled(size, len(edges), len(blocks.lengths))(signatures, stride, number, blocks.weight, *arrays)
 
 
 @functools.lru_cache(maxsize=16)
 def compiled(size: int, edges: int, histograms: int) -> Callable[..., None]:
-    """void simtier(u1* signatures, i8 stride, i8 n, u1* blocks, i8* lengths, u2* limits, i4* counts)"""
+    """void simtier(u1* signatures, i8 stride, i8 n, i8 weight, u1* blocks, i8* lengths, u2* limits, i4* counts)"""
     lane = I8 if 8 * size < 256 else I16
     bytes_, lanes = ir.VectorType(I8, LANES), ir.VectorType(lane, LANES)
-    code = Code("simtier", [I8.as_pointer(), I64, I64, *(kind.as_pointer() for kind in (I8, I64, I16, I32))])
-    signatures, stride, number, blocks, lengths_at, limits_at, out = code.function.args
+    code = Code("simtier", [I8.as_pointer(), I64, I64, I64, *(kind.as_pointer() for kind in (I8, I64, I16, I32))])
+    signatures, stride, number, weight, blocks, lengths_at, limits_at, out = code.function.args
     build = code.build
     lengths = [build.load(build.gep(lengths_at, [I64(q)])) for q in range(histograms)]
     last_blocks = [build.udiv(build.add(length, I64(LANES - 1)), I64(LANES)) for length in lengths]
@@ -93,6 +105,11 @@ def compiled(size: int, edges: int, histograms: int) -> Callable[..., None]:
                 sums[-1] = build.add(sums[-1], ones)
         return functools.reduce(build.add, sums if lane is I8 else [build.zext(value, lanes) for value in sums])
 
+    def stood_for(all_: Any, exact: Any) -> Any:
+        build = code.build
+        others = build.mul(build.sub(all_, exact), weight)
+        return build.add(exact, build.lshr(build.add(others, I64(WHOLE // 2)), I64(16)))
+
     def candidate(i: Any, _: list[Any]) -> list[Any]:
         build = code.build
         signature = build.gep(signatures, [build.mul(i, stride)])
@@ -116,12 +133,15 @@ def compiled(size: int, edges: int, histograms: int) -> Callable[..., None]:
             ended = code.loop(code.build.sub(last_blocks[q], begin), block, started)
             near[: q + 1] = [ended[r * edges : (r + 1) * edges] for r in range(q + 1)]
         build = code.build
-        for q, (length, row) in enumerate(zip(lengths, near, strict=True)):
+        tiers = []  # of each histogram
+        for length, row in zip(lengths, near, strict=True):
             reached = [length, *row, I64(0)]  # behaviours with at least t edges <= equal bits
-            for t in range(edges + 1):
-                exactly = build.trunc(build.sub(reached[t], reached[t + 1]), I32)
-                place = build.add(build.mul(i, I64(histograms * (edges + 1))), I64(q * (edges + 1) + t))
-                build.store(exactly, build.gep(out, [place]))
+            tiers.append([build.sub(more, fewer) for more, fewer in itertools.pairwise(reached)])
+        exact = tiers[1] if histograms > 1 else [I64(0)] * (edges + 1)
+        tiers[0] = [stood_for(all_, few) for all_, few in zip(tiers[0], exact, strict=True)]
+        for t, value in enumerate(itertools.chain(*tiers)):
+            place = build.add(build.mul(i, I64(histograms * (edges + 1))), I64(t))
+            build.store(build.trunc(value, I32), build.gep(out, [place]))
         return []
 
     code.loop(number, candidate, [])

@@ -226,16 +226,24 @@ def test_health_and_readiness(host: Host) -> None:
 
 
 def test_metrics_count_what_was_asked(host: Host) -> None:
-    def candidates() -> float:
-        text = host.client.get("/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith('forerank_candidates_total{route="score"}')]
+    def value(name: str) -> float:
+        lines = [line for line in host.client.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
         return float(lines[0].split()[-1])
 
-    host.client.post("/v1/score", json={"user_id": "anna", "candidates": ["1"]})
-    before = candidates()
-    host.client.post("/v1/score", json={"user_id": "anna", "candidates": ["1", "2", "no"]})
-    assert candidates() == before + 3
-    assert 'forerank_stage_seconds_count{route="score",stage="total"}' in host.client.get("/metrics").text
+    def score(*ids: str) -> None:
+        assert host.client.post("/v1/score", json={"user_id": "anna", "candidates": ids}).is_success
+
+    score("1")
+    before = value('forerank_candidates_total{route="score"}')
+    score("1", "2", "no")
+    assert value('forerank_candidates_total{route="score"}') == before + 3
+    assert value('forerank_stage_seconds_count{route="score",stage="total"}') >= 2
+
+    def collected() -> bool:
+        score("1")
+        return value("forerank_gc_pause_seconds_count") > 0
+
+    host.wait_for(collected)
 
 
 # ---- pages

@@ -117,7 +117,7 @@ def test_score_times_attribute_is_probability_times_it(pairs: list[tuple[float, 
 
 def test_a_block_of_another_generation_is_never_scored() -> None:
     zero = np.zeros(1, np.float32)
-    block = UserBlock(zero, zero, zero, zero, zero.astype(np.uint16), zero.astype(np.uint8), (1,), "other", 0)
+    block = UserBlock(zero, zero, zero, zero, zero.astype(np.uint16), zero.astype(np.uint8), (1,), 1.0, "other", 0)
 
     @dataclasses.dataclass
     class Side:

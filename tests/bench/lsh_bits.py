@@ -134,7 +134,8 @@ class Case:
     """Sizes that the kernel's time depends on."""
 
     bits: int = 128
-    window: int = LENGTH  # behaviours that SimTier counts
+    window: int = LENGTH  # behaviours that SimTier is about
+    counted: int = lsh.COUNTED  # of a longer one
     crosses: int = 6  # kept per item
     met: int = 200  # crosses in the user's table
 
@@ -167,11 +168,11 @@ def arrays_of(case: Case, candidates: int, random: np.random.Generator) -> tuple
     def normal(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         return random.standard_normal(shape, dtype=np.float32)
 
-    window = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
+    signatures = random.integers(0, 256, (case.window, case.bits // 8), dtype=np.uint8)
+    window, weight = lsh.thinned(signatures, TRAINED.short_window, case.counted)
+    lengths = len(window), min(len(window), TRAINED.short_window)
     C, D, G = normal(layout.bridges, h), normal(case.bits, h), normal(case.met + 1, h)
-    user = kernels.user_tables(
-        normal(h), C, D, G, np.sort(slots), window, (len(window), min(len(window), TRAINED.short_window)), narrow=True
-    )
+    user = kernels.user_tables(normal(h), C, D, G, np.sort(slots), window, lengths, weight, narrow=True)
     edges = np.array(lsh.tier_edges(random.binomial(case.bits, 0.5, 9_999), tiers, case.bits))
     sizes = [h, *TRAINED.head, 1]
     weights = [normal(b, a) for a, b in itertools.pairwise(sizes)]

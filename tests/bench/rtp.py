@@ -13,6 +13,7 @@ runs in a second one; so a peer's figure is the ratio of CPU times, servers' inc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -36,8 +37,11 @@ from api.prerank import Candidates
 from api.schemas import Query
 from api.service import Service
 from api.users import infer
+from encoders import lsh
 from encoders.bundle import load_bundle
+from encoders.data.synthetic import LARGE, generate
 from encoders.fold import ItemFold
+from encoders.model import ModelConfig
 from index import kernels, popcount_ir
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
@@ -335,6 +339,7 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
             for count in ((1, 8) if quick else (1, 2, 4, 8, 16, 32))
         ]
         report.table("clients", rows)
+        _pauses(report, port)
         report.figure("requests_per_s_per_core", [float(row["per_core"]) for row in rows], "1/s")
     processes = []
     for count in (1, 2) if quick else (1, 2, 3, 4):
@@ -343,6 +348,19 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
             own = http_load.private_mib(pid)
             processes.append(row | {"processes": count, "private_mib_each": max(own)})
     report.table("processes", processes)
+
+
+def _pauses(report: Report, port: int) -> None:
+    """Of the garbage collector, in the one process that answered all requests until now."""
+    found = dict.fromkeys(("count", 'bucket{le="0.003"}', "sum"), 0.0)
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+        name, _, value = line.partition(" ")
+        if (what := name.removeprefix("forerank_gc_pause_seconds_")) in found:
+            found[what] = float(value)
+    count, short, seconds = found.values()
+    report.figure("gc_pauses", count, "")
+    report.figure("gc_pauses_over_3ms", count - short, "")
+    report.figure("gc_pause_mean_ms", seconds / max(1, count) * 1e3, "ms")
 
 
 def _body(user: str, as_of: int, ids: list[Any]) -> bytes:
@@ -567,7 +585,9 @@ def _growth(report: Report, folder: Path, seed: int, quick: bool) -> None:
     report.table("candidates", rows)
     lengths = (100, 300, 1_000, 3_000, 10_000)
     cases = {length: arrays_of(Case(window=length), CANDIDATES, random) for length in lengths}
+    whole = {length: arrays_of(Case(window=length, counted=length), CANDIDATES, random) for length in lengths}
     spent = _interleaved(rounds, {str(length): _scoring(case) for length, case in cases.items()})
+    counting = _interleaved(rounds, {str(length): _scoring(case) for length, case in whole.items()})
     joins = _interleaved(rounds, {str(length): _joining(case) for length, case in cases.items()})
     report.table(
         "length",
@@ -575,6 +595,7 @@ def _growth(report: Report, folder: Path, seed: int, quick: bool) -> None:
             {
                 "length": length,
                 "score_ms": float(np.median(spent[str(length)])),
+                "counting_all_ms": float(np.median(counting[str(length)])),
                 "without_simtier_ms": float(np.median(joins[str(length)])),
             }
             for length in lengths
@@ -583,9 +604,31 @@ def _growth(report: Report, folder: Path, seed: int, quick: bool) -> None:
     report.figure(
         "din_growth_ratio", (np.array(joins[str(lengths[-1])]) / np.median(joins[str(lengths[0])])).tolist(), "x"
     )
+    report.figure("simtier_sample_rms", _sample_errors(seed, quick), "in log1p(count)")
     report.table("bits", [_scored(CANDIDATES, Case(bits=b), random, rounds) | {"bits": b} for b in (64, 128, 256, 512)])
     sizes = (10_000, 50_000) if quick else (10_000, 100_000, 1_000_000, 5_000_000)
     report.table("items", [_gathered(folder, size, seed, rounds) for size in sizes])
+
+
+def _sample_errors(seed: int, quick: bool) -> list[float]:
+    """Of users of the marketplace with up to 10,000 behaviours, the root mean square over items and tiers of what
+    counting a sample changes in log1p(count)."""
+    world = dataclasses.replace(LARGE, users=20, items=10_000, examples=2_000, past=4_000 if quick else 8_000)
+    data, random = generate(world, seed), np.random.default_rng(seed)
+    centre = data.items.embeddings.mean(axis=0)
+    own = lsh.signatures(data.items.embeddings, centre, lsh.projection(data.items.embeddings.shape[1], 128, seed))
+    pairs = random.integers(0, len(own), (2, 200, 1))
+    edges = lsh.tier_edges(lsh.matches(own[pairs[0, :, 0]], own[pairs[1, :, 0]]), ModelConfig().tiers, 128)
+    candidates, errors = own[random.integers(0, len(own), 500)], []
+    for user in range(world.users):
+        window = own[data.log.item[data.log.user == user]]
+        if len(window) < world.past // 2:
+            continue
+        sample, weight = lsh.thinned(window, 0)
+        every, some = (lsh.tier_counts(lsh.matches(candidates, one), edges) for one in (window, sample))
+        change = np.log1p(lsh.weighted(some, weight)) - np.log1p(every)
+        errors.append(float(np.sqrt((change**2).mean())))
+    return errors
 
 
 def _scoring(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
@@ -630,7 +673,12 @@ def _draw(canvas: Any, tables: dict[str, list[dict[str, Any]]]) -> None:
     canvas.set_size_inches(13, 7)
     plots = [
         ("candidates", "candidates", {"score_ms": "score"}, "ms"),
-        ("length", "length", {"score_ms": "score", "without_simtier_ms": "without SimTier"}, "ms"),
+        (
+            "length",
+            "length",
+            {"counting_all_ms": "counting all", "score_ms": "score", "without_simtier_ms": "without SimTier"},
+            "ms",
+        ),
         ("bits", "bits", {"score_ms": "score"}, "ms"),
         ("items", "items", {"gather_ms": "id table and gather"}, "ms"),
         ("clients", "clients", {"p50_ms": "p50", "p99_ms": "p99"}, "ms"),

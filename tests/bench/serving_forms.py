@@ -201,16 +201,7 @@ def tables_of(bundle: Bundle, scene: Scene, rows: Rows) -> tuple[kernels.UserTab
 
 
 def user_tables_of(block: UserBlock, bundle: Bundle) -> kernels.UserTables:
-    return kernels.user_tables(
-        block.P,
-        block.C,
-        block.D,
-        block.G,
-        block.cross_slots,
-        block.window,
-        block.lengths,
-        narrow=bundle.manifest.precision == "fp16",
-    )
+    return kernels.user_tables(*block.arrays, narrow=bundle.manifest.precision == "fp16")
 
 
 def head_of(bundle: Bundle) -> kernels.HeadTables:

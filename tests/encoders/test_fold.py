@@ -214,8 +214,7 @@ def test_half_precision_rows_stay_within_the_stated_bound(world: Callable[..., A
             own["signature"], own["crosses"], cold["vector"] = exact.signatures, exact.crosses, exact.vectors
             views = Behaviours(cold["vector"], own["signature"], own["crosses"], exact.actions, exact.times)
             block = UserFold(w.bundle).block({"age": 30}, views, NOW)
-            arrays = (block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths)
-            served = kernels.score(hot, kernels.user_tables(*arrays, narrow=True), tables)
+            served = kernels.score(hot, kernels.user_tables(*block.arrays, narrow=True), tables)
             rounded = dataclasses.replace(exact, vectors=exact.vectors.astype(np.float16).astype(np.float32))
             for behaviours, limit in ((rounded, 2e-3), (exact, 5e-3)):
                 wanted = reference_scores(w.bundle, {"age": 30}, behaviours, w.items, NOW)

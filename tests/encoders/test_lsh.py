@@ -76,6 +76,56 @@ def test_similarity_follows_the_angle() -> None:
 
 
 @given(
+    length=st.integers(0, 300),
+    exact=st.integers(0, 40),
+    most=st.integers(1, 100),
+    size=st.sampled_from([1, 4, 8, 16]),
+    kinds=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_a_thinned_window_counts_equal_signatures_to_within_one_weight(
+    length: int, exact: int, most: int, size: int, kinds: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    window = random.integers(0, 256, (kinds, size), dtype=np.uint8)[random.integers(0, kinds, length)]
+    found, weight = lsh.thinned(window, exact, most)
+    older = max(0, length - exact)
+    if older <= most:
+        np.testing.assert_array_equal(found, window)
+        assert weight == 1.0
+        return
+    np.testing.assert_array_equal(found[most:], window[older:])  # the newest are all there
+    assert len(found) == most + exact
+    assert weight * most == pytest.approx(older)
+    if size <= 8:  # else their order is that of the first 64 bits
+        for one in np.unique(window[:older], axis=0):
+            there = (window[:older] == one).all(axis=1).sum()
+            assert abs((found[:most] == one).all(axis=1).sum() * weight - there) <= weight + 1e-6
+
+
+def test_a_long_window_is_served_by_a_sample(made: Callable[[ModelConfig], World]) -> None:
+    w = made(config_of(64, window=6_000, length=6_000, short_window=16))
+    behaviours = w.behaviours(np.random.default_rng(1), 6_000)
+    block, head = UserFold(w.bundle).block({"age": 30}, behaviours, NOW), Head.of(w.bundle)
+    assert block.lengths == (lsh.COUNTED + 16, 16)
+    hot = aligned_empty(80, RowLayout.from_json(w.bundle.manifest.row).hot)
+    for name in ("joint", "bridge", "signature", "crosses"):
+        hot[name] = getattr(w.rows, name)
+    tables = kernels.head_tables(head.T, head.edges, head.weights, head.biases)
+    got, joined = (
+        kernels.score(hot, kernels.user_tables(*block.arrays, narrow=False), tables),
+        join_scores(block, head, w.rows),
+    )
+    np.testing.assert_allclose(got, joined, atol=2e-5)
+    wanted = reference_scores(w.bundle, {"age": 30}, behaviours, w.items, NOW)
+    assert 0 < np.abs(got - wanted).max() < 0.1 * wanted.std()
+    for counts, window in zip(block.histograms(w.rows.signature, head.edges), (6_000, 16), strict=True):
+        every = lsh.tier_counts(lsh.matches(w.rows.signature, behaviours.signatures[-window:]), head.edges)
+        assert np.abs(counts.sum(axis=1) - window).max() <= len(head.edges)
+        assert np.abs(counts - every).max() <= (0.03 * window if window > 16 else 0)
+
+
+@given(
     sample=hnp.arrays(np.int32, st.tuples(st.integers(1, 3), st.integers(0, 9)), elements=st.integers(0, 32)),
     edges=st.lists(st.integers(1, 32), min_size=1, max_size=6, unique=True),
 )
@@ -195,9 +245,7 @@ def test_every_width_is_served_as_it_is_trained(
     hot = aligned_empty(80, RowLayout.from_json(w.bundle.manifest.row).hot)
     for name in ("joint", "bridge", "signature", "crosses"):
         hot[name] = getattr(w.rows, name)
-    user = kernels.user_tables(
-        block.P, block.C, block.D, block.G, block.cross_slots, block.window, block.lengths, narrow=False
-    )
+    user = kernels.user_tables(*block.arrays, narrow=False)
     tables = kernels.head_tables(head.T, head.edges, head.weights, head.biases)
     np.testing.assert_allclose(kernels.score(hot, user, tables), wanted, atol=2e-5)
     hot["signature"][:, -1] ^= 0x80

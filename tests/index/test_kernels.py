@@ -98,6 +98,18 @@ def test_score_is_the_oracles(
     np.testing.assert_allclose(got, kernels.score_oracle(hot, block, *head), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("weight", [1.0, 1.3, 4.8828125, 1_000.0])
+def test_a_behaviour_may_stand_for_several(windows: int, weight: float) -> None:
+    hot, block, head = case(8, RowLayout(), rows=70, window=90, windows=windows)
+    user = kernels.user_tables(*block, weight, narrow=False)
+    got, wanted = (
+        kernels.score(hot, user, kernels.head_tables(*head)),
+        kernels.score_oracle(hot, (*block, weight), *head),
+    )
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"h{layout.width}-b{layout.bits}")
 @pytest.mark.parametrize("size", [0.0, 1e-3, 30.0])
 def test_narrow_tables_err_as_their_steps_say(layout: RowLayout, size: float) -> None:
