@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
-from api import binary, items, schemas
+from api import arrow, binary, items, schemas
 from api.events import KINDS, checked
 from api.explain import explain
 from api.openapi import add_schemas, documented
-from api.prerank import Candidates, answer_of
+from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
-from api.replies import JSON, Endpoint, Shortcut, body_of, error_handlers, reply
+from api.replies import JSON, Endpoint, Shortcut, body_of, error_handlers, preferred, reply
 from api.service import Service
 from api.status import generations_of
 from api.users import moment_text, user_id_of
@@ -113,16 +113,21 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
             takes=schemas.ScoreRequest,
             gives=schemas.Ranked,
             example=_EXAMPLE_SCORE,
-            also_takes={_BINARY: "item ids as little-endian u64; everything else in the query"},
-            also_gives={_BINARY: binary.ANSWER},
+            also_takes={
+                _BINARY: "item ids as little-endian u64; everything else in the query",
+                arrow.MEDIA: arrow.TAKES,
+            },
+            also_gives={_BINARY: binary.ANSWER, arrow.MEDIA: arrow.GIVES},
             parameters=binary.PARAMETERS,
             errors=(400, 413, 415, 422, 503),
         ),
     )
     async def score(request: Request) -> Response:
-        body, media = await body_of(request, JSON, _BINARY)
-        work = _score_binary if media == _BINARY else _score_json
-        return await service.run(work, service, body, request.query_params)
+        body, media = await body_of(request, JSON, _BINARY, arrow.MEDIA)
+        if media == _BINARY:
+            return await service.run(_score_binary, service, body, request.query_params)
+        gives = preferred(request, media, JSON, arrow.MEDIA)
+        return await service.run(_score, service, body, media, request.query_params, gives)
 
     @app.post(
         "/v1/recommend",
@@ -130,13 +135,14 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
         openapi_extra=documented(
             takes=schemas.RecommendRequest,
             gives=schemas.Ranked,
+            also_gives={arrow.MEDIA: arrow.GIVES},
             example={"user_id": "u1", "k": 10, "include": ["attributes"]},
             errors=(400, 413, 415, 422, 503),
         ),
     )
     async def recommend(request: Request) -> Response:
         body, _ = await body_of(request, JSON)
-        return await service.run(_recommend, service, body)
+        return await service.run(_recommend, service, body, preferred(request, JSON, arrow.MEDIA))
 
     @app.post(
         "/v1/users/{user_id:path}/prefetch",
@@ -158,29 +164,41 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
     return {"/v1/score": score, "/v1/recommend": recommend}
 
 
-def _score_json(service: Service, body: bytes, _: Any) -> Response:
-    request = decode(_SCORE, body)
-    service.merger.check(request, len(request.candidates), request.k)
-    answer = service.merger.score(request)
+def _score(service: Service, body: bytes, takes: str, parameters: Mapping[str, str], gives: str) -> Response:
+    ids: Ids
+    options: schemas.ScoreOptions
+    if takes == arrow.MEDIA:
+        ids, options = arrow.request_of(body, parameters)
+    else:
+        options = request = decode(_SCORE, body)
+        ids = request.candidates
+    service.merger.check(options, len(ids), options.k)
+    answer = service.merger.score(ids, options)
     service.metrics.observe("score", answer)
-    return reply(answer_of(answer, request))
+    return _ranked(answer, options, gives)
 
 
-def _score_binary(service: Service, body: bytes, parameters: Any) -> Response:
-    ids, query, k = binary.request_of(body, dict(parameters))
-    service.merger.check(query, len(ids), k)
-    answer = service.merger.score_integers(ids, query, k)
+def _score_binary(service: Service, body: bytes, parameters: Mapping[str, str]) -> Response:
+    ids, options = binary.request_of(body, parameters)
+    service.merger.check(options, len(ids), options.k)
+    answer = service.merger.score(ids, options)
     service.metrics.observe("score", answer)
-    content, headers = binary.answer_of(answer, ids, ranked=k is not None)
+    content, headers = binary.answer_of(answer, ids, ranked=options.k is not None)
     return Response(content, headers=headers, media_type=_BINARY)
 
 
-def _recommend(service: Service, body: bytes) -> Response:
+def _recommend(service: Service, body: bytes, gives: str) -> Response:
     request = decode(_RECOMMEND, body)
     service.merger.check(request, 0, request.k)
     answer = service.merger.recommend(request)
     service.metrics.observe("recommend", answer)
-    return reply(answer_of(answer, request))
+    return _ranked(answer, request, gives)
+
+
+def _ranked(answer: Answer, query: schemas.Query, gives: str) -> Response:
+    if gives == arrow.MEDIA:
+        return Response(arrow.answer_of(answer, query), media_type=gives)
+    return reply(answer_of(answer, query))
 
 
 def _prefetch(service: Service, user_id: str, body: bytes) -> Response:

@@ -7,6 +7,7 @@ scores f4[count], best first; the two counts stand in headers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from api.prerank import Answer
 from api.problems import ProblemError, decode, integer, invalid
-from api.schemas import Comparison, Query
+from api.schemas import Comparison, ScoreOptions
 from api.users import moment_text
 
 ANSWER = (
@@ -23,7 +24,7 @@ ANSWER = (
     "missing ids u64[forerank-missing], scores f4[forerank-count]; little-endian"
 )
 PARAMETERS = {
-    "user_id": "binary form only, as are all of these",
+    "user_id": "binary form, or Arrow without metadata, as are all of these",
     "k": "the best k instead of all",
     "as_of": "milliseconds since the epoch, or RFC 3339",
     "order": "as in the JSON form",
@@ -32,22 +33,29 @@ PARAMETERS = {
 _FILTERS = msgspec.json.Decoder(dict[str, Comparison])
 
 
-def request_of(body: bytes, parameters: dict[str, str]) -> tuple[NDArray[np.uint64], Query, int | None]:
-    """Ids, options and k. Raises ProblemError."""
+def request_of(body: bytes, parameters: Mapping[str, str]) -> tuple[NDArray[np.uint64], ScoreOptions]:
+    """Ids and options. Raises ProblemError."""
     if len(body) % 8:
         raise ProblemError(400, "malformed", f"{len(body)} bytes are not a list of u64")
+    return np.frombuffer(body, "<u8"), options_of(parameters)
+
+
+def options_of(parameters: Mapping[str, str]) -> ScoreOptions:
+    """Of a query string. Raises ProblemError."""
     unknown = sorted(parameters.keys() - PARAMETERS.keys())
     if unknown:
         raise invalid(unknown[0], f"unknown parameter; there are {', '.join(PARAMETERS)}")
-    query = Query(user_id=parameters.get("user_id"), order=parameters.get("order", "score"))
+    options = ScoreOptions(
+        user_id=parameters.get("user_id"), order=parameters.get("order", "score"), k=_count(parameters.get("k"))
+    )
     if (as_of := parameters.get("as_of")) is not None:
-        query.as_of = moment_text(as_of)
+        options.as_of = moment_text(as_of)
     if "filters" in parameters:
         try:
-            query.filters = decode(_FILTERS, parameters["filters"].encode())
+            options.filters = decode(_FILTERS, parameters["filters"].encode())
         except ProblemError as error:
             raise invalid("filters", error.body.detail) from error
-    return np.frombuffer(body, "<u8"), query, _count(parameters.get("k"))
+    return options
 
 
 def answer_of(answer: Answer, ids: NDArray[np.uint64], ranked: bool) -> tuple[bytes, dict[str, str]]:

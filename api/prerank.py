@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from api import rtp
 from api.generations import Generation, Generations
 from api.problems import ProblemError, invalid
 from api.retrieval import NEWEST, RetrievalView
-from api.schemas import HistoryTrace, Query, Ranked, RecommendRequest, ScoreRequest, Stages, Trace, column
+from api.schemas import HistoryTrace, Id, Query, Ranked, RecommendRequest, ScoreOptions, Stages, Summary, Trace, column
 from api.users import Users, UserSide, UserSource
 from index.keys import keys_of, keys_of_ints
 from infra.settings import Settings
@@ -28,6 +29,7 @@ from infra.settings import Settings
 ATTRIBUTES_MAX = 1_000  # items whose full attributes one request may ask for: each is a read of RocksDB
 RETRIEVED = 2_000  # candidates of a recommendation that does not say how many
 Names = list[Any] | NDArray[Any]
+Ids = Sequence[Id] | NDArray[np.integer[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Candidates:
     names: Callable[[NDArray[np.int64]], Names]
 
     @classmethod
-    def of_ids(cls, ids: Sequence[int | str], hash_key: bytes) -> Candidates:
-        keys = keys_of(ids, hash_key)
-        return cls(keys, lambda places: [ids[place] for place in places.tolist()])
+    def of_ids(cls, ids: Ids, hash_key: bytes) -> Candidates:
+        if not isinstance(ids, np.ndarray):
+            return cls(keys_of(ids, hash_key), lambda places: [ids[place] for place in places.tolist()])
+        if ids.dtype.kind == "u" or not len(ids) or ids.min() >= 0:
+            return cls.of_integers(ids)
+        return cls(keys_of(ids.tolist(), hash_key), lambda places: ids[places])
 
     @classmethod
-    def of_integers(cls, ids: NDArray[np.uint64]) -> Candidates:
-        return cls(keys_of_ints(ids), lambda places: ids[places])
+    def of_integers(cls, ids: NDArray[np.integer[Any]]) -> Candidates:
+        """None of them is negative."""
+        return cls(keys_of_ints(ids.astype(np.uint64, copy=False)), lambda places: ids[places])
 
     @classmethod
     def retrieved(cls, view: RetrievalView, positions: NDArray[np.int64]) -> Candidates:
@@ -105,14 +111,9 @@ class Merger:
         self._settings, self._generations, self._users = settings, generations, users
         self._hash_key = settings.hash_key.encode()
 
-    def score(self, request: ScoreRequest) -> Answer:
+    def score(self, ids: Ids, options: ScoreOptions) -> Answer:
         """The caller's own candidates."""
-        ids = request.candidates
-        return self.prerank(request, request.k, lambda *_: (Candidates.of_ids(ids, self._hash_key), []))
-
-    def score_integers(self, ids: NDArray[np.uint64], query: Query, k: int | None) -> Answer:
-        """The same for ids that came in binary form."""
-        return self.prerank(query, k, lambda *_: (Candidates.of_integers(ids), []))
+        return self.prerank(options, options.k, lambda *_: (Candidates.of_ids(ids, self._hash_key), []))
 
     def recommend(self, request: RecommendRequest) -> Answer:
         """Candidates of the built-in retrieval."""
@@ -208,12 +209,19 @@ def gather(generation: Generation, candidates: Candidates, query: Query, cold: b
 
 def answer_of(answer: Answer, query: Query) -> Ranked:
     """The response's body."""
-    side = answer.side
-    out = Ranked(
-        generation=answer.generation.name,
-        as_of=side.source.as_of,
+    return Ranked(
         ids=column(answer.candidates.names(answer.places)),
         scores=column(answer.scores),
+        **msgspec.structs.asdict(summary_of(answer, query)),
+    )
+
+
+def summary_of(answer: Answer, query: Query) -> Summary:
+    """The body without its columns."""
+    side = answer.side
+    out = Summary(
+        generation=answer.generation.name,
+        as_of=side.source.as_of,
         missing=column(answer.candidates.names(answer.rows.missing)),
         filtered=answer.rows.filtered,
         candidates=len(answer.candidates),

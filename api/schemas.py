@@ -80,11 +80,16 @@ class Query(Struct, forbid_unknown_fields=True, kw_only=True):
     include: list[Include] = field(default_factory=list)
 
 
-class ScoreRequest(Query, kw_only=True):
-    candidates: Annotated[list[Id], Meta(description='item ids; the integer k is the same item as the string "k"')]
+class ScoreOptions(Query, kw_only=True):
+    """/v1/score without its candidates."""
+
     k: Annotated[
         Count | None, Meta(description="only the best k, best first; default: all, in the request's order")
     ] = None
+
+
+class ScoreRequest(ScoreOptions, kw_only=True):
+    candidates: Annotated[list[Id], Meta(description='item ids; the integer k is the same item as the string "k"')]
 
 
 class RecommendRequest(Query, kw_only=True):
@@ -144,13 +149,11 @@ class Trace(Struct):
     versions: Annotated[Integers, Meta(description="row version of each returned candidate, in the order of `ids`")]
 
 
-class Ranked(Struct, omit_defaults=True):
-    """Columns of equal length: `ids`, `scores`. Ties: numeric ids by number, then the others by their UTF-8 bytes."""
+class Summary(Struct, omit_defaults=True, kw_only=True):
+    """An answer without its columns."""
 
     generation: str
     as_of: int
-    ids: Ids
-    scores: Annotated[Numbers, Meta(description="the logit")]
     missing: Annotated[Ids, Meta(description="candidates without a row, as the request named them")]
     filtered: Annotated[int, Meta(description="candidates left out by `filters`")]
     candidates: int
@@ -159,6 +162,13 @@ class Ranked(Struct, omit_defaults=True):
     stages_ms: Stages
     attributes: Annotated[list[dict[str, Any]] | None, Meta(description="with include=attributes")] = None
     trace: Annotated[Trace | None, Meta(description="with include=trace")] = None
+
+
+class Ranked(Summary):
+    """Columns of equal length: `ids`, `scores`. Ties: numeric ids by number, then the others by their UTF-8 bytes."""
+
+    ids: Ids
+    scores: Annotated[Numbers, Meta(description="the logit")]
 
 
 class Prefetching(Struct):

@@ -34,7 +34,7 @@ from rocksdict import AccessType, Options, Rdict
 
 from api import rtp
 from api.prerank import Candidates
-from api.schemas import Query
+from api.schemas import ScoreOptions
 from api.service import Service
 from api.users import infer
 from encoders import lsh
@@ -181,8 +181,8 @@ def _in_process(report: Report, host: Host, service: Service, data: Data, rounds
         rtp.ranked(scores, K, keys, lambda places: ids[places])
 
     def prerank(place: int) -> None:
-        query = Query(user_id=f"u{place % USERS}", as_of=as_of)
-        service.merger.score_integers(asked[place % REQUESTS], query, K)
+        options = ScoreOptions(user_id=f"u{place % USERS}", as_of=as_of, k=K)
+        service.merger.score(asked[place % REQUESTS], options)
 
     spent = _interleaved(
         rounds,
@@ -492,10 +492,10 @@ def _peers(report: Report, service: Service, data: Data) -> None:
         spent: Series = {name: [] for name in ("forerank", *peers)}
         cpu: Series = {name: [] for name in spent}
         for place in range(_ROUNDS + 3):
-            query = Query(user_id=f"u{place % USERS}", as_of=data.as_of)
+            options = ScoreOptions(user_id=f"u{place % USERS}", as_of=data.as_of, k=K)
             ids = data.requests[place % REQUESTS]
             used, began = time.process_time(), time.perf_counter()
-            answer = service.merger.score_integers(ids, query, K)
+            answer = service.merger.score(ids, options)
             ms, cpu_ms = (time.perf_counter() - began) * 1e3, (time.process_time() - used) * 1e3
             best = set(ids[answer.places].tolist())
             found = {"forerank": (ms, cpu_ms)}
