@@ -469,7 +469,7 @@ def _draw(canvas: Any, full: Sequence[Mapping[str, Any]], alone: Sequence[Mappin
     use.set_yscale("log", base=2)
     use.set_ylabel("bridges told apart (lines), used (dots)")
     accuracy.set_ylabel("GAUC on the test slice, 95 % interval")
-    accuracy.legend(fontsize=6, loc="center right")
+    accuracy.legend(fontsize=6, loc="center left")
     for axes in (accuracy, use):
         axes.set_xscale("log", base=2)
         axes.set_xticks(BRIDGES, [str(n) for n in BRIDGES])
