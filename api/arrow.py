@@ -23,9 +23,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api import binary, schemas
+from api import binary, prerank, schemas
 from api.flatbuffer import Node, Table, encoded
-from api.prerank import Answer, Ids, summary_of
+from api.prerank import Answer, Ids
 from api.problems import ProblemError, decode, invalid
 from api.replies import BODY_MAX
 
@@ -209,8 +209,8 @@ def _texts(spans: Spans) -> list[str]:
 
 
 def answer_of(answer: Answer, query: schemas.Query) -> bytes:
-    names = answer.candidates.names(answer.places)
-    return stream_of(names, answer.scores, msgspec.json.encode(summary_of(answer, query)).decode())
+    rest = msgspec.json.encode(prerank.answer_of(answer, query, columns=False)).decode()
+    return stream_of(answer.candidates.names(answer.places), answer.scores, rest)
 
 
 def stream_of(ids: list[Any] | NDArray[Any], scores: NDArray[np.float32], metadata: str) -> bytes:

@@ -21,7 +21,7 @@ from api import rtp
 from api.generations import Generation, Generations
 from api.problems import ProblemError, invalid
 from api.retrieval import NEWEST, RetrievalView
-from api.schemas import HistoryTrace, Id, Query, Ranked, RecommendRequest, ScoreOptions, Stages, Summary, Trace, column
+from api.schemas import HistoryTrace, Id, Query, Ranked, RecommendRequest, ScoreOptions, Stages, Trace, column
 from api.users import Users, UserSide, UserSource
 from index.keys import keys_of, keys_of_ints
 from infra.settings import Settings
@@ -207,21 +207,14 @@ def gather(generation: Generation, candidates: Candidates, query: Query, cold: b
     return Rows(kept, np.flatnonzero(~found), len(places) - len(kept), hot[kept], cold_rows[kept])
 
 
-def answer_of(answer: Answer, query: Query) -> Ranked:
-    """The response's body."""
-    return Ranked(
-        ids=column(answer.candidates.names(answer.places)),
-        scores=column(answer.scores),
-        **msgspec.structs.asdict(summary_of(answer, query)),
-    )
-
-
-def summary_of(answer: Answer, query: Query) -> Summary:
-    """The body without its columns."""
+def answer_of(answer: Answer, query: Query, columns: bool = True) -> Ranked:
+    """The response's body, with or without its columns."""
     side = answer.side
-    out = Summary(
+    out = Ranked(
         generation=answer.generation.name,
         as_of=side.source.as_of,
+        ids=column(answer.candidates.names(answer.places)) if columns else msgspec.UNSET,
+        scores=column(answer.scores) if columns else msgspec.UNSET,
         missing=column(answer.candidates.names(answer.rows.missing)),
         filtered=answer.rows.filtered,
         candidates=len(answer.candidates),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Meta, Raw, Struct, UnsetType, field
 
 Id = int | str
 Time = Annotated[
@@ -149,11 +149,13 @@ class Trace(Struct):
     versions: Annotated[Integers, Meta(description="row version of each returned candidate, in the order of `ids`")]
 
 
-class Summary(Struct, omit_defaults=True, kw_only=True):
-    """An answer without its columns."""
+class Ranked(Struct, omit_defaults=True):
+    """Columns of equal length: `ids`, `scores`. Ties: numeric ids by number, then the others by their UTF-8 bytes."""
 
     generation: str
     as_of: int
+    ids: Ids | UnsetType
+    scores: Annotated[Numbers | UnsetType, Meta(description="the logit")]
     missing: Annotated[Ids, Meta(description="candidates without a row, as the request named them")]
     filtered: Annotated[int, Meta(description="candidates left out by `filters`")]
     candidates: int
@@ -162,13 +164,6 @@ class Summary(Struct, omit_defaults=True, kw_only=True):
     stages_ms: Stages
     attributes: Annotated[list[dict[str, Any]] | None, Meta(description="with include=attributes")] = None
     trace: Annotated[Trace | None, Meta(description="with include=trace")] = None
-
-
-class Ranked(Summary):
-    """Columns of equal length: `ids`, `scores`. Ties: numeric ids by number, then the others by their UTF-8 bytes."""
-
-    ids: Ids
-    scores: Annotated[Numbers, Meta(description="the logit")]
 
 
 class Prefetching(Struct):
