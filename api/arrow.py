@@ -50,6 +50,8 @@ _INT, _FLOAT, _UTF8, _LARGE_UTF8, _UTF8_VIEW = 2, 3, 5, 20, 24  # types of colum
 _SINGLE = struct.pack("<h", 1)  # precision of a float column
 _OFFSETS = {_UTF8: "<i4", _LARGE_UTF8: "<i8"}
 _INLINE = 12  # bytes that a view holds itself
+_BATCHES_MAX = _BUFFERS_MAX = 10_000  # named buffers of a batch
+_ROWS_MAX = 1_000_000  # no request may have so many candidates; beyond it they are not even read
 _METADATA_MAX = 1_000  # entries: looking through millions would hold up other requests
 Buffers = list[memoryview]
 Column = tuple[int, Node, list[bytes]]  # type, its flatbuffer, and the buffers behind the validity bitmap
@@ -85,6 +87,10 @@ def request_of(body: bytes, parameters: Mapping[str, str]) -> tuple[Ids, schemas
                 np.frombuffer(buffers[1], form, count) if isinstance(form, np.dtype) else _spans(form, count, buffers)
             )
             rows += count
+            if len(parts) > _BATCHES_MAX:
+                raise ValueError(f"it has more than {_BATCHES_MAX} record batches")
+            if rows > _ROWS_MAX:
+                raise invalid(_CANDIDATES, f"more than {_ROWS_MAX} ids")
         if isinstance(form, np.dtype):
             return np.concatenate([np.empty(0, form), *parts]), options
         if sum(int((part.stop - part.start).sum()) for part in parts) > BODY_MAX:  # views may share bytes
@@ -140,7 +146,7 @@ def _options(schema: Table, parameters: Mapping[str, str]) -> schemas.ScoreOptio
     """From the metadata, as in the JSON form; without it from the query string, as in the binary form."""
     if schema.count(2) > _METADATA_MAX:
         raise invalid(KEY, f"at most {_METADATA_MAX} entries of metadata are read")
-    found = next((pair.text(1) for pair in schema.tables(2) if pair.text(0) == KEY), None)
+    found = next((pair.text(1) for pair in schema.tables(2) if pair.says(0, KEY.encode())), None)
     if found is None:
         return binary.options_of(parameters)
     if parameters:
@@ -161,11 +167,16 @@ def _batch(header: Table, content: memoryview, form: np.dtype[Any] | int, before
     if len(nodes) != 1 or not 0 <= nodes[0][0] == header.number(0, "<q"):
         raise ValueError("a record batch and its column differ in length")
     rows, nulls = nodes[0]
-    buffers = []
-    for offset, length in header.integers(2, 2).tolist():
-        if offset < 0 or length < 0 or offset + length > len(content):
-            raise ValueError("a buffer lies outside of its message")
-        buffers.append(content[offset : offset + length])
+    if rows > 8 * len(content):
+        raise ValueError("a record batch has more rows than bits")
+    places = header.integers(2, 2)
+    if len(places) > _BUFFERS_MAX:
+        raise ValueError(f"a record batch names more than {_BUFFERS_MAX} buffers")
+    if (places < 0).any() or (places > len(content)).any() or (places.sum(axis=1) > len(content)).any():
+        raise ValueError("a buffer lies outside of its message")
+    if places[:, 1].sum() > len(content):
+        raise ValueError("buffers share bytes")  # joined they would be larger than what was sent
+    buffers = [content[offset : offset + length] for offset, length in places.tolist()]
     if len(buffers) < (3 if form in _OFFSETS else 2):
         raise ValueError("a record batch lacks a buffer")
     if nulls:
@@ -183,7 +194,7 @@ def _spans(kind: int, rows: int, buffers: Buffers) -> Spans:
         pieces = [buffers[1][: 16 * rows], *buffers[2:]]
         sizes = np.array([len(piece) for piece in pieces])
         piece = np.where(own, 0, buffer + 1)
-        if (piece < 0).any() or (piece >= len(pieces)).any():
+        if (~own & (buffer < 0)).any() or (piece >= len(pieces)).any():
             raise ValueError("a text names no buffer")
         start, size = np.where(own, 16 * np.arange(rows) + 4, offset), sizes[piece]
         found = Spans(b"".join(pieces), start, start + length)

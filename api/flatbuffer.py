@@ -57,6 +57,11 @@ class Table:
         count, at = self._vector(field, 1)
         return str(self._data[at : at + count], "utf-8")
 
+    def says(self, field: int, text: bytes) -> bool:
+        """Whether a text is this one; of others nothing is copied."""
+        count, at = self._vector(field, 1)
+        return count == len(text) and self._data[at : at + count] == text
+
     def _vector(self, field: int, size: int) -> tuple[int, int]:
         """Length and place of a vector whose elements have `size` bytes."""
         named = self._place(field)

@@ -84,8 +84,8 @@ def thinned(window: npt.NDArray[np.uint8], exact: int, most: int = COUNTED) -> t
     `most`, else so many of those before the newest `exact`; and how many behaviours each of these stands for.
 
     They are every k-th in the order of their first 64 bits, so a set of equal signatures is counted right to within
-    one weight, like ones are near each other, and a tier's share errs less than that of a random sample: by more than 3
-    percent of the window in one case of 20 at most (Hoeffding's inequality, 2,048 of them).
+    one weight, and like ones are near each other: on histories that were not made against it a tier errs less than
+    with a random sample of the same size (docs/performance.md).
     """
     older = window[: max(0, len(window) - exact)]
     if len(older) <= most:
@@ -93,7 +93,7 @@ def thinned(window: npt.NDArray[np.uint8], exact: int, most: int = COUNTED) -> t
     size = min(8, older.shape[1])
     begin = np.zeros((len(older), 8), np.uint8)
     begin[:, :size] = older[:, :size]
-    order = np.argsort(begin.view(">u8")[:, 0].astype(np.uint64))
+    order = np.argsort(begin.view(">u8")[:, 0].astype(np.uint64), kind="stable")
     places = ((np.arange(most) + 0.5) * (len(older) / most)).astype(np.int64)
     return np.concatenate([older[order[places]], window[len(older) :]]), len(older) / most
 

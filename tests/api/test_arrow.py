@@ -280,7 +280,25 @@ WRONG: dict[str, tuple[bytes, int, str | None]] = {
     "a view of no buffer": (schema(ANNA, 24, {}) + batch(1, b"", views((13, 0, 0, 0))), 400, None),
     "a view outside": (schema(ANNA, 24, {}) + batch(1, b"", views((13, 0, 0, 4)), EIGHT + EIGHT), 400, None),
     "a view before": (schema(ANNA, 24, {}) + batch(1, b"", views((13, 0, 0, -4)), EIGHT + EIGHT), 400, None),
-    "a view of the views": (schema(ANNA, 24, {}) + batch(1, b"", views((13, 0, -1, 0)), EIGHT), 400, None),
+    "a view of the views": (
+        schema(ANNA, 24, {}) + batch(2, b"", views((13, 0, -1, 19), (12, 2**30, 2**30, 2**30)), EIGHT),
+        400,
+        None,
+    ),
+    "more views than any": (schema(ANNA, 24, {}) + batch(2**62, b"", EIGHT), 400, None),
+    "more texts than any": (schema(ANNA, 5, {}) + batch(2**63 - 1, b"", EIGHT, EIGHT), 400, None),
+    "buffers that share bytes": (
+        schema(ANNA, 24, {})
+        + batch(1, b"", views((3, 0, 0, 0)), bytes(8_000), root={2: np.array([(0, 0), (0, 16), *[(16, 8_000)] * 200])}),
+        400,
+        None,
+    ),
+    "a flood of buffers": (
+        schema(ANNA) + batch(1, b"", EIGHT, root={2: np.array([(0, 0), (0, 8), *[(0, 0)] * 10_000])}),
+        400,
+        None,
+    ),
+    "a flood of batches": (schema(ANNA) + batch(1, b"", EIGHT)[: -len(END)] * 10_001 + END, 400, None),
     "a view shorter than nothing": (schema(ANNA, 24, {}) + batch(1, b"", views((-3, 0, 0, 0)), EIGHT), 400, None),
     "views that share bytes": (
         schema(ANNA, 24, {}) + batch(900, b"", views(*[(20_000, 0, 0, 0)] * 900), bytes(20_000)),
