@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -42,9 +43,16 @@ async def body_of(request: Request, *accepted: str, empty: bool = False) -> tupl
 
 
 def preferred(request: Request, *offered: str) -> str:
-    """The first of the `offered` media types that the caller's Accept names; the first of all where it names none."""
-    named = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
-    return next((media for media in offered if media in named), offered[0])
+    """Which of the `offered` media types the caller's Accept ranks highest by its q, the first of equals and where it
+    names none."""
+    ranks: dict[str, float] = {}
+    for part in ",".join(request.headers.getlist("accept")).split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((one[2:] for one in parameters if one.startswith("q=")), "1")
+        with contextlib.suppress(ValueError):
+            ranks[media] = float(weight)
+    named = [media for media in offered if ranks.get(media, 0) > 0]
+    return max(named, key=lambda media: ranks[media], default=offered[0])
 
 
 def error_handlers(app: FastAPI) -> None:

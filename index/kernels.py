@@ -84,6 +84,7 @@ def user_tables(
     nested = [len(window), *lengths[1:]] == sorted(lengths, reverse=True)
     if not fitting or bits % 8 or window.shape != (len(window), bits // 8) or not nested:
         raise KernelError(f"P {P.shape} C {C.shape} D {D.shape} G {G.shape} window {window.shape} of {lengths}")
+    exact = lengths[1] if len(lengths) > 1 else 0
     rows, fours = np.ascontiguousarray(D, np.float32), _aligned_f4(bits // 4, 16, width)
     part = 8 * score_ir.together(width, narrow)  # rows of D
     most = np.add.reduceat(np.abs(rows), np.arange(0, bits, part), axis=0)
@@ -100,7 +101,7 @@ def user_tables(
         np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
         np.ascontiguousarray(cross_slots, np.uint16),
         popcount_ir.blocks_of(window, lengths, weight),
-        np.log1p(np.arange(math.ceil(max(1.0, weight) * len(window)) + 2, dtype=np.float32)),
+        np.log1p(np.arange(exact + math.ceil(max(1.0, weight) * (len(window) - exact)) + 2, dtype=np.float32)),
     )
 
 

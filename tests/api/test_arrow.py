@@ -161,6 +161,10 @@ def test_accept_chooses_the_answers_form(host: Host) -> None:
     assert as_json.json()["ids"] == answered(host, PYARROW)[0]["ids"].to_list()
     both = host.client.post("/v1/score", content=PYARROW, headers=ARROW | {"accept": f"application/json, {MEDIA}"})
     assert both.headers["content-type"] == MEDIA
+    ranked = host.client.post("/v1/score", json=asked, headers={"accept": f"application/json;q=0.5, {MEDIA}"})
+    assert ranked.headers["content-type"] == MEDIA
+    refused = host.client.post("/v1/score", json=asked, headers={"accept": f"{MEDIA};q=0"})
+    assert refused.headers["content-type"] == "application/json"
     integers = host.client.post(
         "/v1/score", content=stream(NUMBERS), headers=ARROW | {"accept": "application/json"}, params={"user_id": "7"}
     )
