@@ -2,9 +2,9 @@
 
 In: one column `candidates` of integers or text (utf8, large_utf8, utf8_view), in any number of record batches; what a
 JSON body says beside its candidates stands in the schema's metadata under `forerank`, as the same JSON object, or, for
-writers without such metadata (polars), in the query string as in the binary form. Out: columns `ids` (of the request's
-type where that is an integer, else utf8) and `scores` (float32); what a JSON answer says beside them is a JSON object
-under `forerank`.
+writers without such metadata (polars), in the query string as in the binary form. Out: columns `ids` (of an Arrow
+request's type where that is an integer, else utf8) and `scores` (float32); what a JSON answer says beside them is a
+JSON object under `forerank`.
 
 A stream is messages and an end mark. A message is ff ff ff ff, i4 the length of its flatbuffer, the flatbuffer, and a
 body; the end mark is a length of 0. A stream without its mark is refused, since it may have been cut between two
@@ -181,6 +181,8 @@ def _batch(header: Table, content: memoryview, form: np.dtype[Any] | int, before
         raise ValueError("a record batch lacks a buffer")
     if nulls:
         bits = np.unpackbits(np.frombuffer(buffers[0], np.uint8, (rows + 7) // 8), bitorder="little")[:rows]
+        if bits.all():
+            raise ValueError("a column counts nulls where its bitmap has none")
         raise invalid(f"{_CANDIDATES}[{before + int(bits.argmin())}]", "expected an id, not null")
     return rows, buffers
 

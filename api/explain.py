@@ -20,8 +20,8 @@ from encoders.fold import Head, UserBlock
 
 def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[Any], version: int) -> Explanation:
     """`hot`: the item's hot record [1]."""
-    histograms = [one[0] for one in side.block.histograms(hot["signature"], generation.head.edges)]
-    counts = np.concatenate(histograms)
+    window, *newest = [one[0] for one in side.block.histograms(hot["signature"], generation.head.edges)]
+    counts = np.concatenate([window, *newest])
     blocks = _blocks(side.block, generation.head, hot[0], counts)
     z = np.sum([part for _, part in blocks], axis=0)
     slope, constant = _along_active_units(generation.head, z)
@@ -35,7 +35,7 @@ def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[A
         score=float(slope @ z + constant),
         constant=constant,
         contributions=contributions,
-        tiers=_tiers(generation, histograms[0], histograms[1] if len(histograms) > 1 else 0 * histograms[0]),
+        tiers=_tiers(generation, window, newest[0] if newest else np.zeros_like(window)),
         crosses=_cross_names(generation, hot[0]["crosses"]),
         row_version=version,
         user=side.seen(),

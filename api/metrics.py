@@ -57,14 +57,15 @@ class _Pauses:
         self._seconds = telemetry.histogram(
             "forerank_gc_pause_seconds", "Garbage collections of the API's processes", (), _PAUSES
         )
-        self._began = 0.0
+        self._began: float | None = None  # none: not told of its start
         self._noted = deque[float](maxlen=1_000)
 
     def note(self, phase: str, _: dict[str, Any]) -> None:
         if phase == "start":
             self._began = time.perf_counter()
-        else:
+        elif self._began is not None:
             self._noted.append(time.perf_counter() - self._began)
+            self._began = None
 
     def observe(self) -> None:
         with contextlib.suppress(IndexError):  # until nothing is left; other threads take from it too

@@ -183,7 +183,8 @@ class Contribution(Struct):
 
 class Tier(Struct):
     """Behaviours of the window whose signature agrees with the item's in `low`..`high` bits, both included; and how
-    many of the newest (config `short_window`) do.
+    many of the newest (config `short_window`) do. Of a window above 2,048 behaviours `count` is an estimate
+    from a sample.
     """
 
     low: int

@@ -171,12 +171,12 @@ def score_oracle(
     biases: Sequence[F4],
 ) -> NDArray[np.float64]:
     """f8[n]: `score` from the arguments of `user_tables` and `head_tables`."""
-    P, C, D, G, cross_slots, window, lengths, *of_each = block
+    P, C, D, G, cross_slots, window, lengths, weight = (*block, 1.0)[:8]
     windows = [window[len(window) - length :] for length in lengths]
     signs = np.unpackbits(hot["signature"], axis=1, bitorder="little").astype(np.float64) * 2 - 1
     counts = [simtier_counts_oracle(hot["signature"], window, edges).astype(np.int64) for window in windows]
     exact = counts[1] if len(counts) > 1 else 0
-    counts[0] = exact + ((counts[0] - exact) * round(65_536 * (of_each or [1.0])[0]) + 32_768) // 65_536
+    counts[0] = exact + ((counts[0] - exact) * round(65_536 * weight) + 32_768) // 65_536
     tiers = np.concatenate(counts, axis=1)
     z = hot["joint"].astype(np.float64) + P + hot["bridge"].astype(np.float64) @ C + signs @ D
     z += np.log1p(tiers.astype(np.float64)) @ T.T

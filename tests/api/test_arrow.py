@@ -318,6 +318,11 @@ WRONG: dict[str, tuple[bytes, int, str | None]] = {
     "lists": (stream([[1]]), 422, "candidates"),
     "nulls alone": (stream([None, None]), 422, "candidates"),
     "a dictionary": (stream(["a", "b"], pl.Categorical), 422, "candidates"),
+    "nulls that are none": (
+        schema(ANNA) + batch(1, b"\xff" * 8, EIGHT, root={1: np.array([(1, 1)])}),
+        400,
+        None,
+    ),
     "a null": (stream([*range(77), None, 5]), 422, "candidates[77]"),
     "a null text": (stream(["a", None]), 422, "candidates[1]"),
     "lz4": (stream(NUMBERS, compression="lz4"), 422, "candidates"),
