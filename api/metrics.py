@@ -49,8 +49,9 @@ class RequestMetrics:
 
 
 class _Pauses:
-    """How long the collector held the interpreter. A collection may begin while a metric's lock is held, so what is
-    noted then is counted later.
+    """How long the collector worked while it held the interpreter, in CPU time of its thread: a callback may have to
+    wait for the interpreter before it can look at a clock. A collection may begin while a metric's lock is held, so
+    what is noted then is counted later.
     """
 
     def __init__(self) -> None:
@@ -62,9 +63,9 @@ class _Pauses:
 
     def note(self, phase: str, _: dict[str, Any]) -> None:
         if phase == "start":
-            self._began = time.perf_counter()
+            self._began = time.thread_time()
         elif self._began is not None:
-            self._noted.append(time.perf_counter() - self._began)
+            self._noted.append(time.thread_time() - self._began)
             self._began = None
 
     def observe(self) -> None:

@@ -31,6 +31,7 @@ _SPAWN = multiprocessing.get_context("spawn")
 _BACKLOG = 2_048
 _DRAIN_S = 2.0  # for callers on idle connections to hear that they are to come on another
 _LEAVE_S = 10.0  # for answers under way, after that
+_IDLE_S = 75  # a kept connection; longer than nginx (60) and other clients keep theirs, so that they close it, not we
 _START_S = 120.0  # for a process until it serves
 _AGAIN_S = 1.0  # until a process that ended is replaced
 _ENDS_MAX = 5  # replacements in a row that ended before they served; then all end, and whoever started them may see it
@@ -202,6 +203,7 @@ def config_of(app: str | ASGIApp, **more: Any) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         log_config=None,
+        timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=int(_LEAVE_S),
         **more,
     )

@@ -314,6 +314,9 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
     ]
     with _server(host, "api", "serve") as (port, pid), _server(host, "tests.bench.stand_in", "ready") as (ready, _):
         served, there = http_load.Connection(port), http_load.Connection(ready)
+        for connection in (served, there):  # with it the collections of the start are counted
+            connection.ask(binary[0])
+        before = _collections(port)
         spent = _interleaved(
             rounds,
             {
@@ -339,7 +342,7 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
             for count in ((1, 8) if quick else (1, 2, 4, 8, 16, 32))
         ]
         report.table("clients", rows)
-        _pauses(report, port)
+        _pauses(report, _collections(port) - before)
         report.figure("requests_per_s_per_core", [float(row["per_core"]) for row in rows], "1/s")
     processes = []
     for count in (1, 2) if quick else (1, 2, 3, 4):
@@ -350,17 +353,22 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
     report.table("processes", processes)
 
 
-def _pauses(report: Report, port: int) -> None:
-    """Of the garbage collector, in the one process that answered all requests until now."""
+def _pauses(report: Report, found: NDArray[np.float64]) -> None:
+    """Of the garbage collector in both processes, while they answered all requests until now."""
+    count, short, seconds = found.tolist()
+    report.figure("gc_pauses", count, "")
+    report.figure("gc_pauses_over_3ms", count - short, "")
+    report.figure("gc_pause_mean_ms", seconds / max(1, count) * 1e3, "ms")
+
+
+def _collections(port: int) -> NDArray[np.float64]:
+    """[3]: all until now, those of 3 ms at most, and their seconds."""
     found = dict.fromkeys(("count", 'bucket{le="0.003"}', "sum"), 0.0)
     for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
         name, _, value = line.partition(" ")
         if (what := name.removeprefix("forerank_gc_pause_seconds_")) in found:
             found[what] = float(value)
-    count, short, seconds = found.values()
-    report.figure("gc_pauses", count, "")
-    report.figure("gc_pauses_over_3ms", count - short, "")
-    report.figure("gc_pause_mean_ms", seconds / max(1, count) * 1e3, "ms")
+    return np.array(list(found.values()))
 
 
 def _body(user: str, as_of: int, ids: list[Any]) -> bytes:
