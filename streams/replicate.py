@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from index.arena import ArenaReader
 from index.errors import StoreError
 from index.layout import RowLayout
 from index.n2o import N2OWriter
@@ -24,7 +25,7 @@ from infra.settings import Settings
 from streams import blocks
 from streams.blocks import BlockError
 from streams.bundles import BundleFileError, layout_of
-from streams.freshness import Hops
+from streams.freshness import Hops, watch_oldest
 from streams.groups import group_admin
 from streams.worker import NEEDS_REFILL, Job, JobError, Plan, Record
 
@@ -89,4 +90,12 @@ def prepare(job: Job, generation: str) -> Plan:
 def run(settings: Settings, generation: str) -> None:
     """Ends the process."""
     name, group = f"replicate-{generation}", f"replicate-{settings.host}-{generation}"
-    Job.start(settings, name, group, lambda job: asyncio.to_thread(prepare, job, generation))
+
+    async def begin(job: Job) -> Plan:
+        plan = await asyncio.to_thread(prepare, job, generation)
+        layout = layout_of(settings.generation_dir(generation) / "bundle")
+        arena = ArenaReader.open(settings.generation_dir(generation) / "n2o", layout)
+        job.background(watch_oldest(generation, arena))
+        return plan
+
+    Job.start(settings, name, group, begin)

@@ -13,15 +13,18 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from prometheus_client import REGISTRY
 
+from index.arena import ArenaReader
 from index.keys import digest_of, keys_of
 from index.n2o import FillProof, N2OWriter, RowBatch
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
+from infra.telemetry import gauge
 from streams import blocks
-from streams.freshness import HOPS, SAMPLE
+from streams.freshness import HOPS, OLDEST, SAMPLE, watch_oldest
 from streams.publish import Publisher
 from streams.replicate import Replicate
 from streams.worker import Job, Record
+from tests.conftest import wait_until
 from tests.index.rows import LAYOUT, made
 from tests.rows import batch_of
 
@@ -116,6 +119,25 @@ def test_rows_of_a_fill_and_those_that_were_there_are_left_out(index: Index) -> 
     index.take(new)
     index.take(new)  # again, as after an encoder's rebalance
     assert index.hops()["visible"][0] == 1
+
+
+@pytest.mark.parametrize(("ages", "expected"), [((), 0), ((7_200_000, 3_600_000, 10_800_000), 10_800), ((-HOUR,), 0)])
+def test_the_oldest_item_has_an_age(index: Index, tmp_path: Path, ages: Sequence[int], expected: int) -> None:
+    for at, ago in enumerate(ages):
+        index.take(block([f"item {at}"], at, (ago, 2, 1)))
+    arena = ArenaReader.open(tmp_path / "n2o", LAYOUT)
+
+    def age() -> float:
+        return REGISTRY.get_sample_value("forerank_oldest_item_age_seconds", {"generation": "g"}) or 0.0
+
+    async def scenario() -> None:
+        gauge("forerank_oldest_item_age_seconds", OLDEST, ("generation",)).labels("g").set(-1)
+        watch = asyncio.create_task(watch_oldest("g", arena))
+        await asyncio.to_thread(wait_until, lambda: age() >= 0, "the first look")
+        watch.cancel()
+
+    asyncio.run(scenario())
+    assert age() == pytest.approx(expected, abs=60)
 
 
 @pytest.mark.e2e
