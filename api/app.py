@@ -17,9 +17,10 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
-from api import arrow, binary, items, schemas
+from api import arrow, binary, items, schemas, waiting
 from api.events import KINDS, checked
 from api.explain import explain
+from api.generations import Generation
 from api.openapi import add_schemas, documented
 from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
@@ -27,6 +28,7 @@ from api.replies import JSON, Endpoint, Shortcut, body_of, error_handlers, prefe
 from api.service import Service
 from api.status import generations_of
 from api.users import moment_text, user_id_of
+from index.keys import keys_of
 from infra import telemetry
 from infra.settings import load
 from streams.publish import Kind
@@ -225,15 +227,20 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
         summary="an item's row in the index",
         openapi_extra=documented(
             gives=schemas.ItemRow,
-            parameters={"include": "`event`: also the item's record on `items`, read from Kafka"},
-            errors=(404, 422, 503),
+            parameters={"include": "`event`: also the item's record on `items`, read from Kafka"} | waiting.PARAMETERS,
+            errors=(404, 422, 503, 504),
+            empty=(204,),
         ),
     )
     async def item(item_id: str, request: Request) -> Response:
         include = request.query_params.get("include", "")
         if include not in ("", "event"):
             raise invalid("include", "expected `event` or nothing")
-        row = await service.run(_item, service, item_id)
+        wish = waiting.wish_of(request.query_params)
+        generation = None if wish is None else await _waited_in(service, item_id, wish, request)
+        row = await service.run(_item, service, item_id, generation, wish is not None and wish.deleted)
+        if row is None:
+            return Response(status_code=204)
         if include:
             row.event = await service.feed.item_event(row.partition, row.offset)
         return reply(row)
@@ -259,9 +266,21 @@ def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) ->
     return reply(explain(generation, side, item_id, hot, int(cold["version"][0])))
 
 
-def _item(service: Service, item_id: str) -> schemas.ItemRow:
-    generation = service.generations.pin()
-    return items.row_of(generation, user_id_of(item_id, "item_id"), service.settings.hash_key.encode())
+async def _waited_in(service: Service, item_id: str, wish: waiting.Wish, request: Request) -> Generation:
+    """The generation in which the wish was granted."""
+    key = keys_of([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())
+    return await service.waiters.granted(key, wish, request.receive)
+
+
+def _item(service: Service, item_id: str, generation: Generation | None, may_lack: bool) -> schemas.ItemRow | None:
+    """The row in `generation`, by default the one served now; None instead of 404 where it `may_lack`."""
+    name = user_id_of(item_id, "item_id")
+    try:
+        return items.row_of(generation or service.generations.pin(), name, service.settings.hash_key.encode())
+    except ProblemError as error:
+        if may_lack and error.body.status == 404:
+            return None
+        raise
 
 
 # ---- events

@@ -18,12 +18,14 @@ _REF = "#/components/schemas/{name}"
 _MEANINGS = {
     200: "done",
     202: "accepted",
+    204: "there is nothing any more, as asked",
     400: "the body is not what its content type says",
     404: "there is no such thing",
     413: "the body is too large",
     415: "another content type is needed",
     422: "a field is wrong; `field` names it",
     503: "not ready, or the broker is away; `detail` says why",
+    504: "what was waited for has not come; `detail` says what is there",
 }
 
 
@@ -38,9 +40,10 @@ def documented(
     parameters: dict[str, str] | None = None,
     optional_body: bool = False,
     errors: tuple[int, ...] = (),
+    empty: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """`openapi_extra` of a route. `takes`, `gives`: msgspec types; `also_*`: media type -> what it holds; `parameters`:
-    query ones.
+    query ones; `empty`: further statuses, without a body.
     """
     out: dict[str, Any] = {"responses": {}}
     if takes is not None:
@@ -50,6 +53,7 @@ def documented(
     answer: dict[str, Any] = {"application/json": {"schema": _schema(gives)}} if gives is not None else {}
     answer |= {media: {"schema": _binary(meaning)} for media, meaning in (also_gives or {}).items()}
     out["responses"][str(status)] = {"description": "", "content": answer}
+    out["responses"] |= {str(code): {"description": ""} for code in empty}
     for code in errors:
         problem = {"application/problem+json": {"schema": _schema(ProblemBody)}}
         out["responses"][str(code)] = {"description": _MEANINGS[code], "content": problem}

@@ -22,6 +22,7 @@ _TITLES = {
     422: "Invalid request",
     500: "Internal error",
     503: "Not ready",
+    504: "Not in time",
 }
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FIELD_AT = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")

@@ -20,6 +20,7 @@ from api.metrics import RequestMetrics
 from api.prerank import Merger
 from api.schemas import InlineUser
 from api.users import Users, moment
+from api.waiting import Waiters
 from index import kernels
 from infra.settings import Settings
 
@@ -40,6 +41,7 @@ class Service:
         self.users = Users(settings, lambda: self.generations.histories, self.inferences)
         self.merger = Merger(settings, self.generations, self.users)
         self.feed = Feed(settings)
+        self.waiters = Waiters(self.generations.pin)
 
     def start(self) -> None:
         torch.set_num_threads(1)

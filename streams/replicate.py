@@ -14,8 +14,10 @@ leave rows out.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
+from index.arena import ArenaReader
 from index.errors import StoreError
 from index.layout import RowLayout
 from index.n2o import N2OWriter
@@ -23,6 +25,7 @@ from infra.settings import Settings
 from streams import blocks
 from streams.blocks import BlockError
 from streams.bundles import BundleFileError, layout_of
+from streams.freshness import Hops, watch_oldest
 from streams.groups import group_admin
 from streams.worker import NEEDS_REFILL, Job, JobError, Plan, Record
 
@@ -33,6 +36,7 @@ class Replicate:
     def __init__(self, writer: N2OWriter, layout: RowLayout, following: Sequence[int]) -> None:
         """`following`: offset of the next block per partition."""
         self._writer, self._layout, self._following = writer, layout, list(following)
+        self._hops = Hops()
 
     async def batch(self, records: Sequence[Record]) -> None:
         batches = []
@@ -49,7 +53,9 @@ class Replicate:
                 place = f"{record.topic}[{record.partition}] offset {record.offset}"
                 raise JobError(f"{place} is not a block of this generation: {error}") from error
         if batches:
+            before = self._writer.progress()
             self._writer.apply(batches)  # 2
+            self._hops.observe([batch for batch, _ in batches], before, time.time_ns() // 1_000_000)
 
     def close(self) -> None:
         self._writer.close()
@@ -84,4 +90,12 @@ def prepare(job: Job, generation: str) -> Plan:
 def run(settings: Settings, generation: str) -> None:
     """Ends the process."""
     name, group = f"replicate-{generation}", f"replicate-{settings.host}-{generation}"
-    Job.start(settings, name, group, lambda job: asyncio.to_thread(prepare, job, generation))
+
+    async def begin(job: Job) -> Plan:
+        plan = await asyncio.to_thread(prepare, job, generation)
+        layout = layout_of(settings.generation_dir(generation) / "bundle")
+        arena = ArenaReader.open(settings.generation_dir(generation) / "n2o", layout)
+        job.background(watch_oldest(generation, arena))
+        return plan
+
+    Job.start(settings, name, group, begin)

@@ -52,8 +52,9 @@ def _told(settings: Settings, process: processes.Process) -> str:
     silent = time.time() - beat.time / 1000
     if silent > _LATE_S:
         return f", silent for {silent:.0f} s, then {beat.state}{reason}"
+    behind = f" for up to {beat.lag_s:.0f} s" if beat.lag and beat.lag_s >= 1 else ""
     dead = f", {beat.dead} dead letters" if beat.dead else ""
-    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{dead}{reason}"
+    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{behind}{dead}{reason}"
 
 
 def _supervised(settings: Settings) -> bool:

@@ -69,6 +69,7 @@ class Heartbeat(msgspec.Struct):
     state: str = "starting"
     handled: int = 0
     lag: int = 0
+    lag_s: float = 0.0  # the oldest record that waits has waited so long at most
     dead: int = 0  # records sent to a dead-letter topic since the process started
     reason: str = ""
     status: int = 0  # exit status, once stopped
@@ -174,6 +175,8 @@ class Job:
         self._busy = asyncio.Lock()
         self._moved = time.monotonic()
         self._next: dict[tuple[str, int], int] = {}
+        self._reached: dict[tuple[str, int], int] = {}  # ms: nothing that waits there is older
+        self._began = time.time_ns() // 1_000_000
         self._producer: AIOKafkaProducer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._app: faust.App | None = None
@@ -326,6 +329,7 @@ class Job:
                     self.handled(len(records))
                     for record in records:
                         self._next[record.topic, record.partition] = record.offset + 1
+                        self._reached[record.topic, record.partition] = record.timestamp
 
         app.agent(source, name=self.name, concurrency=1)(consume)
         return app
@@ -355,16 +359,29 @@ class Job:
                 gauge("forerank_lag", "Records that wait for a nearline job", ("job",)).labels(self.name).set(
                     self.heartbeat.lag
                 )
+                gauge("forerank_lag_seconds", "Age of what waits for a nearline job", ("job",)).labels(self.name).set(
+                    self.heartbeat.lag_s
+                )
                 counted = self.heartbeat.handled
                 await asyncio.sleep(_BEAT_S)
         finally:
             await consumer.stop()
 
     async def _measure(self, consumer: AIOKafkaConsumer) -> None:
+        """Sets the lag in records and in seconds: of each partition where records wait, the age of the last handled
+        one, or the time since none waited; since the start where the process has handled none of it.
+        """
         if not self._next:
             return
         ends = await consumer.end_offsets([TopicPartition(*place) for place in self._next])
-        self.heartbeat.lag = sum(max(0, ends[TopicPartition(*place)] - found) for place, found in self._next.items())
+        now = time.time_ns() // 1_000_000
+        lags = {place: max(0, ends[TopicPartition(*place)] - found) for place, found in self._next.items()}
+        for place, lag in lags.items():
+            if lag == 0:
+                self._reached[place] = now  # an idle topic's last record may be of last year
+        behind = [self._reached.get(place, self._began) for place, lag in lags.items() if lag]
+        self.heartbeat.lag = sum(lags.values())
+        self.heartbeat.lag_s = max(0, now - min(behind, default=now)) / 1e3
 
     def _end(self, status: int, reason: str) -> NoReturn:
         self.heartbeat.state, self.heartbeat.reason, self.heartbeat.status = "stopped", reason, status

@@ -101,6 +101,7 @@ def reader(path: Path, ids: str) -> dict[str, Any]:
         if seen["gathers"] % 20 == 0:
             keys, cold = arena.snapshot()
             seen["faults"] += cold_faults(keys, cold)
+            seen["faults"] += arena.oldest() == 0  # no row has had version 0
         seen["gathers"] += 1
         seen["found"] += int(found.sum())
         seen["missing"] += int((~found).sum())

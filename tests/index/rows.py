@@ -26,7 +26,7 @@ def made(keys: NDArray[np.uint64], versions: NDArray[np.uint64]) -> tuple[NDArra
     hot_words[:] = digests[:, None] + np.arange(24, dtype=np.uint64)
     hot_words[:, 0] = versions
     cold.view(np.uint64).reshape(len(keys), 24)[:, :COLD_WORDS] = digests[:, None] - np.arange(16, dtype=np.uint64)
-    cold["version"] = versions
+    cold["version"] = cold["event_time"] = versions
     return hot, cold
 
 

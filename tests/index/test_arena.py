@@ -122,6 +122,7 @@ class ArenaAgainstDict(RuleBasedStateMachine):
         wanted = dict(zip(map(tuple, int_keys(list(self.rows)).tolist()), self.rows.values(), strict=True))
         assert got == wanted
         assert len(keys) == len(self.rows) == self.writer.items
+        assert self.reader.oldest() == min(self.rows.values(), default=None)
 
 
 def test_any_order_of_operations_reads_as_a_dict(tmp_path: Path) -> None:

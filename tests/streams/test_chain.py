@@ -10,15 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, multiprocess
 
 from encoders.bundle import Bundle
 from infra.settings import Settings
 from streams import events
+from streams.freshness import HOPS
 from streams.worker import read_heartbeat
 from tests.conftest import wait_until
 from tests.streams.chain import check_rows, item_body, oracle, running_chain
 
 pytestmark = pytest.mark.e2e
+
+
+def hops(settings: Settings) -> dict[str, float]:
+    """How often each hop was observed by the host's jobs."""
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(settings.metrics_dir))
+    found = {hop: registry.get_sample_value("forerank_hop_seconds_count", {"hop": hop}) for hop in HOPS}
+    return {hop: count or 0 for hop, count in found.items()}
 
 
 def test_items_become_rows_through_a_fill_and_then_live(
@@ -45,6 +55,7 @@ def test_items_become_rows_through_a_fill_and_then_live(
         chain.publish(second)
         chain.settle("one")
         check_rows(chain, "one", bundle, oracle([*first, *second]))
+        wait_until(lambda: hops(chain.settings) == dict.fromkeys(HOPS, 2), "the hops of two rows, none of the fill")
         (dead,) = chain.read("items.dlq")
         headers = dict(dead.headers)
         assert headers["error_type"] == b"not_encodable"

@@ -100,7 +100,9 @@ def test_what_each_job_says_and_how_old_it_is(
 ) -> None:
     fresh, silent, new, builder = (job(name) for name in ("encode-a", "ingest", "replicate-a", "retrieval-a"))
     for process in (fresh, silent):
-        Heartbeat(process.name, process.pid, state="running", handled=7, lag=2, dead=3).write(away.heartbeat_dir)
+        Heartbeat(process.name, process.pid, state="running", handled=7, lag=2, lag_s=41.6, dead=3).write(
+            away.heartbeat_dir
+        )
     Heartbeat("replicate-a", new.pid + 1, state="running").write(away.heartbeat_dir)  # of the process before
     beat = Heartbeat("ingest", silent.pid, state="running")
     past = time.time_ns() // 1_000_000 - 90_000
@@ -109,7 +111,7 @@ def test_what_each_job_says_and_how_old_it_is(
     path.write_text(path.read_text().replace(f'"time":{beat.time}', f'"time":{past}'))
     status(away)
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": pid " in line)
-    assert told["encode-a"] == f"pid {fresh.pid}, running, 7 records handled, 2 waiting, 3 dead letters"
+    assert told["encode-a"] == f"pid {fresh.pid}, running, 7 records handled, 2 waiting for up to 42 s, 3 dead letters"
     assert told["ingest"].startswith(f"pid {silent.pid}, silent for 9")
     assert "waiting" not in told["ingest"]
     assert told["replicate-a"] == f"pid {new.pid}, starting"

@@ -1,0 +1,145 @@
+"""Waits for rows: `GET /v1/items/{id}?wait_for=<version>` answers when that version is what requests see.
+
+A wait holds a connection and nothing else: one task per process looks for all of them together, every 10 ms and only
+while there are any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.types import Receive
+
+from api.generations import Generation
+from api.problems import ProblemError, invalid
+
+PARAMETERS = {
+    "wait_for": "answer when the item's row has this version or a newer one",
+    "timeout_ms": "with wait_for: how long at most, 0 .. 30000; default 5000",
+    "deleted": "with wait_for, `1`: wait for the deletion of that version; answers 204 when the item has no row, and "
+    "with the row when that is of a newer version",
+}
+WAITS_MAX = 1_024  # per process
+_TICK_S = 0.01
+_VERSION_MAX = 2**63 - 1  # as events have it
+_TIMEOUT_MS, _TIMEOUT_MAX_MS = 5_000, 30_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What is waited for, and how long."""
+
+    version: int
+    deleted: bool
+    timeout_ms: int
+
+    def granted(self, version: int | None) -> bool:
+        """`version`: of the visible row, None where there is none."""
+        if self.deleted:
+            return version is None or version > self.version  # a newer row: published again since
+        return version is not None and version >= self.version
+
+    def refusal(self, generation: str, version: int | None) -> ProblemError:
+        """What a wait that has taken too long is told."""
+        visible = "no row of the item" if version is None else f"version {version}"
+        wanted = f"{'the deletion of ' if self.deleted else ''}version {self.version}"
+        said = f"{visible} is visible in generation {generation} after {self.timeout_ms} ms; {wanted} is not"
+        return ProblemError(504, "not-visible-yet", said)
+
+
+def wish_of(parameters: Mapping[str, str]) -> Wish | None:
+    """None without `wait_for`. Raises ProblemError 422."""
+    deleted = parameters.get("deleted", "0")
+    if deleted not in ("0", "1"):
+        raise invalid("deleted", "expected 1 or 0")
+    if "wait_for" not in parameters:
+        alone = next((name for name in ("timeout_ms", "deleted") if name in parameters), None)
+        if alone is not None:
+            raise invalid(alone, "it is of use with wait_for only")
+        return None
+    return Wish(
+        _number(parameters["wait_for"], "wait_for", _VERSION_MAX),
+        deleted == "1",
+        _number(parameters.get("timeout_ms", str(_TIMEOUT_MS)), "timeout_ms", _TIMEOUT_MAX_MS),
+    )
+
+
+def _number(text: str, field: str, most: int) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= len(str(most)) and int(text) <= most:
+        return int(text)
+    raise invalid(field, f"expected a whole number from 0 to {most}")
+
+
+@dataclasses.dataclass(eq=False)
+class _Waiter:
+    key: NDArray[np.uint64]  # [1, 2]
+    wish: Wish
+    deadline: float
+    answer: asyncio.Future[Generation]
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Waiters:
+    """All waits of one process; to be used in its event loop only."""
+
+    def __init__(self, pin: Callable[[], Generation]) -> None:
+        self._pin = pin
+        self._waiting: dict[_Waiter, None] = {}  # in the order of their coming
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def granted(self, key: NDArray[np.uint64], wish: Wish, receive: Receive) -> Generation:
+        """The generation in which the wish for the item of `key` u8[1, 2] was found granted; `receive` is the
+        request's and tells when its caller has gone. Raises ProblemError 504 after the wish's time, 503 where too many
+        wait already or nothing is served.
+        """
+        if len(self._waiting) >= WAITS_MAX:
+            raise ProblemError(503, "overloaded", f"{WAITS_MAX} requests wait for a version already")
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(key, wish, time.monotonic() + wish.timeout_ms / 1e3, loop.create_future())
+        self._waiting[waiter] = None
+        if self._ticker is None or self._ticker.done():
+            self._ticker = loop.create_task(self._tick())
+        gone = loop.create_task(_gone(receive))
+        try:
+            ends: list[asyncio.Future[Any]] = [waiter.answer, gone]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not waiter.answer.done():
+                raise ProblemError(503, "left", "the caller has gone")
+            return waiter.answer.result()
+        finally:
+            gone.cancel()
+            self._waiting.pop(waiter, None)
+
+    async def _tick(self) -> None:
+        while self._waiting:
+            waiters = [waiter for waiter in self._waiting if not waiter.answer.done()]
+            try:
+                self._look(waiters)
+            except Exception as error:  # nothing served, or a store that cannot be read: each is told
+                for waiter in waiters:
+                    if not waiter.answer.done():
+                        waiter.answer.set_exception(error)
+            await asyncio.sleep(_TICK_S)
+
+    def _look(self, waiters: Sequence[_Waiter]) -> None:
+        """Answers those whose wish is granted or whose time is over."""
+        if not waiters:
+            return
+        generation, now = self._pin(), time.monotonic()
+        rows, found = generation.arena.gather_cold(np.concatenate([waiter.key for waiter in waiters]))
+        for waiter, stored, there in zip(waiters, rows["version"].tolist(), found.tolist(), strict=True):
+            version = stored if there else None
+            if waiter.wish.granted(version):
+                waiter.answer.set_result(generation)
+            elif now >= waiter.deadline:
+                waiter.answer.set_exception(waiter.wish.refusal(generation.name, version))
