@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from api.problems import ProblemError, decode
 from api.schemas import Accepted
 from infra.settings import Settings
-from streams.events import BehaviourBody, EventError, ItemUpdate, ModelEvent, UserBody
+from streams.events import BehaviourBody, EventError, ItemUpdate, ModelEvent, UserBody, item
 from streams.publish import TOPICS, Kind, Publisher, PublishError, check
 
 T = TypeVar("T")
@@ -115,5 +116,13 @@ def _record(settings: Settings, partition: int, offset: int) -> dict[str, Any] |
         consumer.close(autocommit=False)
     if not found or found[0].offset != offset or found[0].value is None:
         return None
-    record: dict[str, Any] = msgspec.json.decode(found[0].value)
+    return shown(found[0].value)
+
+
+def shown(value: bytes) -> dict[str, Any]:
+    """A record of `items` as its publisher wrote it, embedding included: fit to be published again."""
+    record: dict[str, Any] = msgspec.json.decode(value)
+    packed = item(value).embedding
+    if isinstance(packed, bytes):  # the shortest decimals of 32-bit floats, which is what publishers send
+        record["embedding"] = [float(str(number)) for number in np.frombuffer(packed, "<f4")]
     return record

@@ -230,7 +230,8 @@ class ItemRow(Struct):
     crosses: Annotated[list[int], Meta(description="slots; 0 = unused")]
     attributes: dict[str, Any]
     event: Annotated[
-        dict[str, Any] | None, Meta(description="with include=event: the record on `items`; null where it is gone")
+        dict[str, Any] | None,
+        Meta(description="with include=event: the record on `items`, its embedding as numbers; null where it is gone"),
     ] = None
 
 

@@ -43,7 +43,7 @@ class Item(Protocol):
     @property
     def features(self) -> Mapping[str, Any]: ...
     @property
-    def embedding(self) -> Sequence[float] | npt.NDArray[np.float32] | None: ...
+    def embedding(self) -> Sequence[float] | npt.NDArray[np.float32] | bytes | None: ...  # bytes: f4, little-endian
     @property
     def crosses(self) -> Sequence[str]: ...
     @property
@@ -167,15 +167,15 @@ class ItemEncoder:
         self._crosses = crosses
         self._no_slots = [NO_CROSS] * crosses
         self._no_numbers = [math.nan] * len(spec.attributes)
-        self._embedding = struct.Struct(
-            f"={embedding_dim}d"
-        )  # packing checks every value's type, and is the fastest way
+        # packing checks every value's type, and is the fastest way for numbers
+        self._numbers = struct.Struct(f"={embedding_dim}d")
+        self._no_embedding = bytes(4 * embedding_dim)
         self._embedding_dim = embedding_dim
 
     def columns(self, items: Sequence[Item]) -> ItemColumns:
         n = len(items)
         errors: list[str | None] = [None] * n
-        embedding = np.zeros((n, self._embedding_dim), dtype=np.float64)
+        embeddings: list[bytes] = []
         crosses: list[int] = []
         attributes: list[float] = []
         batch = self._bags.batch()
@@ -185,15 +185,17 @@ class ItemEncoder:
                 batch.add(item.features)
                 slots = self._slots_of(item.crosses)
                 values = self._numbers_of(item.attributes)
-                self._put_embedding(embedding, row, item.embedding)
+                embedding = self._embedding_of(item.embedding)
             except (FeatureError, TypeError, AttributeError, OverflowError) as error:
                 errors[row] = str(error)
                 batch.reset(mark)
                 batch.add({})
-                slots, values, embedding[row] = self._no_slots, self._no_numbers, 0
+                slots, values, embedding = self._no_slots, self._no_numbers, self._no_embedding
             crosses += slots
             attributes += values
-        narrow = _narrow(embedding, np.isfinite, errors, "embedding holds a value that is not finite in 32 bits")
+            embeddings.append(embedding)
+        packed = np.frombuffer(b"".join(embeddings), np.float32).reshape(n, self._embedding_dim)
+        narrow = _narrow(packed, np.isfinite, errors, "embedding holds a value that is not finite in 32 bits")
         numbers = np.array(attributes, dtype=np.float64).reshape(n, len(self._attributes))
         return ItemColumns(
             features=batch.features(narrow),
@@ -203,18 +205,26 @@ class ItemEncoder:
             errors=errors,
         )
 
-    def _put_embedding(self, out: npt.NDArray[np.float64], row: int, values: Any) -> None:
+    def _embedding_of(self, values: Any) -> bytes:
+        """As 32-bit floats; infinite where a value does not fit them. Raises FeatureError."""
         if values is None:
             raise FeatureError("embedding is missing")
+        if values.__class__ is bytes:
+            if len(values) == len(self._no_embedding):
+                return values
+            if len(values) % 4:
+                raise FeatureError(f"embedding has {len(values)} bytes, which are no 32-bit values")
+            values = np.frombuffer(values, "<f4")
         if len(values) != self._embedding_dim:
             raise FeatureError(f"embedding has {len(values)} values, the bundle needs {self._embedding_dim}")
-        if isinstance(values, np.ndarray):
-            out[row] = values
-            return
-        try:
-            self._embedding.pack_into(out.data, row * self._embedding.size, *values)
-        except struct.error:
-            raise FeatureError("embedding holds a value that is not a number") from None
+        if not isinstance(values, np.ndarray):
+            try:
+                values = np.frombuffer(self._numbers.pack(*values))
+            except struct.error:
+                raise FeatureError("embedding holds a value that is not a number") from None
+        with np.errstate(over="ignore"):
+            packed: bytes = values.astype(np.float32).tobytes()
+        return packed
 
     def _slots_of(self, names: Sequence[str]) -> list[int]:
         """The item's first different slots, filled up to C with NO_CROSS."""
@@ -368,7 +378,7 @@ def _table_rows(categories: Sequence[Categorical]) -> int:
 
 
 def _narrow(
-    values: npt.NDArray[np.float64], usable: Any, errors: list[str | None], message: str
+    values: npt.NDArray[np.floating[Any]], usable: Any, errors: list[str | None], message: str
 ) -> npt.NDArray[np.float32]:
     """To 32 bits; rows that are not `usable` there become zero and get `message`."""
     with np.errstate(over="ignore"):

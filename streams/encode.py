@@ -30,11 +30,10 @@ from index.n2o import RowBatch
 from infra.settings import Settings
 from streams import blocks, events
 from streams.events import EventError, Item
-from streams.fill import bulk_starts, fill
+from streams.fill import Refused, bulk_starts, fill
 from streams.groups import group_admin
 from streams.worker import BAD_BUNDLE, Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
-Refused = list[tuple[Record, EventError]]
 Decoded = list[tuple[Record, Item]]
 _Live = tuple[list[int], EncodedItems | None]  # places of the live rows, and their columns
 _Rows = NDArray[np.void]

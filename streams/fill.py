@@ -4,6 +4,8 @@
     2  a last block per partition, also of an empty one, carries row count and digest: the proof for the hosts
     3  return the end offsets, which the caller commits for the group; Faust goes on from there
 
+A bundle that cannot encode half of the first items ends the job before step 1 sends a dead letter of theirs.
+
 A crash before the commit repeats the fill; hosts skip what they have. The same reading, without proof, catches up a
 group that is far behind: Faust takes about 70 us per record.
 """
@@ -22,10 +24,13 @@ from index.layout import RowLayout
 from index.n2o import FillProof, RowBatch
 from streams.bulk import open_reader
 from streams.events import EventError
-from streams.worker import Job, Record
+from streams.worker import BAD_BUNDLE, Job, JobError, Record
 
 BULK_LAG = 20_000  # records behind from which Faust would be the slower way
 _AT_ONCE = 1024  # records per pass through the network
+_TRIAL, _TRIAL_LEAST = 1024, 64  # live items by which a bundle is judged; with fewer it is not
+
+Refused = list[tuple[Record, EventError]]
 
 
 class Rows(Protocol):
@@ -36,9 +41,9 @@ class Rows(Protocol):
 
     def rows(
         self, by_partition: Mapping[int, Sequence[Record]], covered: Mapping[int, int]
-    ) -> tuple[list[RowBatch], list[tuple[Record, EventError]]]: ...
+    ) -> tuple[list[RowBatch], Refused]: ...
 
-    async def emit(self, batches: Sequence[RowBatch], refused: list[tuple[Record, EventError]]) -> None: ...
+    async def emit(self, batches: Sequence[RowBatch], refused: Refused) -> None: ...
 
 
 def bulk_starts(committed: Sequence[int], ends: Sequence[int]) -> list[int] | None:
@@ -54,22 +59,27 @@ def bulk_starts(committed: Sequence[int], ends: Sequence[int]) -> list[int] | No
 
 
 async def fill(job: Job, encode: Rows, topic: str, starts: Sequence[int]) -> list[int]:
-    """Steps 1 and 2 from `starts` (empty: from the beginning, with proof). Gives the next offset per partition."""
+    """Steps 1 and 2 from `starts` (empty: from the beginning, with proof). Gives the next offset per partition. Raises
+    JobError (BAD_BUNDLE) where the bundle cannot encode half of the first items of a fill.
+    """
     job.say("catching up" if starts else "filling")
     proof = None if starts else _Proof(job.settings.partitions, job.settings.hash_key.encode())
+    trial = None if starts else _Trial()
     async with open_reader(job.settings, topic, starts or None) as reader:
         async for by_partition in _chunks(reader.batches()):
             covered = {partition: records[-1].offset for partition, records in by_partition.items()}
             batches, refused = encode.rows(by_partition, covered)
+            if trial is not None:
+                refused = trial.passed(batches, refused)
             await encode.emit(batches, refused)  # 1
             if proof is not None:
                 proof.add(batches)
             job.handled(sum(map(len, by_partition.values())))
         ends = reader.ends
-    if proof is not None:
-        await encode.emit(
-            [proof.block(partition, end - 1, encode.layout) for partition, end in enumerate(ends)], []
-        )  # 2
+    if proof is not None and trial is not None:
+        last = [proof.block(partition, end - 1, encode.layout) for partition, end in enumerate(ends)]
+        await encode.emit([], trial.over())
+        await encode.emit(last, [])  # 2
     return ends  # 3
 
 
@@ -100,6 +110,36 @@ def _record(found: ConsumerRecord) -> Record:
     return Record(
         found.topic, found.partition, found.offset, found.timestamp, found.key, found.value, found.headers or ()
     )
+
+
+class _Trial:
+    """Holds dead letters back until the first items have shown that the bundle can encode them: one with a wrong
+    feature spec would send the whole catalogue to `items.dlq`, and be complete without a row.
+    """
+
+    def __init__(self) -> None:
+        self._live = 0
+        self._unfit: list[EventError] = []
+        self._held: Refused = []
+        self._over = False
+
+    def passed(self, batches: Sequence[RowBatch], refused: Refused) -> Refused:
+        """The dead letters that may be sent with these batches. Raises JobError (BAD_BUNDLE)."""
+        if self._over:
+            return refused
+        unfit = [error for _, error in refused if error.kind == "not_encodable"]
+        self._unfit += unfit
+        self._live += len(unfit) + sum(int((~batch.deleted).sum()) for batch in batches)
+        self._held += refused
+        return self.over() if self._live >= _TRIAL else []
+
+    def over(self) -> Refused:
+        """The dead letters that were held back. Raises JobError (BAD_BUNDLE)."""
+        if not self._over and self._live >= _TRIAL_LEAST and 2 * len(self._unfit) >= self._live:
+            what = f"{len(self._unfit)} of the first {self._live} items"
+            raise JobError(f"bad bundle: it cannot encode {what}, the first: {self._unfit[0].message}", BAD_BUNDLE)
+        self._over, held, self._held = True, self._held, []
+        return held
 
 
 class _Proof:

@@ -84,6 +84,11 @@ def test_hash_is_the_same_for_ever() -> None:
         ({"embedding": [math.inf, 2.0, 3.0]}, "embedding holds a value that is not finite in 32 bits"),
         ({"embedding": [1e300, 2.0, 3.0]}, "embedding holds a value that is not finite in 32 bits"),
         ({"embedding": [10**400, 2.0, 3.0]}, "embedding holds a value that is not a number"),
+        ({"embedding": b""}, "embedding has 0 values, the bundle needs 3"),
+        ({"embedding": bytes(16)}, "embedding has 4 values, the bundle needs 3"),
+        ({"embedding": bytes(11)}, "embedding has 11 bytes, which are no 32-bit values"),
+        ({"embedding": b"\0\0\x80\x7f" * 3}, "embedding holds a value that is not finite in 32 bits"),
+        ({"embedding": b"\0\0\xc0\x7f" * 3}, "embedding holds a value that is not finite in 32 bits"),
         ({"features": {"brand": 7}}, "feature 'brand' is neither a string nor a list of strings"),
         ({"features": {"brand": False}}, "feature 'brand' is neither a string nor a list of strings"),
         ({"features": {"words": ["a", 7]}}, "feature 'words' holds a value that is not a string"),
@@ -129,7 +134,7 @@ names = st.sampled_from(["brand", "words", "price", "year", "bid", "x"])
         st.builds(
             SomeItem,
             features=st.dictionaries(names, json_values, max_size=4),
-            embedding=json_values | st.lists(st.floats(), min_size=3, max_size=3),
+            embedding=json_values | st.lists(st.floats(), min_size=3, max_size=3) | st.binary(max_size=16),
             crosses=st.lists(json_values, max_size=4),
             attributes=st.dictionaries(names, json_values, max_size=3),
         ),
@@ -145,6 +150,12 @@ def test_whatever_arrives_is_encoded_or_refused(items: list[SomeItem]) -> None:
     assert columns.features.numerics.abs().nan_to_num(0).max() <= 8 if items else True
     alone = [encode(item).errors[0] for item in items]
     assert alone == columns.errors
+
+
+def test_an_embedding_in_bytes_is_that_of_the_numbers() -> None:
+    numbers = [0.1, 1 / 3, -2.5e-41]
+    packed = encode(SomeItem(embedding=np.array(numbers, "<f4").tobytes()))
+    np.testing.assert_array_equal(packed.embedding, encode(SomeItem(embedding=numbers)).embedding)
 
 
 def test_array_embedding() -> None:

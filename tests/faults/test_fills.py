@@ -1,4 +1,6 @@
-"""SIGKILL of encode in the middle of a fill, and a group that is far behind: in the end, exactly the right rows."""
+"""SIGKILL of encode in the middle of a fill, and a group that is far behind: in the end, exactly the right rows. And a
+bundle that does not fit the items.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from infra.settings import Settings
 from streams import events
 from streams.fill import BULK_LAG
 from streams.groups import group_admin
+from streams.worker import BAD_BUNDLE, read_heartbeat
 from tests.conftest import wait_until
 from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
@@ -46,9 +49,9 @@ def write(chain: Chain, bodies: list[Mapping[str, object]]) -> None:
     producer.close()
 
 
-def committed(chain: Chain) -> list[int]:
+def committed(chain: Chain, generation: str = "one") -> list[int]:
     with group_admin(chain.settings) as groups:
-        return groups.committed(chain.settings.topic("encode-one"), chain.settings.topic("items"))
+        return groups.committed(chain.settings.topic(f"encode-{generation}"), chain.settings.topic("items"))
 
 
 def test_a_fill_that_is_killed_and_a_group_that_is_far_behind_end_with_the_right_rows(
@@ -85,3 +88,52 @@ def test_a_fill_that_is_killed_and_a_group_that_is_far_behind_end_with_the_right
         progress = lambda: chain.progress("one")  # noqa: E731
         wait_until(lambda: (progress().covered + 1).tolist() == ends, "all is covered")  # type: ignore[union-attr]
         check_rows(chain, "one", bundle, oracle([*first, *second]))
+
+
+def test_a_bundle_that_cannot_encode_half_of_the_first_items_ends_the_fill_without_dead_letters(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    random = np.random.default_rng(2)
+
+    def bodies(count: int, unfit: int, start: int) -> list[Mapping[str, object]]:
+        changes = [{"embedding": [0.5]}] * unfit + [{}] * (count - unfit)
+        order = random.permutation(count)
+        return [item_body(f"item {start + at}", 1, random, **changes[place]) for at, place in enumerate(order)]
+
+    with running_chain(settings(partitions=2, session_timeout_ms=2_000), bundle_path) as chain:
+
+        def filled(generation: str) -> None:
+            chain.add_generation(generation)
+            chain.start(f"replicate:{generation}", f"encode:{generation}")
+            wait_until(lambda: chain.filled(generation), "the fill is proven")
+            check_rows(chain, generation, bundle, oracle(written))
+
+        def dead() -> int:
+            return len(chain.read("items.dlq"))
+
+        written = bodies(63, 63, 1)
+        write(chain, written)
+        filled("few")
+        assert dead() == 63, "too few items to judge a bundle by"
+
+        wait_until(lambda: chain.running("encode:few"), "encode is in its group")
+        assert chain.kill("encode:few", signal.SIGTERM) == 0
+        written += bodies(137, 37, 1_000)
+        write(chain, written[63:])
+        chain.add_generation("half")
+        chain.start("encode:half")
+        wait_until(lambda: chain.ended("encode:half") is not None, "the job ends")
+        assert chain.ended("encode:half") == BAD_BUNDLE
+        beat = read_heartbeat(chain.settings.heartbeat_dir, "encode-half")
+        assert beat is not None
+        assert beat.reason == (
+            "bad bundle: it cannot encode 100 of the first 200 items, the first: "
+            "embedding has 1 values, the bundle needs 8"
+        )
+        assert committed(chain, "half") == [-1, -1]
+        assert dead() == 63
+
+        written += bodies(3_000, 30, 2_000)
+        write(chain, written[200:])
+        filled("most")
+        assert dead() == 63 + 130, "those held back, and those after them"

@@ -227,7 +227,7 @@ def oracle(bodies: Sequence[Mapping[str, object] | bytes]) -> Expected:
     live = {
         name: item
         for name, item in newest.items()
-        if not item.deleted and item.embedding is not None and len(item.embedding) == EMBEDDING
+        if not item.deleted and item.embedding is not None and len(item.embedding) == 4 * EMBEDDING
     }
     return Expected(live, set(newest) - set(live))
 
