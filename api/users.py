@@ -9,6 +9,7 @@ same user, generation and `as_of`, while the user's profile, history and its ite
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from index.keys import keys_of
 from infra.settings import Settings
 from streams import events
 
+LOG = logging.getLogger(__name__)
 State = Literal["started", "in flight", "ready"]
 Origin = Literal["store", "prefetched", "cached"]
 Key = tuple[str, str, int | str | None]  # user, generation, `as_of` as it was given
@@ -198,6 +200,17 @@ class Users:
         if query.user is not None:
             return Inference(self._pool.submit(infer, generation, source), "miss", time.perf_counter())
         return self._shared(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
+
+    def warm(self, generation: Generation, count: int) -> None:
+        """Infers the users of the `count` most used blocks for a generation that is about to be served, one after the
+        other. One who cannot be inferred now is left to the requests."""
+        asked = dict.fromkeys((user_id, as_of) for user_id, _, as_of in self.blocks.hottest(count))
+        for user_id, as_of in asked:
+            try:
+                source = self.stored(user_id, moment(as_of, "as_of"))
+                self._shared(generation, (user_id, generation.name, as_of), source, "store").result()
+            except Exception:
+                LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
 
     def _shared(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
         began = time.perf_counter()

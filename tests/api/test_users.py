@@ -278,3 +278,29 @@ def test_all_memory_of_a_block_counts(shared: Shared) -> None:
             left += gc.get_referents(one)
     assert len(owners) > 10
     assert 0.5 * side.nbytes < sum(owners.values()) <= side.nbytes
+
+
+def test_a_generation_is_warm_for_the_hottest_users(
+    shared: Shared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moments they are asked for; who cannot be inferred is left out and logged."""
+    asked: list[tuple[str, int | None]] = [("hot", NOW), ("warm", None), ("broken", NOW), ("once", NOW)]
+    for (user, as_of), times in zip(asked, (5, 4, 3, 1), strict=True):
+        for _ in range(times):
+            shared.ask(0, user, as_of)
+    stored = shared.users.stored
+
+    def failing(user_id: str, as_of: int) -> UserSource:
+        if user_id == "broken":
+            raise StoreError("unreadable")
+        return stored(user_id, as_of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.users, "stored", failing)
+        shared.users.warm(shared.generations[1], 3)
+    assert shared.made == ["g1"] * 4 + ["g2"] * 2
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", "a user is not warm")]
+    for user, as_of in asked:
+        side = shared.ask(1, user, as_of)
+        assert side.block.generation == "g2"
+        assert side.origin == ("cached" if user in ("hot", "warm") else "store")
