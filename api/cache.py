@@ -1,60 +1,121 @@
-"""Prefetched user blocks: computed once per (user, generation, as_of), shared while they are in flight, forgotten by
-age and size.
+"""Values computed once and shared: by callers that meet while one is computed, and by later ones until it is too old,
+made from something else than they know, or pushed out by size.
 
-A caller must still check that the user's history has not moved on since (users.py does). Nothing here blocks: the
-values are futures.
+Nothing here blocks: the values are futures, so a caller waits in its own thread and never in a pool whose place the
+computation itself may need.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
+from infra import telemetry
+
+K = TypeVar("K", bound=Hashable)
+S = TypeVar("S")
 V = TypeVar("V")
+Found = Literal["hit", "joined", "renewed", "miss"]
+_REFRESH_AT = 0.75  # of the TTL: how old an entry is when it is computed anew in the background
+_REFRESH_HITS = 3  # how often it was used by then
 
 
-@dataclasses.dataclass(slots=True)
-class _Entry(Generic[V]):
+class CacheMetrics:
+    """What a cache counts. Made before the process' threads start."""
+
+    def __init__(self, cache: str) -> None:
+        labels = ("cache", "outcome")
+        lookups = telemetry.counter("forerank_cache_lookups", "Look-ups: hit, joined, renewed or miss", labels)
+        outcomes: tuple[Found, ...] = ("hit", "joined", "renewed", "miss")
+        self.lookups = {found: lookups.labels(cache, found) for found in outcomes}
+        refreshed = telemetry.counter("forerank_cache_refreshes", "Entries computed anew ahead of expiry", ("cache",))
+        self.refreshes = refreshed.labels(cache)
+        evictions = telemetry.counter("forerank_cache_evictions", "Entries pushed out by the bytes limit", ("cache",))
+        self.evictions = evictions.labels(cache)
+        held = telemetry.gauge("forerank_cache_bytes", "Bytes of values, of all live processes", ("cache",), total=True)
+        self.nbytes = held.labels(cache)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Entry(Generic[S, V]):
+    """`state` and `version`: what the value was made from. `earlier`: hits of those that this entry followed. `next`:
+    what is to replace it, once asked for."""
+
     future: Future[V]
+    state: S
+    version: bytes
     born: float
+    earlier: int = 0
+    hits: int = 0
     nbytes: int = 0
+    next: _Entry[S, V] | None = None
 
 
-class FutureCache(Generic[V]):
-    """At most `bytes_limit` of finished values, none older than `ttl_s`; the least recently used go first."""
+class FutureCache(Generic[K, S, V]):
+    """At most `bytes_limit` of finished values, none older than `ttl_s`; the least recently used go first.
+
+    A value serves callers whose state is the `same` as the one it was made from. Thread safe.
+    """
 
     def __init__(
-        self, bytes_limit: int, ttl_s: float, size_of: Callable[[V], int], clock: Callable[[], float] = time.monotonic
+        self,
+        bytes_limit: int,
+        ttl_s: float,
+        size_of: Callable[[V], int],
+        same: Callable[[S, S], bool],
+        metrics: CacheMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limit, self._ttl, self._size_of, self._clock = bytes_limit, ttl_s, size_of, clock
-        self._entries: OrderedDict[Hashable, _Entry[V]] = OrderedDict()
+        self._limit, self._ttl, self._size_of, self._same, self._clock = bytes_limit, ttl_s, size_of, same, clock
+        self._metrics = metrics
+        self._entries: OrderedDict[K, _Entry[S, V]] = OrderedDict()
         self._nbytes = 0
+        self._swept = clock()
         self._lock = threading.Lock()
 
-    def start(self, key: Hashable, submit: Callable[[], Future[V]]) -> tuple[Future[V], bool]:
-        """The future of `key` and whether this call started it: callers that meet share one computation."""
+    def start(
+        self, key: K, state: S, version: bytes, submit: Callable[[V | None], Future[V]]
+    ) -> tuple[Future[V], Found]:
+        """The future of `key` made from `state`, and how it was found; callers that meet share one computation.
+
+        `submit` starts one. It is given the value before where only `version` differs (renewed): it may give that value
+        again, which is then no younger than it was. A hot entry near its end is also started anew, but its old value is
+        given until the new one is there.
+        """
         with self._lock:
             entry = self._fresh(key)
-            if entry is not None:
-                return entry.future, False
-            future = submit()
-            self._entries[key] = _Entry(future, self._clock())
-        future.add_done_callback(lambda done: self._finished(key, done))
-        return future, True
+            if entry is not None and not self._same(entry.state, state):
+                entry = None
+            if entry is not None and entry.version == version:
+                future, started = entry.future, None
+                found: Found = "hit" if future.done() else "joined"
+                if self._hit(entry):
+                    started = submit(None)
+                    entry.next = _Entry(started, state, version, self._clock(), entry.hits + entry.earlier)
+            else:
+                future = started = submit(_value_of(entry))
+                found = "miss" if entry is None else "renewed"
+                self._put(key, _Entry(future, state, version, self._clock()), entry)
+        if started is not None:  # the callback knows the key alone: with the entry it would be a cycle
+            started.add_done_callback(functools.partial(self._finished, key))
+        self._metrics.lookups[found].inc()
+        if started is not future and started is not None:
+            self._metrics.refreshes.inc()
+        return future, found
 
-    def get(self, key: Hashable) -> Future[V] | None:
+    def hottest(self, count: int) -> list[K]:
+        """The keys with most hits, most first."""
         with self._lock:
-            entry = self._fresh(key)
-            return None if entry is None else entry.future
-
-    def drop(self, key: Hashable) -> None:
-        with self._lock:
-            self._remove(key)
+            now = self._clock()
+            hits = [(one.hits + one.earlier, key) for key, one in self._entries.items() if now - one.born <= self._ttl]
+        return [key for _, key in heapq.nlargest(count, hits, key=lambda each: each[0])]
 
     @property
     def nbytes(self) -> int:
@@ -63,39 +124,69 @@ class FutureCache(Generic[V]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _fresh(self, key: Hashable) -> _Entry[V] | None:
+    def _fresh(self, key: K) -> _Entry[S, V] | None:
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if self._clock() - entry.born > self._ttl:
+        if self._clock() - entry.born > self._ttl or _failed(entry.future):
             self._remove(key)
             return None
         self._entries.move_to_end(key)
         return entry
 
-    def _finished(self, key: Hashable, future: Future[V]) -> None:
+    def _hit(self, entry: _Entry[S, V]) -> bool:
+        """Counts it; whether the entry is to be made anew, which is said once."""
+        entry.hits += 1
+        old = self._clock() - entry.born > _REFRESH_AT * self._ttl
+        return old and entry.next is None and entry.hits >= _REFRESH_HITS and entry.future.done()
+
+    def _put(self, key: K, new: _Entry[S, V], renewed: _Entry[S, V] | None) -> None:
+        """In the place of whatever is there. One that renews another is as old and as used as that."""
+        if renewed is not None:
+            new.born, new.hits, new.earlier = renewed.born, renewed.hits, renewed.earlier
+        self._remove(key)
+        self._entries[key] = new
+
+    def _finished(self, key: K, future: Future[V]) -> None:
         with self._lock:
             entry = self._entries.get(key)
+            if entry is not None and entry.next is not None and entry.next.future is future and not _failed(future):
+                entry = entry.next
+                self._put(key, entry, None)
             if entry is None or entry.future is not future:
-                return
-            if future.cancelled() or future.exception() is not None:
+                return  # replaced or gone meanwhile, or a refresh that failed: the old value goes on until it ends
+            if _failed(future):
                 self._remove(key)
                 return
             entry.nbytes = self._size_of(future.result())
             self._nbytes += entry.nbytes
-            self._shrink()
+            evicted = self._shrink()
+            nbytes = self._nbytes
+        self._metrics.nbytes.set(nbytes)
+        if evicted:
+            self._metrics.evictions.inc(evicted)
 
-    def _shrink(self) -> None:
-        """Age first (entries are in order of use, not of birth, so all are looked at), then size."""
-        now = self._clock()
-        for key in [key for key, entry in self._entries.items() if now - entry.born > self._ttl]:
-            self._remove(key)
-        for key in [key for key, entry in self._entries.items() if entry.nbytes]:
-            if self._nbytes <= self._limit:
-                return
-            self._remove(key)
+    def _shrink(self) -> int:
+        """Age first, which looks at all and so only now and then; then size. How many went by size."""
+        now, evicted = self._clock(), 0
+        if now - self._swept > self._ttl / 8:
+            self._swept = now
+            for key in [key for key, entry in self._entries.items() if now - entry.born > self._ttl]:
+                self._remove(key)
+        while self._nbytes > self._limit:
+            self._remove(next(key for key, entry in self._entries.items() if entry.nbytes))
+            evicted += 1
+        return evicted
 
-    def _remove(self, key: Hashable) -> None:
+    def _remove(self, key: K) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._nbytes -= entry.nbytes
+
+
+def _failed(future: Future[V]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
+
+
+def _value_of(entry: _Entry[S, V] | None) -> V | None:
+    return entry.future.result() if entry is not None and entry.future.done() else None

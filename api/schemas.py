@@ -124,7 +124,10 @@ class UserSeen(Struct):
 
     cold: bool
     profile: bool
-    source: Literal["store", "inline", "prefetched"]
+    source: Annotated[
+        Literal["store", "inline", "prefetched", "cached"],
+        Meta(description="store: inferred for this request; cached: for an earlier one, or one at the same time"),
+    ]
     behaviours_used: int
     behaviours_without_row: int
 

@@ -27,6 +27,7 @@ from infra.settings import Settings
 T = TypeVar("T")
 _REQUEST_THREADS = 8
 _USER_THREADS = 4
+_WARM_BLOCKS = 200  # which a generation has before it is served: those that were used most
 
 
 class Service:
@@ -59,9 +60,11 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)
 
     def _warm_up(self, generation: Generation) -> None:
-        """Compiles kernels and runs one empty user through the model before the first request pays for it."""
+        """Compiles kernels, runs one empty user through the model and infers the hottest users before the first request
+        pays for it."""
         kernels.warm_up(generation.layout, generation.head_tables)
         nobody = self.users.inline(InlineUser(), moment(None, "as_of"))
         items.warm_up(generation, nobody)
+        self.users.warm(generation, _WARM_BLOCKS)
         gc.collect()
         gc.freeze()  # what is here stays; without it a collection during a request looks at all of it

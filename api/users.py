@@ -2,13 +2,14 @@
 
 Runs beside retrieval and must not wait for it. Reads the history and the profile, gathers the rows of the history's
 items *from the pinned generation*, and folds. A user of whom nothing is known is a cold user and is served; behaviours
-whose items have no row are left out and counted. Prefetched blocks are used only while the user's profile and history
-are what they were made from.
+whose items have no row are left out and counted. The blocks of stored users are kept and shared by requests for the
+same user, generation and `as_of`, while the user's profile, history and its items' rows are what they were made from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.cache import FutureCache
+from api.cache import CacheMetrics, Found, FutureCache
 from api.generations import Generation
 from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
@@ -30,7 +31,10 @@ from index.keys import keys_of
 from infra.settings import Settings
 from streams import events
 
+LOG = logging.getLogger(__name__)
 State = Literal["started", "in flight", "ready"]
+Origin = Literal["store", "prefetched", "cached"]
+Key = tuple[str, str, int | str | None]  # user, generation, `as_of` as it was given
 INLINE = -2  # history position of a user who was sent along; -1 is that of one without behaviours
 
 
@@ -50,34 +54,79 @@ class UserSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class HistoryRows:
+    """Which rows the behaviours of a history had: two of the same versions and encode times are the same row."""
+
+    there: NDArray[np.bool_]  # [L]
+    versions: NDArray[np.uint64]  # [L]; what stands where there is no row means nothing
+    encoded: NDArray[np.int64]  # [L]
+
+    @classmethod
+    def of(cls, cold: NDArray[Any], there: NDArray[np.bool_]) -> HistoryRows:
+        return cls(there, np.where(there, cold["version"], 0), np.where(there, cold["encode_time"], 0))
+
+    def same(self, other: HistoryRows) -> bool:
+        mine, others = (self.there, self.versions, self.encoded), (other.there, other.versions, other.encoded)
+        return all(np.array_equal(one, two) for one, two in zip(mine, others, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
 class UserSide:
-    """A user block and what it was made from. `ms`: how long this request's inference, or its wait for one, took."""
+    """A user block and what it was made from. `ms`: how long this request's inference, or its wait for one, took;
+    `finished`: when it was ready (`time.perf_counter`)."""
 
     block: UserBlock
     tables: UserTables
     source: UserSource
-    used: int
-    without_row: int
+    rows: HistoryRows
     degraded: tuple[str, ...]
+    used: int
     ms: float
-    prefetched: bool = False
+    finished: float
+    origin: Origin = "store"
+
+    @property
+    def without_row(self) -> int:
+        return int(np.count_nonzero(~self.rows.there))
 
     @property
     def nbytes(self) -> int:
-        block, source = self.block, self.source
-        arrays = (block.P, block.C, block.D, block.G, block.window, source.keys, source.actions, source.times)
-        return 1024 + self.tables.nbytes + sum(array.nbytes for array in arrays)
+        """All arrays, the profile by the length of its JSON, and 4 KiB for the objects around them."""
+        held = (self.block, self.source, self.rows)
+        arrays = (value for one in held for value in vars(one).values() if isinstance(value, np.ndarray))
+        profile = 8 * len(msgspec.json.encode(self.source.profile))
+        return 4096 + profile + self.tables.nbytes + sum(array.nbytes for array in arrays)
+
+    def shared(self, ms: float) -> UserSide:
+        """This one for another request than the one it was inferred for, which it took `ms`."""
+        return dataclasses.replace(self, origin="cached" if self.origin == "store" else self.origin, ms=ms)
 
     def seen(self) -> UserSeen:
         source = self.source
-        how: Literal["store", "inline", "prefetched"] = "prefetched" if self.prefetched else "store"
         return UserSeen(
             cold=not source.profile and self.used == 0,
             profile=bool(source.profile),
-            source="inline" if source.position == INLINE else how,
+            source="inline" if source.position == INLINE else self.origin,
             behaviours_used=self.used,
             behaviours_without_row=self.without_row,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """A request's user side on its way. Whoever asks waits in his own thread: a wait in the pool could take the place
+    that what it waits for needs."""
+
+    future: Future[UserSide]
+    found: Found
+    began: float
+
+    def result(self) -> UserSide:
+        """Raises what the inference raised, also where another request began it."""
+        side = self.future.result()
+        if self.found in ("miss", "renewed"):
+            return side
+        return side.shared(max(0.0, side.finished - self.began) * 1e3)
 
 
 def moment(value: int | str | None, field: str) -> int:
@@ -116,8 +165,12 @@ class Users:
     ) -> None:
         self._settings, self._histories, self._pool = settings, histories, pool
         self._hash_key = settings.hash_key.encode()
-        self.prefetched: FutureCache[UserSide] = FutureCache(
-            settings.prefetch_bytes, settings.prefetch_ttl_s, lambda side: side.nbytes
+        self.blocks: FutureCache[Key, UserSource, UserSide] = FutureCache(
+            settings.prefetch_bytes,
+            settings.prefetch_ttl_s,
+            lambda side: side.nbytes,
+            _same_user,
+            CacheMetrics("blocks"),
         )
 
     def check(self, query: Query) -> None:
@@ -139,21 +192,35 @@ class Users:
     def prefetch(self, generation: Generation, user_id: str, as_of: int | str | None) -> State:
         """Starts the inference unless a right one of this user, generation and `as_of` is there."""
         source = self.stored(user_id, moment(as_of, "as_of"))
-        key = (user_id, generation.name, as_of)
-        known = self.prefetched.get(key)
-        if known is not None and known.done() and not _same_user(known.result().source, source):
-            self.prefetched.drop(key)
-        future, started = self.prefetched.start(key, lambda: self._pool.submit(infer, generation, source))
-        return "started" if started else "ready" if future.done() else "in flight"
+        inference = self._shared(generation, (user_id, generation.name, as_of), source, "prefetched")
+        return "started" if inference.found == "miss" else "ready" if inference.future.done() else "in flight"
 
-    def begin(self, generation: Generation, query: Query, source: UserSource) -> Future[UserSide]:
-        """The user's side, in the pool: the prefetched one if it is there and still right, else a new one."""
-        prefetched = (
-            self.prefetched.get((str(query.user_id), generation.name, query.as_of)) if query.user is None else None
-        )
-        if prefetched is None:
-            return self._pool.submit(infer, generation, source)
-        return self._pool.submit(_prefetched_or_new, prefetched, generation, source)
+    def begin(self, generation: Generation, query: Query, source: UserSource) -> Inference:
+        """The user's side, made in the pool; that of a stored user is shared with all who ask for the same."""
+        if query.user is not None:
+            return Inference(self._pool.submit(infer, generation, source), "miss", time.perf_counter())
+        return self._shared(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
+
+    def warm(self, generation: Generation, count: int) -> None:
+        """Infers the users of the `count` most used blocks for a generation that is about to be served, one after the
+        other. One who cannot be inferred now is left to the requests."""
+        asked = dict.fromkeys((user_id, as_of) for user_id, _, as_of in self.blocks.hottest(count))
+        for user_id, as_of in asked:
+            try:
+                source = self.stored(user_id, moment(as_of, "as_of"))
+                self._shared(generation, (user_id, generation.name, as_of), source, "store").result()
+            except Exception:
+                LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
+
+    def _shared(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
+        began = time.perf_counter()
+        version = generation.arena.progress().covered.tobytes()  # before the rows are read, so never newer than they
+
+        def submit(before: UserSide | None) -> Future[UserSide]:
+            return self._pool.submit(infer, generation, source, origin, before)
+
+        future, found = self.blocks.start(key, source, version, submit)
+        return Inference(future, found, began)
 
     def stored(self, user_id: str, as_of: int) -> UserSource:
         """Profile and history of the stores; empty ones for a user they do not know."""
@@ -189,10 +256,18 @@ class Users:
         )
 
 
-def infer(generation: Generation, source: UserSource) -> UserSide:
-    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
+def infer(
+    generation: Generation, source: UserSource, origin: Origin = "store", before: UserSide | None = None
+) -> UserSide:
+    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none.
+    `before`: a side made from an equal source, which is right again where the rows are still those."""
     began = time.perf_counter()
     hot, cold, there = generation.arena.gather_both(source.keys)
+    rows = HistoryRows.of(cold, there)
+    if before is not None and before.rows.same(rows):
+        now = time.perf_counter()
+        again = dataclasses.replace(source, as_of=before.source.as_of)  # the cache holds these arrays already
+        return dataclasses.replace(before.shared((now - began) * 1e3), source=again, finished=now)
     actions, times = source.actions, source.times
     if not there.all():
         hot, cold, actions, times = hot[there], cold[there], actions[there], times[there]
@@ -214,18 +289,9 @@ def infer(generation: Generation, source: UserSource) -> UserSide:
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
     narrow = generation.layout.precision == "fp16"
     tables = user_tables(*block.arrays, narrow=narrow)
-    with_row = int(np.count_nonzero(there))
-    used = min(with_row, generation.bundle.manifest.config.longest)
-    took = (time.perf_counter() - began) * 1e3
-    return UserSide(block, tables, source, used, len(there) - with_row, degraded, took)
-
-
-def _prefetched_or_new(prefetched: Future[UserSide], generation: Generation, source: UserSource) -> UserSide:
-    """The prefetched side, timed as the wait for it, unless it failed or is of an earlier state of the user."""
-    began = time.perf_counter()
-    if prefetched.exception() is not None or not _same_user(prefetched.result().source, source):
-        return infer(generation, source)
-    return dataclasses.replace(prefetched.result(), prefetched=True, ms=(time.perf_counter() - began) * 1e3)
+    used = min(len(times), generation.bundle.manifest.config.longest)
+    now = time.perf_counter()
+    return UserSide(block, tables, source, rows, degraded, used, (now - began) * 1e3, now, origin)
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:
@@ -234,6 +300,8 @@ def _same_user(then: UserSource, now: UserSource) -> bool:
     return (
         then.position == now.position
         and then.profile == now.profile
+        and then.degraded == now.degraded
         and np.array_equal(then.times, now.times)
         and np.array_equal(then.keys, now.keys)
+        and np.array_equal(then.actions, now.actions)
     )

@@ -44,8 +44,8 @@ class Settings:
     take_within_ms: float = 5.0  # how long a nearline job waits to fill a batch
     take_max: int = 512  # messages per batch
     session_timeout_ms: int = 6_000  # after a kill a group waits this long before it is given away
-    prefetch_ttl_s: float = 30.0  # how long a prefetched user block may be used
-    prefetch_bytes: int = 256 << 20  # memory for prefetched user blocks, per process
+    prefetch_ttl_s: float = 30.0  # how long a user block may be used, prefetched or not
+    prefetch_bytes: int = 256 << 20  # memory for user blocks, per process
     candidates_max: int = 20_000  # per request
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
     log_level: str = "info"

@@ -68,11 +68,11 @@ def counter(name: str, meaning: str, labels: Sequence[str] = ()) -> Counter:
 
 
 @cache
-def gauge(name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
-    """The newest value that any live process set."""
+def gauge(name: str, meaning: str, labels: Sequence[str] = (), total: bool = False) -> Gauge:
+    """The newest value that any live process set; with `total`, the sum over the live processes."""
     from prometheus_client import Gauge
 
-    return Gauge(name, meaning, labels, multiprocess_mode="livemostrecent")
+    return Gauge(name, meaning, labels, multiprocess_mode="livesum" if total else "livemostrecent")
 
 
 @cache

@@ -144,6 +144,25 @@ def test_a_switch_under_load_fails_nothing_and_mixes_nothing(own_host: Callable[
     assert min(answers.values()) > 10
 
 
+def test_hot_users_are_warm_before_a_generation_is_served(own_host: Callable[..., Host]) -> None:
+    """Nobody asks while the generations change, so whoever asks first finds the block there."""
+    host = own_host()
+    for seed, name in enumerate(("g1", "g2")):
+        filled(host, name, seed)
+    host.behave(PAST, {"u": PROFILE})
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
+    sources = [client.post("/v1/score", json=body).json()["user"]["source"] for _ in range(3)]
+    assert sources == ["store", "cached", "cached"]
+    host.activate("g2")
+    host.wait_for(lambda: client.get("/readyz").json()["generation"] == "g2")
+    found = client.post("/v1/score", json=body).json()
+    assert (found["generation"], found["user"]["source"]) == ("g2", "cached")
+    np.testing.assert_allclose(found["scores"], host.reference("g2", PAST, PROFILE, IDS, NOW), rtol=0, atol=1e-5)
+
+
 def test_rows_that_change_are_served_at_once(own_host: Callable[..., Host]) -> None:
     host = own_host()
     filled(host, "g1")

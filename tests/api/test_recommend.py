@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -78,14 +79,53 @@ def prefetch(host: Host, user: str, **body: Any) -> dict[str, Any]:
 
 def test_a_prefetched_user_is_used_and_scores_the_same(host: Host) -> None:
     body = {"user_id": "7", "candidates": sorted(IDS), "as_of": NOW - 7}
-    before = checked(host.client.post("/v1/score", json=body), schemas.Ranked)
     assert prefetch(host, "7", as_of=NOW - 7)["state"] == "started"
     host.wait_for(lambda: prefetch(host, "7", as_of=NOW - 7)["state"] == "ready")
-    after = checked(host.client.post("/v1/score", json=body), schemas.Ranked)
-    assert (before["user"]["source"], after["user"]["source"]) == ("store", "prefetched")
-    assert after["scores"] == before["scores"]
+    found = checked(host.client.post("/v1/score", json=body), schemas.Ranked)
+    assert found["user"]["source"] == "prefetched"
+    past = [one for one in ALL if one.user_id == "7"]
+    wanted = host.reference("g1", past, USERS["7"], sorted(IDS), NOW - 7)
+    np.testing.assert_allclose(found["scores"], wanted, rtol=0, atol=1e-5)
     other_moment = checked(host.client.post("/v1/score", json=body | {"as_of": NOW - 8}), schemas.Ranked)
     assert other_moment["user"]["source"] == "store"
+
+
+def test_a_block_is_shared_by_later_requests(host: Host) -> None:
+    body = {"user_id": "anna", "candidates": sorted(IDS), "as_of": NOW - 9}
+    first, second = (checked(host.client.post("/v1/score", json=body), schemas.Ranked) for _ in range(2))
+    assert (first["user"]["source"], second["user"]["source"]) == ("store", "cached")
+    assert (first["scores"], first["as_of"]) == (second["scores"], second["as_of"])
+    assert second["stages_ms"]["user"] <= second["stages_ms"]["total"]
+    assert prefetch(host, "anna", as_of=NOW - 9)["state"] == "ready"
+    sent = {"behaviours": [{"item_id": "1", "event_time": NOW - HOUR}]}
+    for _ in range(2):
+        inline = {"user": sent, "candidates": ["1"], "as_of": NOW - 9}
+        assert checked(host.client.post("/v1/score", json=inline), schemas.Ranked)["user"]["source"] == "inline"
+
+
+def test_simultaneous_requests_for_a_cold_user_cost_one_inference(host: Host) -> None:
+    def value(outcome: str) -> float:
+        name = f'forerank_cache_lookups_total{{cache="blocks",outcome="{outcome}"}}'
+        return sum(float(line.split()[-1]) for line in host.client.get("/metrics").text.splitlines() if name in line)
+
+    before = {outcome: value(outcome) for outcome in ("miss", "hit", "joined")}
+    body = {"user_id": "anna", "candidates": ["1", "2"], "as_of": NOW - 11}
+    sources = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=host.client.base_url, timeout=30.0) as own:
+            for _ in range(32):
+                sources.append(own.post("/v1/score", json=body).json()["user"]["source"])
+
+    threads = [threading.Thread(target=ask) for _ in range(32)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert (len(sources), sources.count("store"), sources.count("cached")) == (1_024, 1, 1_023)
+    found = {outcome: value(outcome) - before[outcome] for outcome in before}
+    assert found["miss"] == 1
+    assert found["hit"] + found["joined"] == 1_023
 
 
 def test_prefetch_without_a_body(host: Host) -> None:
@@ -120,6 +160,7 @@ def test_a_prefetched_user_who_is_erased_is_inferred_anew(own_host: Any) -> None
     assert (after["user"]["source"], after["user"]["behaviours_used"], after["user"]["cold"]) == ("store", 0, True)
     wanted = host.reference("g1", [], None, sorted(IDS), NOW)
     np.testing.assert_allclose(after["scores"], wanted, rtol=0, atol=1e-5)
+    host.behave([Seen("u", "1", NOW - 1)])
     assert client.post("/v1/users/u/prefetch", json={"as_of": NOW}).json()["state"] == "started"
 
 
@@ -146,8 +187,7 @@ def test_a_prefetched_user_who_acts_is_inferred_anew(own_host: Any) -> None:
     np.testing.assert_allclose(
         found["scores"], host.reference("g1", [*first, second], {"age": 30}, ["1", "2"], NOW), rtol=0, atol=1e-5
     )
-    prefetch(host, "u", as_of=NOW)
-    host.wait_for(lambda: score()["user"]["source"] == "prefetched")
+    assert score()["user"]["source"] == "cached"
     host.behave([], {"u": {"age": 77}})
     found = score()
     assert found["user"]["source"] == "store"

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import pytest
 
-from api.generations import load
-from api.users import INLINE, UserSource, infer
+import api.users
+from api.generations import Generation, load
+from api.schemas import Query
+from api.users import INLINE, Users, UserSide, UserSource, infer
+from index.errors import StoreError
+from index.histories import HistoriesReader
 from index.keys import keys_of
-from tests.host import HOUR, NOW, Host, catalogue
+from tests.conftest import wait_until
+from tests.host import HOUR, NOW, Host, Seen, catalogue
 
 ITEMS = catalogue(40)
+PAST = [Seen("u", ITEMS[at].item_id, NOW - (40 - at) * HOUR) for at in range(20)]
 
 
 def test_a_history_row_is_never_of_two_versions(own_host: Callable[..., Host]) -> None:
@@ -62,3 +72,235 @@ def test_a_history_row_is_never_of_two_versions(own_host: Callable[..., Host]) -
     assert seen[2] == 0, seen
     assert min(seen[:2]) > 20, seen
     assert written > 300
+
+
+# ---- shared blocks
+
+
+class Shared:
+    """A host's users in this process, with one thread for inferences. `made`: the generations of those that ran."""
+
+    def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host, self.may_run = host, threading.Event()
+        self.made: list[str] = []
+        for seed, name in enumerate(("g1", "g2")):
+            host.bundle(name, seed)
+            host.write(name, ITEMS)
+        host.behave(PAST, {"u": {"segment": "s1", "age": 50}})
+        self.generations = [load(host.settings, name, host.bundles[name].sha256) for name in ("g1", "g2")]
+        histories = reader_of(host)
+        self.pool = ThreadPoolExecutor(1)
+        self.users = Users(host.settings, lambda: histories, self.pool)
+        self.may_run.set()
+
+        def counted(generation: Generation, *arguments: Any) -> UserSide:
+            self.may_run.wait(30)
+            self.made.append(generation.name)
+            return infer(generation, *arguments)
+
+        monkeypatch.setattr(api.users, "infer", counted)
+
+    def ask(self, generation: int = 0, user: str = "u", as_of: int | str | None = NOW) -> UserSide:
+        query = Query(user_id=user, as_of=as_of)
+        return self.users.begin(self.generations[generation], query, self.users.find(query)).result()
+
+
+def reader_of(host: Host) -> HistoriesReader:
+    """LMDB opens an environment once per process, so this one has the writer's."""
+    writer, reader = host._histories, HistoriesReader.__new__(HistoriesReader)
+    assert writer is not None
+    reader._env, reader._tables = writer._env, writer._tables
+    return reader
+
+
+@pytest.fixture
+def shared(own_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
+    one = Shared(own_host(), monkeypatch)
+    yield one
+    one.may_run.set()
+    one.pool.shutdown()
+
+
+def at_once(callers: int, call: Callable[[], None]) -> list[threading.Thread]:
+    meet = threading.Barrier(callers, timeout=30)
+
+    def run() -> None:
+        meet.wait()
+        call()
+
+    threads = [threading.Thread(target=run) for _ in range(callers)]
+    for one in threads:
+        one.start()
+    return threads
+
+
+def test_a_thousand_calls_for_a_cold_user_cost_one_inference(shared: Shared) -> None:
+    """Though the pool has one thread, which any wait in it would block for ever."""
+    sides: list[UserSide] = []
+    shared.may_run.clear()
+    threads = at_once(1_000, lambda: sides.append(shared.ask()))
+    wait_until(lambda: shared.users.blocks.hottest(1) != [] and _hits(shared) == 999, "all wait", 30.0)
+    shared.may_run.set()
+    for one in threads:
+        one.join(30)
+    assert shared.made == ["g1"]
+    assert len(sides) == 1_000
+    assert len({id(side.block) for side in sides}) == 1
+    assert sorted(side.origin for side in sides) == ["cached"] * 999 + ["store"]
+
+
+def _hits(shared: Shared) -> int:
+    return sum(entry.hits for entry in shared.users.blocks._entries.values())
+
+
+def test_blocks_are_of_one_generation_user_and_moment(shared: Shared) -> None:
+    for generation, name in enumerate(("g1", "g2")):
+        side = shared.ask(generation)
+        assert (side.origin, side.block.generation) == ("store", name)
+    assert shared.ask(user="v").origin == "store"
+    assert shared.ask(as_of=NOW - 1).source.as_of == NOW - 1
+    assert shared.ask(as_of=None).block.as_of > NOW
+    assert len(shared.made) == 5
+    for generation, name in enumerate(("g1", "g2")):
+        side = shared.ask(generation)
+        assert (side.origin, side.block.generation, side.source.as_of) == ("cached", name, NOW)
+    assert len(shared.made) == 5
+
+
+@pytest.mark.parametrize("change", ["behaviour", "profile", "erasure"])
+def test_what_is_newer_of_the_user_is_seen_at_once(shared: Shared, change: str) -> None:
+    before = shared.ask()
+    if change == "behaviour":
+        shared.host.behave([Seen("u", ITEMS[30].item_id, NOW - 1)])
+    elif change == "profile":
+        shared.host.behave([], {"u": {"segment": "s2", "age": 20}})
+    else:
+        shared.host.erase("u")
+    after, again = shared.ask(), shared.ask()
+    assert (before.origin, after.origin, again.origin) == ("store", "store", "cached")
+    assert after.used == {"behaviour": 21, "profile": 20, "erasure": 0}[change]
+    assert np.abs(before.block.P - after.block.P).max() > 1e-4
+    fresh = infer(shared.generations[0], shared.users.stored("u", NOW))
+    np.testing.assert_array_equal(again.block.D, fresh.block.D)
+    np.testing.assert_array_equal(again.block.P, fresh.block.P)
+
+
+def test_who_acted_while_the_block_is_made_does_not_get_it(shared: Shared) -> None:
+    early: list[UserSide] = []
+    shared.may_run.clear()
+    threads = at_once(3, lambda: early.append(shared.ask()))
+    wait_until(lambda: _hits(shared) == 2, "all wait")
+    shared.host.behave([Seen("u", ITEMS[30].item_id, NOW - 1)])
+    late: list[UserSide] = []
+    threads += at_once(3, lambda: late.append(shared.ask()))
+    entries = shared.users.blocks._entries
+    wait_until(lambda: any((len(one.state.times), one.hits) == (21, 2) for one in entries.values()), "they wait too")
+    shared.may_run.set()
+    for one in threads:
+        one.join(30)
+    assert [side.used for side in early] == [20] * 3
+    assert [side.used for side in late] == [21] * 3
+    assert len(shared.made) == 2
+
+
+def test_rows_of_the_history_that_change_come_or_go_are_seen(shared: Shared) -> None:
+    """Changes of other rows keep the block, though all rows of the history are looked at again."""
+    first = shared.ask()
+    shared.host.write("g1", [dataclasses.replace(ITEMS[35], version=2)])
+    kept = shared.ask()
+    assert kept.block is first.block
+    assert (kept.origin, kept.source.as_of) == ("cached", NOW)
+    shared.host.write("g1", [dataclasses.replace(ITEMS[30], item_id=ITEMS[3].item_id, version=2)])
+    changed = shared.ask()
+    assert np.abs(changed.block.D - first.block.D).max() > 1e-4
+    assert changed.origin == "store"
+    shared.host.write("g1", [], deleted=[ITEMS[4].item_id])
+    gone = shared.ask()
+    assert (gone.used, gone.without_row, gone.seen().behaviours_without_row) == (19, 1, 1)
+    shared.host.write("g1", [dataclasses.replace(ITEMS[4], version=10)])
+    assert shared.ask().used == 20
+    assert shared.ask().block.generation == "g1"
+
+
+def test_a_failed_inference_is_told_to_all_and_not_kept(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[str] = []
+    shared.may_run.clear()
+
+    def call() -> None:
+        try:
+            shared.ask()
+        except StoreError as error:
+            errors.append(str(error))
+
+    def broken(*_: Any) -> UserSide:
+        shared.may_run.wait(30)
+        raise StoreError("the arena has gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api.users, "infer", broken)
+        threads = at_once(20, call)
+        wait_until(lambda: _hits(shared) == 19, "all wait")
+        shared.may_run.set()
+        for one in threads:
+            one.join(30)
+    assert errors == ["the arena has gone"] * 20
+    wait_until(lambda: len(shared.users.blocks) == 0, "it is forgotten")
+    assert shared.ask().used == 20
+
+
+def test_users_are_told_when_histories_come(shared: Shared) -> None:
+    """Also one of whom the histories know as little as before."""
+    histories = shared.users._histories
+    shared.users._histories = lambda: None
+    assert shared.ask(user="nobody").degraded == ("histories are not available yet",)
+    shared.users._histories = histories
+    assert shared.ask(user="nobody").degraded == ()
+
+
+def test_all_memory_of_a_block_counts(shared: Shared) -> None:
+    """What is reachable from the entry and owns memory, generation and code aside."""
+    side = shared.ask()
+    wait_until(lambda: shared.users.blocks.nbytes > 0, "it is counted")
+    assert shared.users.blocks.nbytes == side.nbytes
+    entry = next(iter(shared.users.blocks._entries.values()))
+    owners: dict[int, int] = {}
+    left, looked = [entry.state, entry.future.result()], set()
+    while left:
+        one = left.pop()
+        if id(one) in looked or isinstance(one, type):
+            continue
+        looked.add(id(one))
+        if isinstance(one, np.ndarray):
+            while isinstance(one.base, np.ndarray):
+                one = one.base
+            owners[id(one)] = one.nbytes
+        else:
+            left += gc.get_referents(one)
+    assert len(owners) > 10
+    assert 0.5 * side.nbytes < sum(owners.values()) <= side.nbytes
+
+
+def test_a_generation_is_warm_for_the_hottest_users(
+    shared: Shared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moments they are asked for; who cannot be inferred is left out and logged."""
+    asked: list[tuple[str, int | None]] = [("hot", NOW), ("warm", None), ("broken", NOW), ("once", NOW)]
+    for (user, as_of), times in zip(asked, (5, 4, 3, 1), strict=True):
+        for _ in range(times):
+            shared.ask(0, user, as_of)
+    stored = shared.users.stored
+
+    def failing(user_id: str, as_of: int) -> UserSource:
+        if user_id == "broken":
+            raise StoreError("unreadable")
+        return stored(user_id, as_of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.users, "stored", failing)
+        shared.users.warm(shared.generations[1], 3)
+    assert shared.made == ["g1"] * 4 + ["g2"] * 2
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", "a user is not warm")]
+    for user, as_of in asked:
+        side = shared.ask(1, user, as_of)
+        assert side.block.generation == "g2"
+        assert side.origin == ("cached" if user in ("hot", "warm") else "store")

@@ -105,6 +105,7 @@ def _host(state: Path, data: Data) -> Host:
         state=state,
         api_port=free_ports(1)[0],
         candidates_max=2 * CANDIDATES,
+        prefetch_bytes=0,  # every request infers its user
     )
     host, layout = Host(settings), data.layout
     assert host.bundle(GENERATION, seed=data.seed, precision="fp16").sha256 == data.bundle.sha256

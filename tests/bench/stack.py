@@ -51,7 +51,11 @@ class BenchStack:
             broker = Broker(folder / "kafka", port, controller, jars=JARS)
             starting.enter_context(broker)
             self.settings = Settings(
-                kafka_bootstrap=broker.bootstrap, state=folder / "state", host="bench", api_port=api
+                kafka_bootstrap=broker.bootstrap,
+                state=folder / "state",
+                host="bench",
+                api_port=api,
+                prefetch_bytes=0,  # every request infers its user
             )
             self.folder = folder
             ensure_topics(self.settings)

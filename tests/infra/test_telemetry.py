@@ -19,6 +19,7 @@ telemetry.configure_logging(mine, "job")
 telemetry.counter("rows_total", "Rows.", ("kind",)).labels("new").inc(int(sys.argv[1]))
 telemetry.counter("rows_total", "Rows.", ("kind",)).labels("new").inc()
 telemetry.gauge("lag", "Lag.").set(int(sys.argv[1]))
+telemetry.gauge("held", "Bytes.", total=True).set(int(sys.argv[1]))
 telemetry.histogram("seconds", "Time.", buckets=(0.1, 1.0)).observe(0.5)
 logging.getLogger("streams.ingest").info("kept %d", 3, extra={"partition": 7})
 logging.getLogger("kafka.conn").info("chatter")
@@ -45,6 +46,14 @@ def test_metrics_of_all_processes_add_up_and_gauges_of_ended_ones_go(tmp_path: P
     )
     assert "\nlag " not in ended.stdout
     assert 'rows_total{kind="new"} 32.0' in ended.stdout
+
+
+def test_a_gauge_may_be_the_sum_over_live_processes(tmp_path: Path) -> None:
+    run(_JOB, tmp_path, "100")  # has ended
+    other = "import subprocess\nsubprocess.run([sys.executable, '-c', sys.argv[2], '5'], check=True)"
+    page = run(_JOB + other, tmp_path, "20", _JOB + _PAGE).stdout
+    assert "\nheld 25.0" in page
+    assert "\nlag 5.0" in page
 
 
 def test_clearing_forgets_ended_processes_alone(tmp_path: Path) -> None:
