@@ -2,7 +2,8 @@
 
 Before the first step of every request: a request takes `Generations.pin()` and uses nothing else until its answer, so
 user block, rows and head come from one generation whatever happens meanwhile. A generation that was swapped away lives
-until the last request that pinned it has ended. A generation that cannot be loaded never replaces one that can.
+until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. A generation
+that cannot be loaded never replaces one that can.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from infra.settings import Settings
 from streams import rollout
 
 LOG = logging.getLogger(__name__)
-_POLL_S = 0.1
+_LOOK_S = 0.02  # a switch waits so long at most
+_LOAD_S = 0.1
 _AGAIN_S = 2.0  # until a generation whose stores could not be opened is tried again
 
 
@@ -48,29 +50,43 @@ class Generation:
 
 
 class Generations:
-    """The served generation, kept up to date by one thread. `histories` is None until the host has some."""
+    """The served generation and the one before it, both loaded and warm: a rollback moves a pointer.
+
+    One thread follows `serving.json` and moves the pointer; another loads, so that a switch to what is loaded never
+    waits for a load. `histories` is None until the host has some.
+    """
 
     def __init__(self, settings: Settings, warm_up: Callable[[Generation], None] = lambda _: None) -> None:
         self._settings, self._warm_up = settings, warm_up
         self._active: Generation | None = None
         self._reason = "no model event has activated a generation yet"
         self._retrieval: RetrievalView | None = None
+        self._loaded: dict[str, Generation] = {}
+        self._views: dict[str, RetrievalView] = {}  # of what is loaded
         self._failed: dict[str, tuple[str, float]] = {}  # sha256 of what did not load -> why, when to try again
+        self._missing: dict[str, str] = {}  # generation -> why it is not loaded yet
         self._said: dict[str, str] = {}  # what was logged last about a part, so that it is logged once
         self.histories: HistoriesReader | None = None
         self.serving = rollout.Serving()
         self.last_change: int | None = None  # of the served rows, ms since the epoch; None: not since they are served
         self._seen: tuple[str, bytes] = ("", b"")
+        self._file: tuple[int, int, int] | None = None  # the serving file that was read last
+        self._lock = threading.Lock()  # for the pointers and the two dicts behind them
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="generations", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(work, every_s), name=name, daemon=True)
+            for name, work, every_s in (("generations", self._look, _LOOK_S), ("loading", self._load_missing, _LOAD_S))
+        ]
 
     def start(self) -> None:
         self.poll()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def pin(self) -> Generation:
         """The generation for one request. Raises ProblemError 503 with the reason while there is none."""
@@ -82,6 +98,10 @@ class Generations:
     @property
     def active(self) -> Generation | None:
         return self._active
+
+    def loaded(self, name: str) -> Generation | None:
+        """The generation, if this process could serve it at once."""
+        return self._loaded.get(name)
 
     @property
     def reason(self) -> str:
@@ -102,56 +122,111 @@ class Generations:
         return self._retrieval
 
     def poll(self) -> None:
-        """One look at the files of the host; what has changed is taken over."""
-        if self.histories is None and self._settings.histories_dir.exists():
-            self._open_histories()
+        """One look at the files of the host; what has changed is taken over, and loaded where that is needed."""
+        self._look()
+        self._load_missing()
+
+    def _look(self) -> None:
         try:
-            self.serving = rollout.read(self._settings.serving_file)
+            self.serving = self._read()
         except rollout.Refused as error:
             self._reason = str(error)
             return
-        self._follow(self.serving)
+        self._follow()
+
+    def _read(self) -> rollout.Serving:
+        """The serving file, decoded only where it was replaced. Raises Refused."""
+        try:
+            found = self._settings.serving_file.stat()
+            file = (found.st_mtime_ns, found.st_ino, found.st_size)
+        except FileNotFoundError:
+            file = None
+        if file is not None and file == self._file:
+            return self.serving
+        serving = rollout.read(self._settings.serving_file)
+        self._file = file
+        return serving
+
+    def _follow(self) -> None:
+        """Points at what is to be served, if it is loaded; otherwise what was served goes on."""
+        with self._lock:
+            serving = self.serving
+            name = serving.active
+            if name is None:
+                gone = f"{self._settings.serving_file} has gone; what it named is still served"
+                self._reason = _waiting_for(serving) if self._active is None else gone
+                return
+            generation = self._loaded.get(name)
+            if generation is None:
+                self._reason = self._missing.get(name, f"generation {name} is being loaded")
+                return
+            if generation is not self._active:
+                # first: whoever sees the generation sees its index too, where it has one
+                self._retrieval = self._views.get(name, self._retrieval)
+                self._active = generation
+                LOG.info("generation served", extra={"generation": name})
+            self._reason = self.stale
+
+    def _load_missing(self) -> None:
+        """Loads what may have to be served, drops what may not, and takes over what is new about the rest."""
+        if self.histories is None and self._settings.histories_dir.exists():
+            self._open_histories()
+        for state in _ready_for(self.serving):
+            if state.generation not in self._loaded:
+                self._load(state.generation, state.sha256)
+                self._follow()
+        self._drop()
+        for generation in list(self._loaded.values()):
+            self._renew_retrieval(generation)
         if self._active is not None:
             self._watch_rows(self._active)
-            self._renew_retrieval(self._active)
 
-    def _follow(self, serving: rollout.Serving) -> None:
-        name = serving.active
-        if name is None:
-            gone = f"{self._settings.serving_file} has gone; what it named is still served"
-            self._reason = _waiting_for(serving) if self._active is None else gone
-            return
-        if self._active is not None and self._active.name == name:
-            self._reason = self.stale
-            return
-        sha256 = serving.generations[name].sha256
+    def _load(self, name: str, sha256: str) -> None:
         why, again = self._failed.get(sha256, ("", 0.0))
         if time.monotonic() < again:
-            self._reason = why
+            self._missing[name] = why
             return
         try:
             generation = load(self._settings, name, sha256)
             self._warm_up(generation)
         except StoreMissingError as error:
-            self._reason = f"generation {name}: {error}"  # the next poll tries again
+            self._missing[name] = f"generation {name}: {error}"  # the next poll tries again
             return
         except (BundleError, StoreError, OSError) as error:
             why = f"generation {name} cannot be loaded: {error}"
             # a bundle is what its hash says and stays so; files and stores may come right
             self._failed[sha256] = why, math.inf if isinstance(error, BundleError) else time.monotonic() + _AGAIN_S
-            self._reason = why
+            self._missing[name] = why
             self._say("generation", why)
             return
-        self._renew_retrieval(generation)  # first: whoever sees the generation sees its index too, where it has one
-        self._active = generation
-        self._reason = self.stale
-        LOG.info("generation served", extra={"generation": name})
+        self._renew_retrieval(generation)
+        with self._lock:
+            self._loaded[name] = generation
+        self._missing.pop(name, None)
+
+    def _drop(self) -> None:
+        """Forgets what is neither served nor next to be; the last request that pinned it frees it."""
+        with self._lock:
+            keep = {state.generation for state in _ready_for(self.serving)}
+            if self._active is None or not keep:
+                return
+            for name in self._loaded.keys() - keep - {self._active.name}:
+                del self._loaded[name]
+                self._views.pop(name, None)
 
     def _renew_retrieval(self, generation: Generation) -> None:
+        name = generation.name
         try:
-            self._retrieval = RetrievalView.newer(self._retrieval, self._settings, generation.name, generation.arena)
+            view = RetrievalView.newer(self._views.get(name), self._settings, name, generation.arena)
         except RetrievalError as error:  # the view before goes on
             self._say("retrieval", str(error))
+            return
+        if view is None:
+            return
+        with self._lock:
+            self._views[name] = view
+            if generation is self._active:
+                self._retrieval = view
 
     def _open_histories(self) -> None:
         try:
@@ -172,10 +247,10 @@ class Generations:
             self.last_change = time.time_ns() // 1_000_000 if seen[0] == self._seen[0] else None
             self._seen = seen
 
-    def _watch(self) -> None:
-        while not self._stop.wait(_POLL_S):
+    def _repeat(self, work: Callable[[], None], every_s: float) -> None:
+        while not self._stop.wait(every_s):
             try:
-                self.poll()
+                work()
             except Exception:
                 LOG.exception("watching the generations")
 
@@ -192,6 +267,12 @@ def load(settings: Settings, name: str, sha256: str) -> Generation:
     generation = Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, rows)
     weakref.finalize(generation, rows.close)  # when the last request that pinned it has ended
     return generation
+
+
+def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:
+    """What a process holds: the active generation first, and the one before while a rollback to it is possible."""
+    found = [serving.generations.get(name) for name in (serving.active, serving.previous) if name is not None]
+    return [state for state in found if state is not None and state.state in ("active", "former")]
 
 
 def _waiting_for(serving: rollout.Serving) -> str:

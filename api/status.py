@@ -29,13 +29,13 @@ def generations_of(settings: Settings, generations: Generations) -> Report:
 def _status(settings: Settings, generations: Generations, state: GenerationState) -> GenerationStatus:
     active, view = generations.active, generations.retrieval
     name = state.generation
-    loaded = active is not None and active.name == name
-    arena = active.arena if active is not None and loaded else _arena(settings, name)
+    held = generations.loaded(name)
+    arena = held.arena if held is not None else _arena(settings, name)
     out = GenerationStatus(
         name=name,
         state=state.state,
         reason=state.reason,
-        loaded=loaded,
+        loaded=held is not None,
         completeness=state.progress,
         covered=state.covered,
     )
@@ -44,7 +44,7 @@ def _status(settings: Settings, generations: Generations, state: GenerationState
         out.rows = int(progress.count.sum())
         out.covered = progress.covered.tolist()
         out.arena_bytes = size.hot_bytes + size.cold_bytes + size.table_bytes
-    if loaded:
+    if active is not None and active.name == name:
         out.last_change = generations.last_change
     if view is not None and view.generation == name:
         out.retrieval_built, out.retrieval_items = view.built, len(view.keys)

@@ -5,7 +5,7 @@ sentences.
     ingest | histories                     one job (the supervisor starts these)
     encode | replicate --generation G
     publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
-    model stage|activate [BUNDLE] --generation G      publish a model event
+    model stage|activate|rollback [BUNDLE] --generation G      publish a model event; rollback is away from G
     status                                 what this host serves and how its jobs are
 """
 
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.set_defaults(run=_publish)
     model = commands.add_parser("model", help="publish a model event")
-    model.add_argument("action", choices=["stage", "activate"])
+    model.add_argument("action", choices=["stage", "activate", "rollback"])
     model.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle (stage)")
     model.add_argument("--generation", required=True)
     model.add_argument("--activate-when-complete", action="store_true")

@@ -94,7 +94,11 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[
             retired.append(name)
             wishes = [wish for wish in wishes if wish[1] != name]
         else:
-            errors[offset] = f"{event.action} is not supported; activate the generation to go back to instead"
+            others = [wish for wish in wishes if wish[1] != name]
+            if others:
+                wishes = others
+            else:
+                errors[offset] = f"there is nothing to go back to from generation {name}"
     return Desired(staged, wishes, errors)
 
 

@@ -128,13 +128,14 @@ class Supervisor:
                 refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
+        # before anything that takes long: a rollback does not wait for a bundle to be fetched
+        self._activate(rollout.next_active(desired, self.serving))
         waiting = [name for name in rollout.running(self.serving) if self.serving.generations[name].state == "staged"]
         for name in [*waiting, *rollout.wanted(desired, self.serving)]:
             if time.monotonic() >= self._stage_due.get(name, 0.0):
                 self._stage(name, desired.staged[name])
         for name in rollout.running(self.serving):
             self._advance(name)
-        self._activate(rollout.next_active(desired, self.serving))
         self._keep_jobs()
         self._hosts.report(self.serving, self._progress)
 
@@ -214,7 +215,8 @@ class Supervisor:
     def _activate(self, name: str | None) -> None:
         if name is None:
             return
-        if self._retrieval and not self._retrieval_ready(name):
+        back = name == self.serving.previous  # it was served before, with or without an index
+        if self._retrieval and not back and not self._retrieval_ready(name):
             return
         try:
             self._put(rollout.activate(self.serving, name))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from api.generations import Generations
 from api.retrieval import RetrievalView
+from api.service import Service
 from streams import rollout
 from tests.host import HOUR, NOW, Host, Seen, catalogue
 
@@ -161,6 +164,54 @@ def test_hot_users_are_warm_before_a_generation_is_served(own_host: Callable[...
     found = client.post("/v1/score", json=body).json()
     assert (found["generation"], found["user"]["source"]) == ("g2", "cached")
     np.testing.assert_allclose(found["scores"], host.reference("g2", PAST, PROFILE, IDS, NOW), rtol=0, atol=1e-5)
+
+
+def test_a_rollback_under_requests_loads_nothing(own_host: Callable[..., Host]) -> None:
+    """Once both are loaded the bundles are taken away: from then on a load would fail, and a switch needs none."""
+    host = own_host()
+    for seed, name in enumerate(("g1", "g2")):
+        filled(host, name, seed)
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    host.activate("g2")
+    body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
+    wanted = {name: host.reference(name, [], None, IDS, NOW) for name in ("g1", "g2")}
+
+    def served() -> str:
+        found = client.post("/v1/score", json=body).json()
+        np.testing.assert_allclose(found["scores"], wanted[found["generation"]], rtol=0, atol=1e-5)
+        return str(found["generation"])
+
+    host.wait_for(lambda: served() == "g2")
+    known = client.get("/v1/generations").json()["generations"]
+    assert {one["name"]: one["loaded"] for one in known} == {"g1": True, "g2": True}
+    for name in ("g1", "g2"):
+        folder = host.settings.generation_dir(name)
+        (folder / "bundle").rename(folder / "away")
+    for name in ("g1", "g2", "g1"):
+        host.activate(name)
+        began = time.monotonic()
+        host.wait_for(lambda name=name: served() == name)  # type: ignore[misc]
+        print(f"back to {name} after {1000 * (time.monotonic() - began):.0f} ms")
+
+
+def test_a_generation_that_was_dropped_is_freed(own_host: Callable[..., Host]) -> None:
+    """Also what the warm-up has frozen: it is in no cycle. The one to roll back to is kept."""
+    host = own_host()
+    generations = Service(host.settings).generations
+    held: list[weakref.ref[Any]] = []
+    try:
+        for seed, name in enumerate(("g1", "g2", "g3")):
+            filled(host, name, seed)
+            host.activate(name)
+            generations.poll()
+            held += [weakref.ref(generations.pin()), weakref.ref(generations.pin().bundle.model)]
+    finally:
+        gc.unfreeze()
+    assert [one() is None for one in held] == [True, True, False, False, False, False]
+    assert (generations.loaded("g1"), generations.pin().name) == (None, "g3")
+    assert generations.loaded("g2") is not None
 
 
 def test_rows_that_change_are_served_at_once(own_host: Callable[..., Host]) -> None:

@@ -118,8 +118,32 @@ def test_reduction_of_models() -> None:
     ]
     desired = rollout.reduce_models(log)
     assert desired.wishes == [(3, "b"), (5, "c")]
-    assert sorted(desired.refused) == [0, 4, 7]
+    assert sorted(desired.refused) == [0, 7]
     assert rollout.reduce_models(log, refused={3}).wishes == [(5, "c")]
+
+
+def test_a_rollback_goes_to_the_newest_other_wish_and_is_refused_where_there_is_none() -> None:
+    log = [(0, stage("a")), (1, ModelEvent("rollback", "a")), (2, stage("b"))]
+    assert rollout.reduce_models(log).refused == {1: "there is nothing to go back to from generation a"}
+    serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
+    serving = rollout.activate(complete(serving, "b"), "b")
+    log.append((3, ModelEvent("rollback", "b")))
+    desired = rollout.reduce_models(log)
+    assert desired.wishes == [(0, "a")]
+    assert rollout.next_active(desired, serving) == "a"
+    serving = rollout.activate(serving, "a")
+    assert (serving.active, serving.previous) == ("a", "b")
+    assert rollout.running(serving) == ["a", "b"]  # what was left stays fresh
+    assert rollout.next_active(desired, serving) is None
+    again = rollout.reduce_models([*log, (4, ModelEvent("rollback", "b")), (5, activate("b"))])
+    assert rollout.next_active(again, serving) == "b"
+
+
+def test_a_rollback_of_what_is_not_served_only_drops_the_wish() -> None:
+    serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, ModelEvent("rollback", "b"))])
+    assert (desired.wishes, desired.refused) == ([(0, "a")], {})
+    assert rollout.next_active(desired, complete(serving, "b")) is None
 
 
 def test_a_new_host_stages_only_what_it_will_need() -> None:

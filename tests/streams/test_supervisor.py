@@ -146,6 +146,13 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (serving(host).previous, state_of(host, "a")) == ("a", "former")
         check_rows(chain, "b", bundle, oracle(bodies))
 
+        # back, by the log alone, and forth again
+        assert command(host, "model", "rollback", "--generation", "b").returncode == 0
+        wait_until(lambda: serving(host).active == "a", "a is active again")
+        assert (serving(host).previous, state_of(host, "b")) == ("b", "former")
+        assert command(host, "model", "activate", "--generation", "b").returncode == 0
+        wait_until(lambda: serving(host).active == "b", "b is active once more")
+
         # a killed job comes back; so does the supervisor, to the same jobs
         ingest = jobs(host)["ingest"]
         os.kill(ingest, signal.SIGKILL)
@@ -170,7 +177,8 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert command(host, "status").returncode == 1
         reports = [msgspec.json.decode(record.value, type=events.HostReport) for record in chain.read("hosts")]
         told = [(report.generation, report.state) for report in reports]
-        assert [state for name, state in told if name == "b"][-3:] == ["complete", "active", "former"]
+        of_b = [state for name, state in told if name == "b"]
+        assert of_b[-5:] == ["complete", "active", "former", "active", "former"]
         last = [report for report in reports if report.generation == "b"][-1]
         assert sum(last.counts) == 100
 
