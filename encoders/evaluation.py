@@ -208,12 +208,23 @@ def compare(
 
 
 def _by_metric(runs: Sequence[Evaluation], bound: Sequence[Evaluation] | None) -> dict[str, intervals.Tables]:
-    """metric -> the seeds' tables."""
+    """metric -> the seeds' tables; of the overlap those of the seeds that the bound has too."""
     if not runs:
         raise DataError("a model without a run cannot be compared")
     _same(*runs)
-    each = [tables(run, bound[k % len(bound)] if bound else None) for k, run in enumerate(runs)]
-    return {name: [found[name] for found in each] for name in each[0]}  # type: ignore[misc]
+    each = [tables(run, other) for run, other in zip(runs, _partners(runs, bound or ()), strict=True)]
+    names = dict.fromkeys(name for found in each for name in found)
+    return {name: [found[name] for found in each if name in found] for name in names}  # type: ignore[misc]
+
+
+def _partners(runs: Sequence[Evaluation], bound: Sequence[Evaluation]) -> list[Evaluation | None]:
+    """What the overlap of each run is taken with: the bound's run of the same seed, since two seeds of one model agree
+    less than two models of one seed do. Runs of other seeds have none, unless they share no seed with the bound.
+    """
+    by_seed = {one.seed: one for one in bound}
+    if bound and not any(run.seed in by_seed for run in runs):
+        return [bound[k % len(bound)] for k in range(len(runs))]
+    return [by_seed.get(run.seed) for run in runs]
 
 
 def _same(first: Evaluation, *others: Evaluation) -> None:

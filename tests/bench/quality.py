@@ -9,6 +9,7 @@ are of the serving form: 10,000 candidates, L = 1,000, d = 64.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from encoders.batches import groups_of
 from encoders.data import synthetic
 from encoders.data.dataset import DataError
 from encoders.evaluate import Sampling, measure_popularity, split_of
-from encoders.evaluation import Row, compare, rows
+from encoders.evaluation import Evaluation, Row, compare, rows, tables
 from encoders.metrics import calibration_error, gauc
 from encoders.model import COMPONENTS, ModelConfig, Sizes
 from encoders.train import TrainOptions
@@ -80,8 +81,9 @@ def run(seed: int, quick: bool) -> None:
         _figures(report, found, suffix)
     report.table("costs", [{"model": name, **cost} for name, cost in costs.items()])
     share = np.divide(*(np.array(costs[name]["samples"]) for name in ("aif", BOUND)))
-    report.figure("aif_cost_share_of_bound", share.tolist(), "")
-    report.figure("aif_flops_share_of_bound", costs["aif"]["flops"] / costs[BOUND]["flops"], "")
+    for suffix in worlds:  # the serving form costs the same whatever it was trained on
+        report.figure(f"aif_cost_share_of_bound{suffix}", share.tolist(), "")
+        report.figure(f"aif_flops_share_of_bound{suffix}", costs["aif"]["flops"] / costs[BOUND]["flops"], "")
     _oracle(report, worlds[""], results[""])
     report.finish(lambda canvas: _draw(canvas, results, costs))
 
@@ -148,6 +150,13 @@ def _figures(report: Report, found: Mapping[str, Sequence[Trial]], suffix: str) 
         gap = against[name].difference
         report.figure(f"aif_minus_{name}_gauc{suffix}", [gap.low, gap.high], "GAUC", gap.value)
         report.figure(f"aif_minus_{name}_gauc_low{suffix}", gap.low, "GAUC")
+    if len(runs[BOUND]) > 1:
+        report.figure(f"bound_overlap_with_itself{suffix}", _agreement(runs[BOUND]), "")
+
+
+def _agreement(runs: Sequence[Evaluation]) -> list[float]:
+    """overlap@100 of each two seeds of one model: what an overlap of different models is to be held against."""
+    return [tables(a, bound=b)["overlap@100"].value for a, b in itertools.combinations(runs, 2)]
 
 
 def _oracle(report: Report, source: Source, found: Mapping[str, Sequence[Trial]]) -> None:
@@ -169,11 +178,13 @@ def _table(
     runs = of(found)
     lines: list[dict[str, object]] = []
     for row in rows(runs, BOUND):
-        gap = compare(runs[row.name], runs["aif"])["gauc"]
+        gaps = compare(runs[row.name], runs["aif"])
         line: dict[str, object] = {"data": source.name, "model": row.name, "seeds": row.seeds, **row.counts}
         for metric, interval in row.figures.items():
             line |= cells(interval, metric)
-        line |= cells(gap.difference, "gauc_minus_aif") | {"p": gap.p, "p_users": _finite(gap.p_users)}
+        for metric, gap in gaps.items():
+            line |= cells(gap.difference, f"{metric}_minus_aif") | {f"{metric}_p": _finite(gap.p)}
+        line["gauc_p_users"] = _finite(gaps["gauc"].p_users)
         errors = [calibration_error(one.scores, one.labels) for one in runs[row.name]]
         line["calibration_error"] = round(statistics.mean(errors), 5)
         if cost := costs.get("aif" if row.name == DRAWN else row.name):
@@ -187,7 +198,7 @@ def _seeds(found: Mapping[str, Sequence[Trial]]) -> list[dict[str, object]]:
         {
             "model": name,
             "seed": trial.evaluation.seed,
-            "gauc": round(gauc(trial.evaluation.scores, trial.evaluation.labels, trial.evaluation.users), 5),
+            **{metric: round(table.value, 5) for metric, table in tables(trial.evaluation).items()},
             "validation_gauc": trial.validation_gauc,
             "epochs": trial.epochs,
             "seconds": round(trial.seconds, 1),

@@ -236,6 +236,10 @@ def test_models_are_set_side_by_side(batches: Batches, data: Dataset, groups: Gr
     )
     assert found["hr@10"].difference.seeds == 1
     assert "overlap@100" in compare(oracle, runs, bound=runs)
+    # The overlap is taken with the bound's run of the same seed; runs of seeds that it lacks have none.
+    unequal = rows({"aif": runs, "more": [runs[1], dataclasses.replace(runs[0], seed=7), runs[0]]}, bound="aif")
+    assert [row.figures["overlap@100"].value for row in unequal] == [1.0, 1.0]
+    assert [(row.seeds, row.figures["overlap@100"].seeds) for row in unequal] == [(2, 2), (3, 2)]
     # Of unequal numbers of seeds, those in common are paired.
     more = [*runs, dataclasses.replace(runs[0], seed=99, scores=-runs[0].scores)]
     assert compare(more[::-1], runs)["gauc"] == compare(runs, runs)["gauc"]
