@@ -45,12 +45,11 @@ class CacheMetrics:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Entry(Generic[S, V]):
-    """`state` and `version`: what the value was made from. `earlier`: hits of those that this entry followed. `next`:
-    what is to replace it, once asked for."""
+    """`state`: what the value was made from. `earlier`: hits of those that this entry followed. `next`: what is to
+    replace it, once asked for."""
 
     future: Future[V]
     state: S
-    version: bytes
     born: float
     earlier: int = 0
     hits: int = 0
@@ -81,28 +80,30 @@ class FutureCache(Generic[K, S, V]):
         self._lock = threading.Lock()
 
     def start(
-        self, key: K, state: S, version: bytes, submit: Callable[[V | None], Future[V]]
+        self, key: K, state: S, submit: Callable[[], Future[V]], instead_of: Future[V] | None = None
     ) -> tuple[Future[V], Found]:
-        """The future of `key` made from `state`, and how it was found; callers that meet share one computation.
+        """The future of `key` made from `state`, and how it was found; callers that meet share one computation, which
+        `submit` starts.
 
-        `submit` starts one. It is given the value before where only `version` differs (renewed): it may give that value
-        again, which is then no younger than it was. A hot entry near its end is also started anew, but its old value is
-        given until the new one is there.
+        `instead_of`: one that was given before and that the caller knows to be outdated; the first who says so has it
+        replaced (renewed). A hot entry near its end is also started anew, but its old value is given until the new one
+        is there.
         """
         with self._lock:
             entry = self._fresh(key)
             if entry is not None and not self._same(entry.state, state):
                 entry = None
-            if entry is not None and entry.version == version:
+            if entry is not None and entry.future is not instead_of:
                 future, started = entry.future, None
-                found: Found = "hit" if future.done() else "joined"
+                found: Found = "hit" if future.done() and not _failed(future) else "joined"
                 if self._hit(entry):
-                    started = submit(None)
-                    entry.next = _Entry(started, state, version, self._clock(), entry.hits + entry.earlier)
+                    started = submit()
+                    entry.next = _Entry(started, state, self._clock(), entry.hits + entry.earlier)
             else:
-                future = started = submit(_value_of(entry))
+                future = started = submit()
                 found = "miss" if entry is None else "renewed"
-                self._put(key, _Entry(future, state, version, self._clock()), entry)
+                used = 0 if entry is None else entry.hits + entry.earlier
+                self._put(key, _Entry(future, state, self._clock(), used))
         if started is not None:  # the callback knows the key alone: with the entry it would be a cycle
             started.add_done_callback(functools.partial(self._finished, key))
         self._metrics.lookups[found].inc()
@@ -140,10 +141,8 @@ class FutureCache(Generic[K, S, V]):
         old = self._clock() - entry.born > _REFRESH_AT * self._ttl
         return old and entry.next is None and entry.hits >= _REFRESH_HITS and entry.future.done()
 
-    def _put(self, key: K, new: _Entry[S, V], renewed: _Entry[S, V] | None) -> None:
-        """In the place of whatever is there. One that renews another is as old and as used as that."""
-        if renewed is not None:
-            new.born, new.hits, new.earlier = renewed.born, renewed.hits, renewed.earlier
+    def _put(self, key: K, new: _Entry[S, V]) -> None:
+        """In the place of whatever is there."""
         self._remove(key)
         self._entries[key] = new
 
@@ -152,7 +151,7 @@ class FutureCache(Generic[K, S, V]):
             entry = self._entries.get(key)
             if entry is not None and entry.next is not None and entry.next.future is future and not _failed(future):
                 entry = entry.next
-                self._put(key, entry, None)
+                self._put(key, entry)
             if entry is None or entry.future is not future:
                 return  # replaced or gone meanwhile, or a refresh that failed: the old value goes on until it ends
             if _failed(future):
@@ -186,7 +185,3 @@ class FutureCache(Generic[K, S, V]):
 
 def _failed(future: Future[V]) -> bool:
     return future.done() and (future.cancelled() or future.exception() is not None)
-
-
-def _value_of(entry: _Entry[S, V] | None) -> V | None:
-    return entry.future.result() if entry is not None and entry.future.done() else None

@@ -171,13 +171,13 @@ class Generations:
         """Loads what may have to be served, drops what may not, and takes over what is new about the rest."""
         if self.histories is None and self._settings.histories_dir.exists():
             self._open_histories()
+        for generation in list(self._loaded.values()):  # first what is served: a load takes seconds
+            self._renew_retrieval(generation)
         for state in _ready_for(self.serving):
             if state.generation not in self._loaded:
                 self._load(state.generation, state.sha256)
                 self._follow()
         self._drop()
-        for generation in list(self._loaded.values()):
-            self._renew_retrieval(generation)
         if self._active is not None:
             self._watch_rows(self._active)
 
@@ -192,7 +192,7 @@ class Generations:
         except StoreMissingError as error:
             self._missing[name] = f"generation {name}: {error}"  # the next poll tries again
             return
-        except (BundleError, StoreError, OSError) as error:
+        except Exception as error:  # also what nobody has thought of: it is told, and what is served goes on
             why = f"generation {name} cannot be loaded: {error}"
             # a bundle is what its hash says and stays so; files and stores may come right
             self._failed[sha256] = why, math.inf if isinstance(error, BundleError) else time.monotonic() + _AGAIN_S

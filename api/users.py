@@ -25,6 +25,7 @@ from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
 from encoders.fold import Behaviours, UserBlock
+from index.arena import ArenaReader
 from index.histories import HistoriesReader
 from index.kernels import UserTables, user_tables
 from index.keys import keys_of
@@ -97,6 +98,10 @@ class UserSide:
         profile = 8 * len(msgspec.json.encode(self.source.profile))
         return 4096 + profile + self.tables.nbytes + sum(array.nbytes for array in arrays)
 
+    def current(self, arena: ArenaReader) -> bool:
+        """Whether its behaviours' rows are what the arena has now."""
+        return self.rows.same(HistoryRows.of(*arena.gather_cold(self.source.keys)))
+
     def shared(self, ms: float) -> UserSide:
         """This one for another request than the one it was inferred for, which it took `ms`."""
         return dataclasses.replace(self, origin="cached" if self.origin == "store" else self.origin, ms=ms)
@@ -120,12 +125,18 @@ class Inference:
     future: Future[UserSide]
     found: Found
     began: float
+    arena: ArenaReader
+    renew: Callable[[], Inference]
 
     def result(self) -> UserSide:
         """Raises what the inference raised, also where another request began it."""
         side = self.future.result()
         if self.found in ("miss", "renewed"):
             return side
+        if self.found == "joined" and not side.current(
+            self.arena
+        ):  # it may have read its rows before this request came
+            return self.renew().result()
         return side.shared(max(0.0, side.finished - self.began) * 1e3)
 
 
@@ -198,7 +209,7 @@ class Users:
     def begin(self, generation: Generation, query: Query, source: UserSource) -> Inference:
         """The user's side, made in the pool; that of a stored user is shared with all who ask for the same."""
         if query.user is not None:
-            return Inference(self._pool.submit(infer, generation, source), "miss", time.perf_counter())
+            return self._started(generation, source)
         return self._shared(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
 
     def warm(self, generation: Generation, count: int) -> None:
@@ -212,15 +223,32 @@ class Users:
             except Exception:
                 LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
 
-    def _shared(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
+    def _started(self, generation: Generation, source: UserSource) -> Inference:
+        future = self._pool.submit(infer, generation, source)
+        return Inference(
+            future, "miss", time.perf_counter(), generation.arena, lambda: self._started(generation, source)
+        )
+
+    def _shared(
+        self,
+        generation: Generation,
+        key: Key,
+        source: UserSource,
+        origin: Origin,
+        instead_of: Future[UserSide] | None = None,
+    ) -> Inference:
         began = time.perf_counter()
-        version = generation.arena.progress().covered.tobytes()  # before the rows are read, so never newer than they
 
-        def submit(before: UserSide | None) -> Future[UserSide]:
-            return self._pool.submit(infer, generation, source, origin, before)
+        def submit() -> Future[UserSide]:
+            return self._pool.submit(infer, generation, source, origin)
 
-        future, found = self.blocks.start(key, source, version, submit)
-        return Inference(future, found, began)
+        def renew() -> Inference:
+            return self._shared(generation, key, source, origin, future)
+
+        future, found = self.blocks.start(key, source, submit, instead_of)
+        while found == "hit" and not future.result().current(generation.arena):
+            future, found = self.blocks.start(key, source, submit, future)
+        return Inference(future, found, began, generation.arena, renew)
 
     def stored(self, user_id: str, as_of: int) -> UserSource:
         """Profile and history of the stores; empty ones for a user they do not know."""
@@ -256,18 +284,11 @@ class Users:
         )
 
 
-def infer(
-    generation: Generation, source: UserSource, origin: Origin = "store", before: UserSide | None = None
-) -> UserSide:
-    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none.
-    `before`: a side made from an equal source, which is right again where the rows are still those."""
+def infer(generation: Generation, source: UserSource, origin: Origin = "store") -> UserSide:
+    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
     began = time.perf_counter()
     hot, cold, there = generation.arena.gather_both(source.keys)
     rows = HistoryRows.of(cold, there)
-    if before is not None and before.rows.same(rows):
-        now = time.perf_counter()
-        again = dataclasses.replace(source, as_of=before.source.as_of)  # the cache holds these arrays already
-        return dataclasses.replace(before.shared((now - began) * 1e3), source=again, finished=now)
     actions, times = source.actions, source.times
     if not there.all():
         hot, cold, actions, times = hot[there], cold[there], actions[there], times[there]

@@ -21,14 +21,14 @@ from api.problems import ProblemError, invalid
 
 PARAMETERS = {
     "wait_for": "answer when the item's row has this version or a newer one",
-    "timeout_ms": "with wait_for: how long at most, 0 .. 30000; default 5000",
+    "timeout_ms": "with wait_for: how long at most, 0 .. 10000; default 5000",
     "deleted": "with wait_for, `1`: wait for the deletion of that version; answers 204 when the item has no row, and "
     "with the row when that is of a newer version",
 }
 WAITS_MAX = 1_024  # per process
 _TICK_S = 0.01
 _VERSION_MAX = 2**63 - 1  # as events have it
-_TIMEOUT_MS, _TIMEOUT_MAX_MS = 5_000, 30_000
+_TIMEOUT_MS, _TIMEOUT_MAX_MS = 5_000, 10_000  # less than a process that ends has for its answers (serve.py)
 
 
 @dataclasses.dataclass(frozen=True)

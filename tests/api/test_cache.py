@@ -42,9 +42,9 @@ def cache_of(limit: int = 100, ttl_s: float = 10.0, clock: Clock | None = None) 
     return FutureCache(limit, ttl_s, lambda value: value, same, CacheMetrics("test"), clock or Clock())
 
 
-def ask(cache: Cache, key: str, value: int, state: int = 0, version: bytes = b"") -> tuple[int, str]:
+def ask(cache: Cache, key: str, value: int, state: int = 0) -> tuple[int, str]:
     """What `key` gives, and how it was found; `value` where it has to be made."""
-    future, found = cache.start(key, state, version, lambda _: done(value))
+    future, found = cache.start(key, state, lambda: done(value))
     return future.result(0), found
 
 
@@ -68,13 +68,13 @@ def test_callers_that_meet_share_one_computation(callers: int) -> None:
 
     with ThreadPoolExecutor(1) as pool:
 
-        def submit(_: int | None) -> Future[int]:
+        def submit() -> Future[int]:
             started.append(1)
             return pool.submit(compute)
 
         def call() -> None:
             meet.wait()
-            future, found = cache.start("u", 0, b"", submit)
+            future, found = cache.start("u", 0, submit)
             answers.append((future.result(30), found))
 
         threads = [threading.Thread(target=call) for _ in range(callers)]
@@ -106,7 +106,7 @@ def test_what_is_made_from_another_state_serves_nobody() -> None:
     """Also while it is still being made: who knows more does not wait for who knew less."""
     cache = cache_of()
     late: Future[int] = Future()
-    cache.start("u", 1, b"", lambda _: late)
+    cache.start("u", 1, lambda: late)
     assert ask(cache, "u", 20, state=2) == (20, "miss")
     late.set_result(90)
     assert ask(cache, "u", 30, state=2) == (20, "hit")
@@ -115,42 +115,30 @@ def test_what_is_made_from_another_state_serves_nobody() -> None:
     assert (len(cache), cache.nbytes) == (1, 30)
 
 
-def test_another_version_is_renewed_from_the_value_before_and_is_no_younger() -> None:
-    clock = Clock()
-    cache = cache_of(ttl_s=10.0, clock=clock)
-    ask(cache, "u", 5, version=b"1")
-    before: list[int | None] = []
-
-    def submit(value: int | None) -> Future[int]:
-        before.append(value)
-        return done(5)
-
-    clock.now = 6.0
-    assert cache.start("u", 0, b"2", submit)[1] == "renewed"
-    assert ask(cache, "u", 6, version=b"2") == (5, "hit")
-    assert cache.start("u", 1, b"3", submit)[1] == "miss"
-    assert before == [5, None]
-    cache.start("v", 0, b"", lambda _: Future())
-    assert cache.start("v", 0, b"2", submit)[1] == "renewed"
-    assert before == [5, None, None]  # what is not there yet cannot be given
-    ask(cache, "w", 5, version=b"1")
-    clock.now = 12.0
-    assert cache.start("w", 0, b"2", submit)[1] == "renewed"
-    clock.now = 16.1
-    assert ask(cache, "w", 7, version=b"2") == (7, "miss")
+def test_what_a_caller_knows_to_be_outdated_is_made_anew_once() -> None:
+    cache = cache_of()
+    ask(cache, "u", 5)
+    old, _ = cache.start("u", 0, Future)
+    late: Future[int] = Future()
+    assert cache.start("u", 0, lambda: late, instead_of=old) == (late, "renewed")
+    assert cache.start("u", 0, Future, instead_of=old) == (late, "joined")
+    late.set_result(6)
+    assert cache.start("u", 0, Future, instead_of=old) == (late, "hit")
+    assert (ask(cache, "u", 0), cache.nbytes) == ((6, "hit"), 6)
+    assert cache.start("v", 0, lambda: done(7), instead_of=old)[1] == "miss"
 
 
 def test_a_failure_reaches_all_who_wait_and_is_forgotten() -> None:
     cache = cache_of()
     late: Future[int] = Future()
-    waiting = [cache.start("u", 0, b"", lambda _: late)[0] for _ in range(5)]
+    waiting = [cache.start("u", 0, lambda: late)[0] for _ in range(5)]
     late.set_exception(ValueError("no"))
     for one in waiting:
         with pytest.raises(ValueError, match="no"):
             one.result(0)
     assert len(cache) == 0
     with pytest.raises(ValueError, match="again"):
-        cache.start("u", 0, b"", lambda _: failed("again"))[0].result(0)
+        cache.start("u", 0, lambda: failed("again"))[0].result(0)
     assert ask(cache, "u", 3) == (3, "miss")
 
 
@@ -169,7 +157,7 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_what_is_larger_than_the_cache_is_shared_but_not_kept() -> None:
     cache = cache_of(limit=100)
     late: Future[int] = Future()
-    first, second = (cache.start("u", 0, b"", lambda _: late)[0] for _ in range(2))
+    first, second = (cache.start("u", 0, lambda: late)[0] for _ in range(2))
     late.set_result(101)
     assert (first.result(0), second.result(0), len(cache), cache.nbytes) == (101, 101, 0, 0)
 
@@ -180,20 +168,24 @@ def test_what_goes_is_freed_at_once() -> None:
     cache = cache_of(limit=100, ttl_s=10.0, clock=clock)
     made: list[weakref.ref[Future[int]]] = []
 
-    def submit(_: int | None) -> Future[int]:
+    def submit() -> Future[int]:
         future = done(40)
         made.append(weakref.ref(future))
         return future
 
     gc.disable()
     try:
-        for state, version in ((0, b""), (1, b""), (1, b"1"), (1, b"1"), (1, b"1"), (1, b"1")):
-            cache.start("u", state, version, submit)
+        cache.start("u", 0, submit)
+        old = cache.start("u", 1, submit)[0]
+        cache.start("u", 1, submit, instead_of=old)
+        del old
+        for _ in range(3):
+            cache.start("u", 1, submit)
         clock.now = 7.6
-        cache.start("u", 1, b"1", submit)  # is made anew
+        cache.start("u", 1, submit)  # is made anew
         assert [one() is None for one in made] == [True, True, True, False]
         for key in "vwx":
-            cache.start(key, 0, b"", submit)
+            cache.start(key, 0, submit)
         assert [one() is None for one in made[3:]] == [True, True, False, False]
     finally:
         gc.enable()
@@ -217,14 +209,14 @@ def test_a_hot_entry_near_its_end_is_made_anew_once_while_the_old_one_serves() -
     cache = aged(clock, 2)
     late, runs = Future[int](), []
 
-    def submit(before: int | None) -> Future[int]:
-        runs.append(before)
+    def submit() -> Future[int]:
+        runs.append(1)
         return late
 
     for _ in range(5):
-        future, found = cache.start("u", 0, b"", submit)
+        future, found = cache.start("u", 0, submit)
         assert (future.result(0), found) == (5, "hit")
-    assert runs == [None]
+    assert runs == [1]
     clock.now = 9.0
     late.set_result(6)
     assert ask(cache, "u", 0) == (6, "hit")
@@ -247,7 +239,7 @@ def test_what_is_seldom_used_or_young_is_not_made_anew(hits: int, now: float, re
 def test_a_refresh_that_fails_leaves_the_old_value_to_its_end() -> None:
     clock = Clock()
     cache = aged(clock, 2)
-    cache.start("u", 0, b"", lambda _: failed("no"))
+    cache.start("u", 0, lambda: failed("no"))
     assert ask(cache, "u", 0) == (5, "hit")
     clock.now = 10.1
     assert ask(cache, "u", 6) == (6, "miss")
@@ -257,7 +249,7 @@ def test_a_refresh_that_ends_late_does_not_replace_what_is_newer() -> None:
     clock = Clock()
     cache = aged(clock, 2)
     late: Future[int] = Future()
-    cache.start("u", 0, b"", lambda _: late)
+    cache.start("u", 0, lambda: late)
     assert ask(cache, "u", 8, state=1) == (8, "miss")
     late.set_result(6)
     assert ask(cache, "u", 0, state=1) == (8, "hit")
@@ -285,11 +277,11 @@ def test_bytes_and_age_hold_whatever_comes(steps: list[tuple[int, int, float]]) 
     for key, size, pause in steps:
         clock.now += pause
 
-        def submit(_: int | None, key: int = key, size: int = size) -> Future[int]:
+        def submit(key: int = key, size: int = size) -> Future[int]:
             made[str(key), size] = clock.now
             return done(size)
 
-        future, _ = cache.start(str(key), 0, b"", submit)
+        future, _ = cache.start(str(key), 0, submit)
         assert clock.now - made[str(key), future.result()] <= 10.0
         assert cache.nbytes <= 100
         assert cache.nbytes == sum(entry.future.result() for entry in cache._entries.values())

@@ -222,6 +222,31 @@ def test_rows_of_the_history_that_change_come_or_go_are_seen(shared: Shared) -> 
     assert shared.ask().block.generation == "g1"
 
 
+def test_rows_that_change_while_a_block_is_made(shared: Shared) -> None:
+    """Those of other items keep it in common. One of the history's, and who comes later has a block of the new row."""
+    shared.may_run.clear()
+    sides: list[UserSide] = []
+    threads: list[threading.Thread] = []
+    for version in range(2, 7):
+        shared.host.write("g1", [dataclasses.replace(ITEMS[35], version=version)])
+        threads += at_once(4, lambda: sides.append(shared.ask()))
+    wait_until(lambda: _hits(shared) == 19, "all wait")
+    shared.may_run.set()
+    for one in threads:
+        one.join(30)
+    assert len({id(side.block) for side in sides}) == len(shared.made) == 1
+
+    query = Query(user_id="u", as_of=NOW + 1)
+    arena = shared.generations[0].arena
+    began = shared.users.begin(shared.generations[0], query, shared.users.find(query))
+    wait_until(began.future.done, "it is made")
+    shared.host.write("g1", [dataclasses.replace(ITEMS[30], item_id=ITEMS[3].item_id, version=2)])
+    late = dataclasses.replace(began, found="joined")  # as of one who came before the end, and before the change
+    assert not began.result().current(arena)
+    assert late.result().current(arena)
+    assert len(shared.made) == 3
+
+
 def test_a_failed_inference_is_told_to_all_and_not_kept(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[str] = []
     shared.may_run.clear()

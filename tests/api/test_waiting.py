@@ -22,7 +22,7 @@ from index.keys import keys_of
 from tests.host import CatalogueItem, Host, catalogue
 
 ITEMS = catalogue(20)
-LONG = {"timeout_ms": "20000"}
+LONG = {"timeout_ms": "10000"}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_what_is_visible_instead_is_said_after_the_time(own_host: Callable[..., 
 
 def test_one_wait_too_many_is_refused_and_those_who_leave_make_room(own_host: Callable[..., Host]) -> None:
     host = started(own_host)
-    target = f"GET /v1/items/1?wait_for=99&timeout_ms=30000 HTTP/1.1\r\nhost: {host.settings.api_host}\r\n\r\n"
+    target = f"GET /v1/items/1?wait_for=99&timeout_ms=10000 HTTP/1.1\r\nhost: {host.settings.api_host}\r\n\r\n"
     callers = []
     try:
         for _ in range(WAITS_MAX):

@@ -232,11 +232,11 @@ def test_updates_deletions_and_stale_versions(
     random = np.random.default_rng(8)
     newer, older = World.item("4", 7, random), World.item("4", 3, random)
     publish(client, "items", newer)
-    assert client.get("/v1/items/4", params={"wait_for": 7, "timeout_ms": 20_000}).json()["version"] == 7
+    assert client.get("/v1/items/4", params={"wait_for": 7, "timeout_ms": 10_000}).json()["version"] == 7
     assert score(client, "many", ["4"])["trace"]["versions"] == [7]
     world.items["4"] = newer
     publish(client, "items", [older, {"item_id": "8", "version": 5, "deleted": True}, World.item("8", 4, random)])
-    assert client.get("/v1/items/8", params={"wait_for": 5, "deleted": 1, "timeout_ms": 20_000}).status_code == 204
+    assert client.get("/v1/items/8", params={"wait_for": 5, "deleted": 1, "timeout_ms": 10_000}).status_code == 204
     assert score(client, "many", ["8"])["missing"] == ["8"]
     del world.items["8"]
     mark = World.item("mark", 1, random)
