@@ -74,12 +74,14 @@ def answered(host: Host, body: bytes, **parameters: Any) -> tuple[pl.DataFrame, 
 
 
 def same(found: tuple[pl.DataFrame, dict[str, Any]], wanted: dict[str, Any]) -> None:
-    """All of the JSON form's answer, but how long it took."""
+    """All of the JSON form's answer, but how long it took and whether the user was inferred for it."""
     columns, rest = found
     assert columns["ids"].to_list() == wanted["ids"]
     assert columns["scores"].dtype == pl.Float32
     assert columns["scores"].to_list() == np.array(wanted["scores"], np.float32).tolist()
     assert set(rest.pop("stages_ms")) == set(wanted["stages_ms"])
+    for answer in (rest, wanted):
+        assert answer["user"].pop("source") in ("store", "cached", "inline")
     assert rest == {name: value for name, value in wanted.items() if name not in ("ids", "scores", "stages_ms")}
 
 
