@@ -125,18 +125,16 @@ class Inference:
     future: Future[UserSide]
     found: Found
     began: float
-    arena: ArenaReader
-    renew: Callable[[], Inference]
+    renewed: Callable[[UserSide], Inference | None] = lambda _: None  # another one, where the side is outdated by now
 
     def result(self) -> UserSide:
         """Raises what the inference raised, also where another request began it."""
         side = self.future.result()
         if self.found in ("miss", "renewed"):
             return side
-        if self.found == "joined" and not side.current(
-            self.arena
-        ):  # it may have read its rows before this request came
-            return self.renew().result()
+        # who joined did so when the rows may have been read already
+        if self.found == "joined" and (other := self.renewed(side)) is not None:
+            return other.result()
         return side.shared(max(0.0, side.finished - self.began) * 1e3)
 
 
@@ -209,7 +207,7 @@ class Users:
     def begin(self, generation: Generation, query: Query, source: UserSource) -> Inference:
         """The user's side, made in the pool; that of a stored user is shared with all who ask for the same."""
         if query.user is not None:
-            return self._started(generation, source)
+            return Inference(self._pool.submit(infer, generation, source), "miss", time.perf_counter())
         return self._shared(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
 
     def warm(self, generation: Generation, count: int) -> None:
@@ -222,12 +220,6 @@ class Users:
                 self._shared(generation, (user_id, generation.name, as_of), source, "store").result()
             except Exception:
                 LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
-
-    def _started(self, generation: Generation, source: UserSource) -> Inference:
-        future = self._pool.submit(infer, generation, source)
-        return Inference(
-            future, "miss", time.perf_counter(), generation.arena, lambda: self._started(generation, source)
-        )
 
     def _shared(
         self,
@@ -242,13 +234,13 @@ class Users:
         def submit() -> Future[UserSide]:
             return self._pool.submit(infer, generation, source, origin)
 
-        def renew() -> Inference:
-            return self._shared(generation, key, source, origin, future)
+        def renewed(side: UserSide) -> Inference | None:
+            return None if side.current(generation.arena) else self._shared(generation, key, source, origin, future)
 
         future, found = self.blocks.start(key, source, submit, instead_of)
         while found == "hit" and not future.result().current(generation.arena):
             future, found = self.blocks.start(key, source, submit, future)
-        return Inference(future, found, began, generation.arena, renew)
+        return Inference(future, found, began, renewed)
 
     def stored(self, user_id: str, as_of: int) -> UserSource:
         """Profile and history of the stores; empty ones for a user they do not know."""

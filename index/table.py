@@ -456,8 +456,8 @@ def least(
     version_at: Any,
     cold: Any,
     cold_size: Any,
-    field_at: Any,
     capacity: Any,
+    field_at: Any,
 ) -> Any:
     """(sound, the least i8 at `field_at` of the live rows' cold records, the greatest there is without a row); unsound
     when the mapping is out of date. Reads that one field of each row and copies nothing."""
@@ -476,6 +476,7 @@ def least(
             if slot >= capacity or tries == 16:
                 return False, found
             value = int64(load64(cold + slot * cold_size + field_at))
+            fence_acquire()
             if uint64(load32(hot + slot * hot_size + version_at)) == word >> uint64(32):
                 found = min(found, value)
                 break

@@ -64,19 +64,17 @@ async def fill(job: Job, encode: Rows, topic: str, starts: Sequence[int]) -> lis
     """
     job.say("catching up" if starts else "filling")
     proof = None if starts else _Proof(job.settings.partitions, job.settings.hash_key.encode())
-    trial = None if starts else _Trial()
+    trial = _Trial(over=bool(starts))
     async with open_reader(job.settings, topic, starts or None) as reader:
         async for by_partition in _chunks(reader.batches()):
             covered = {partition: records[-1].offset for partition, records in by_partition.items()}
             batches, refused = encode.rows(by_partition, covered)
-            if trial is not None:
-                refused = trial.passed(batches, refused)
-            await encode.emit(batches, refused)  # 1
+            await encode.emit(batches, trial.passed(batches, refused))  # 1
             if proof is not None:
                 proof.add(batches)
             job.handled(sum(map(len, by_partition.values())))
         ends = reader.ends
-    if proof is not None and trial is not None:
+    if proof is not None:
         last = [proof.block(partition, end - 1, encode.layout) for partition, end in enumerate(ends)]
         await encode.emit([], trial.over())
         await encode.emit(last, [])  # 2
@@ -117,11 +115,11 @@ class _Trial:
     feature spec would send the whole catalogue to `items.dlq`, and be complete without a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, over: bool) -> None:
         self._live = 0
         self._unfit: list[EventError] = []
         self._held: Refused = []
-        self._over = False
+        self._over = over
 
     def passed(self, batches: Sequence[RowBatch], refused: Refused) -> Refused:
         """The dead letters that may be sent with these batches. Raises JobError (BAD_BUNDLE)."""
