@@ -2,8 +2,8 @@
 
 Rankers of their own form: `DSSM`, `COLD`, `IntTower`. Rivals of BEA and LSH-DIN within AIF's frame (user tower,
 SimTier, SIM, first layer, head): `DIN`, full target attention over all behaviours, which is the upper bound; rivals of
-LSH-DIN alone: `ETA` and `SDIM`, the other hashes. They are trained and compared, never served; `serving_flops` says
-what serving would cost.
+LSH-DIN alone: `ETA` and `SDIM`, the other hashes; AIF with one block more: `ItemDots`. They are trained and compared,
+never served; `serving_flops` says what serving would cost.
 Letters in the shape comments are those of encoders/model.py; a = first hidden layer of the attention's MLP.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from encoders import lsh
-from encoders.model import AIF, Candidates, Frame, Meeting, ModelConfig, Ranker, Sizes, Users, first_layer_block
+from encoders.model import AIF, Candidates, Dots, Frame, Meeting, ModelConfig, Ranker, Sizes, Users, first_layer_block
 
 _TEMPERATURE = 0.1  # where DSSM's learned temperature starts
 _CHUNK = 1 << 21  # numbers of an attention layer's output that are made at once: what fits a core's cache
@@ -352,6 +352,28 @@ class SDIM(AIF):
         return place + torch.arange(self.rounds, device=bits.device) * (1 << self.bits_per_round)
 
 
+class ItemDots(AIF):
+    """AIF with dot products of the user with the item vector x_i as one more block of the first layer.
+
+    Linear in x_i, so they fold into one matrix per user [h, d], at the price of x_i in the hot record and a product
+    [h, d] x [d] per candidate.
+    """
+
+    count: ClassVar[int] = 8
+
+    def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
+        super().__init__(config, sizes)
+        self.item_dots = Dots(self.count, config.dim, config, config.dim**-0.5)
+
+    def interest(self, meeting: Meeting) -> Tensor:
+        """See `AIF`, and the dot products [B, K, h]."""
+        return super().interest(meeting) + self.item_dots(meeting.user, meeting.x[meeting.index])
+
+    def serving_flops(self, length: int, window: int) -> float:
+        """Of AIF, and the matrix per user times x_i."""
+        return super().serving_flops(length, window) + 2.0 * self.config.width * self.config.dim
+
+
 MODELS: dict[str, type[Ranker]] = {
     "aif": AIF,
     "dssm": DSSM,
@@ -361,6 +383,7 @@ MODELS: dict[str, type[Ranker]] = {
     "din-plain": PlainDIN,
     "eta": ETA,
     "sdim": SDIM,
+    "aif-dots": ItemDots,
 }
 
 

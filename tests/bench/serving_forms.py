@@ -12,6 +12,7 @@ ready-made form that was found for it, often several, of which the quickest coun
                           (We + Wd) + Wp diag(x_i), in tiles that stay in the cache
     eta                   the same over the nearest behaviours: popcounts, and a partition of 32-bit numbers
     sdim                  the user's bucket sums, normalised and multiplied by W1d, are rows that a candidate adds up
+    aif-dots              AIF's kernel, and the user's matrix times the item vectors
 
 In favour of the rivals: their items are found by position, without an id table, and bf16 counts where the error stays
 below 5 % of the scores' standard deviation. Against those in AIF's frame: the kernel adds a D of zeros (some 0.05 us).
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from encoders import lsh
-from encoders.baselines import COLD, DIN, DSSM, ETA, MODELS, SDIM, IntTower, TargetAttention, build
+from encoders.baselines import COLD, DIN, DSSM, ETA, MODELS, SDIM, IntTower, ItemDots, TargetAttention, build
 from encoders.bundle import SAMPLE_SPEC, Bundle, Manifest, Precision
 from encoders.features import ItemColumns, ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, Head, UserBlock, UserFold
@@ -217,6 +218,8 @@ def forms(model: Ranker, scene: Scene, folder: Path) -> list[Form]:
     match model:
         case ETA() | SDIM() | DIN():
             return _frame(model, scene)
+        case ItemDots():
+            return _item_dots(model, scene)
         case AIF():
             return _aif(model, scene, folder)
         case COLD():
@@ -240,6 +243,28 @@ def _aif(model: AIF, scene: Scene, folder: Path) -> list[Form]:
         return kernels.score(arena.gather(keys_of_ints(places.astype(np.uint64))).hot, user, head)
 
     return [Form("arena and kernel, fp16 rows", scores, NARROW)]
+
+
+def _item_dots(model: ItemDots, scene: Scene) -> list[Form]:
+    twin = AIF(model.config, scene.spec.sizes)
+    twin.load_state_dict(model.state_dict(), strict=False)
+    bundle = bundle_of(twin.eval().requires_grad_(False), scene, "fp32")
+    layout = RowLayout.from_json(bundle.manifest.row)
+    rows = Rows.of(twin, scene)
+    hot, x = rows.hot(layout), torch.from_numpy(rows.vector)
+    user, head = tables_of(bundle, scene, rows)
+    kernels.warm_up(layout, head)
+    users = scene.users(model)
+    tokens = model.history(users)[:, -model.config.recent :]
+    profile = model.profiles(users.profile, users.known)
+    matrix = model.item_dots.fold(model.user_tower(profile, tokens, users.valid[:, -model.config.recent :])[0]).T
+
+    def scores(places: I8) -> F4:
+        chosen = hot.take(places)
+        chosen["joint"] += (x.index_select(0, torch.from_numpy(places)) @ matrix).numpy()
+        return kernels.score(chosen, user, head)
+
+    return [Form("kernel and torch", scores)]
 
 
 def _dssm(model: DSSM, scene: Scene) -> list[Form]:
