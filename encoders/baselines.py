@@ -367,7 +367,8 @@ class ItemDots(AIF):
 
     def interest(self, meeting: Meeting) -> Tensor:
         """See `AIF`, and the dot products [B, K, h]."""
-        return super().interest(meeting) + self.item_dots(meeting.user, meeting.x[meeting.index])
+        dots: Tensor = self.item_dots(meeting.user, meeting.x[meeting.index])
+        return super().interest(meeting) + dots
 
     def serving_flops(self, length: int, window: int) -> float:
         """Of AIF, and the matrix per user times x_i."""

@@ -84,6 +84,16 @@ def compare(a: Tables, b: Tables, chance: float = 0.0, seed: int = 0, resamples:
     )
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p of a family of comparisons, corrected for their number (Holm 1979); one that is NaN is none of them."""
+    counted = sorted((p, place) for place, p in enumerate(ps) if not np.isnan(p))
+    found, least = [float("nan")] * len(ps), 0.0
+    for rank, (p, place) in enumerate(counted):
+        least = max(least, min(1.0, p * (len(counted) - rank)))
+        found[place] = least
+    return found
+
+
 class _Seeds:
     """The seeds of each resample, and the mean over them."""
 

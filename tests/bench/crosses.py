@@ -21,6 +21,7 @@ from encoders.evaluate import Sampling, split_of
 from encoders.evaluation import compare, rows
 from encoders.features import FeatureSpec, cross_slots
 from encoders.fold import cross_bytes
+from encoders.intervals import holm
 from encoders.model import CROSS_TABLES, ModelConfig
 from encoders.train import TrainOptions
 from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
@@ -95,10 +96,15 @@ def run(seed: int, quick: bool) -> None:
             | {"seeds": row.seeds}
             | cells(row.figures["gauc"], "gauc")
             | cells(gap.difference, "gauc_minus_exact")
-            | {"p": gap.p, "bytes_per_user_p50": own[0], "bytes_per_user_most": own[1], "bytes_bound": own[2]}
+            | {"p": gap.p}
+            | {"validation_gauc": round(statistics.mean(one.validation_gauc for one in found[row.name]), 5)}
+            | {"bytes_per_user_p50": own[0], "bytes_per_user_most": own[1], "bytes_bound": own[2]}
         )
         value = row.figures["gauc"]
         report.figure(f"gauc {row.name}", [value.low, value.high], "GAUC", value.value)
+    others = [row for row in table if row["table"] != EXACT]
+    for line, p in zip(others, holm([line["p"] for line in others]), strict=True):
+        line["p_holm"] = p
     report.table("variants", table)
     report.table("kernel", [{"rows": int(size), "us_per_candidate": statistics.median(costs[size])} for size in costs])
     for size, samples in costs.items():

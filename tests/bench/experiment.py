@@ -48,6 +48,7 @@ class Source:
     world_seed: int = 0
     folder: str = ""
     change: Callable[[Dataset], Dataset] | None = None  # a module's function, applied to what was read
+    learnt: Callable[[Dataset], Dataset] | None = None  # the same, applied to what is trained on, but not measured
 
     def open(self) -> tuple[Dataset, Truth | None]:
         """The data set, and the true click probabilities where there are such."""
@@ -183,9 +184,10 @@ def cells(interval: Interval, name: str) -> dict[str, float | None]:
 class _Worker:
     """What a worker has opened."""
 
-    data: Dataset
+    data: Dataset  # what is measured
     truth: Truth | None
-    name: str  # fingerprint of the data
+    training: Dataset
+    name: str  # fingerprint of what is trained on
     cache: Path
     sampling: Sampling
     notes: Notes | None
@@ -197,7 +199,8 @@ _worker: list[_Worker] = []
 def _open(source: Source, cache: Path, sampling: Sampling, notes: Notes | None) -> None:
     torch.set_num_threads(1)
     data, truth = source.open()
-    _worker[:] = [_Worker(data, truth, fingerprint(data), cache, sampling, notes)]
+    training = source.learnt(data) if source.learnt else data
+    _worker[:] = [_Worker(data, truth, training, fingerprint(training), cache, sampling, notes)]
 
 
 def _trial(name: str, options: TrainOptions) -> Trial | Failed:
@@ -207,13 +210,15 @@ def _trial(name: str, options: TrainOptions) -> Trial | Failed:
     if failed.exists():
         return Failed(failed.read_text())
     try:
-        fitted = trained(own.data, options, own.cache, name=own.name)
+        fitted = trained(own.training, options, own.cache, name=own.name)
     except TrainingError as error:
         _write(failed, str(error))
         (own.cache / f"{key}.checkpoint").unlink(missing_ok=True)
         return Failed(str(error))
     batches = functools.cache(functools.partial(fitted.batches, own.data))
-    path = own.cache / f"{key}.{_digest(dataclasses.asdict(own.sampling))}.npz"
+    sampled = dataclasses.asdict(own.sampling)
+    measured = sampled if own.training is own.data else [sampled, fingerprint(own.data)]
+    path = own.cache / f"{key}.{_digest(measured)}.npz"
     if not path.exists():
         split = split_of(own.data)
         groups = batches().groups(split.test, split.end)

@@ -20,6 +20,7 @@ from encoders import lsh
 from encoders.data import synthetic
 from encoders.evaluate import Sampling
 from encoders.evaluation import compare, rows
+from encoders.intervals import holm
 from encoders.model import ModelConfig
 from encoders.train import TrainOptions
 from index import kernels
@@ -54,21 +55,25 @@ class Line:
 
     @property
     def config(self) -> ModelConfig:
-        config = sized(FINE if self.kind == "cosine" else self.bits)
-        without = ("lsh_din", "simtier") if self.part == NEITHER else PARTS[self.part]
+        config = exact(TRAINED) if self.kind == "cosine" else sized(TRAINED, self.bits)
         return dataclasses.replace(
             config,
-            without=without,
-            lsh=self.kind if self.kind in ("learned", "cosine") else "random",
+            without=("lsh_din", "simtier") if self.part == NEITHER else PARTS[self.part],
+            lsh="learned" if self.kind == "learned" else config.lsh,
             bits_per_projection=2 if self.kind == "two bits" else 1,
         )
 
 
-def sized(bits: int) -> ModelConfig:
-    """`TRAINED` with so many bits; the tier edges are placeholders, for training measures them."""
-    if bits == TRAINED.bits:
-        return TRAINED
-    return dataclasses.replace(TRAINED, bits=bits, tier_edges=lsh.tier_edges(np.empty(0), TRAINED.tiers, bits))
+def sized(config: ModelConfig, bits: int) -> ModelConfig:
+    """The config with so many bits; the tier edges are placeholders, for training measures them."""
+    if bits == config.bits:
+        return config
+    return dataclasses.replace(config, bits=bits, tier_edges=lsh.tier_edges(np.empty(0), config.tiers, bits))
+
+
+def exact(config: ModelConfig) -> ModelConfig:
+    """The config with exact cosines for the share of equal bits."""
+    return dataclasses.replace(sized(config, FINE), lsh="cosine")
 
 
 def lines(quick: bool) -> list[Line]:
@@ -77,7 +82,7 @@ def lines(quick: bool) -> list[Line]:
         kinds = [Line(kind, 64, "both") for kind in ("random", "two bits", "learned", "cosine")]
         return [*kinds, Line("random", 16, "both"), Line("random", 64, "LSH-DIN")]
     found = [Line("random", bits, "both") for bits in BITS]
-    found += [Line("random", bits, part) for part in ("LSH-DIN", "SimTier") for bits in SOME_BITS]
+    found += [Line("random", bits, part) for part in ("LSH-DIN", "SimTier") for bits in BITS]
     found += [Line("two bits", bits, "both") for bits in SOME_BITS]
     found += [Line("two bits", 64, part) for part in ("LSH-DIN", "SimTier")]
     found += [Line("learned", bits, "both") for bits in SOME_BITS]
@@ -104,10 +109,10 @@ def run(seed: int, quick: bool) -> None:
     measured = {row.name: row for row in rows(runs)}
     table: list[dict[str, Any]] = []
     for line in wanted:
-        row, exact = measured[line.name], f"cosine, {line.part}"
+        row, cosine = measured[line.name], f"cosine, {line.part}"
         cells_of = cells(row.figures["gauc"], "gauc") | cells(row.figures["logloss"], "logloss")
-        if exact in runs and line.kind != "cosine":
-            gap = compare(runs[line.name], runs[exact])["gauc"]
+        if cosine in runs and line.kind != "cosine":
+            gap = compare(runs[line.name], runs[cosine])["gauc"]
             cells_of |= cells(gap.difference, "gauc_minus_cosine") | {"p": gap.p}
         costs_of: dict[str, Any] = {}
         if line.kind != "cosine" and line.part != NEITHER:
@@ -117,9 +122,13 @@ def run(seed: int, quick: bool) -> None:
                 "us_per_candidate": statistics.median(costs[f"{line.bits} {line.part}"]),
             }
         named = {"kind": line.kind, "bits": line.bits or None, "part": line.part, "seeds": row.seeds}
-        table.append(named | cells_of | costs_of)
+        validated = {"validation_gauc": round(statistics.mean(one.validation_gauc for one in found[line.name]), 5)}
+        table.append(named | cells_of | validated | costs_of)
         value = row.figures["gauc"]
         report.figure(f"gauc {line.name}", [value.low, value.high], "GAUC", value.value)
+    compared = [cells_of for cells_of in table if "p" in cells_of]
+    for cells_of, p in zip(compared, holm([cells_of["p"] for cells_of in compared]), strict=True):
+        cells_of["p_holm"] = p
     for b in bits:
         report.figure(f"us_per_candidate_{b}_bits", costs[f"{b} both"], "us")
     report.table("variants", table)

@@ -1,9 +1,10 @@
 """Accuracy against real-time cost: AIF, its parts and its rivals on the marketplace and on MovieLens 100K.
 
-Every model is trained by the same trainer with its learning rate chosen on the validation slice out of the same
-`RATES`; ablations take AIF's and, on the marketplace, have more seeds, because they differ by less. The bound is
-`din`: softmax target attention over the whole history, with the same counts, crosses and dot products as AIF. Costs
-are of the serving form: 10,000 candidates, L = 1,000, d = 64.
+Every model is trained by the same trainer. `TUNED` ones have equal budgets of trials on the validation slice, the
+others take the options of the model that they vary; ablations take AIF's and, on the marketplace, have more seeds,
+because they differ by less. The bound is `din`: softmax target attention over the whole history, with the same counts,
+crosses and dot products as AIF; `EXACT` has exact cosines in the counts' place too. Costs are of the serving form:
+10,000 candidates, L = 1,000, d = 64.
 """
 
 from __future__ import annotations
@@ -21,30 +22,37 @@ import numpy as np
 from encoders.baselines import MODELS, build
 from encoders.batches import groups_of
 from encoders.data import synthetic
-from encoders.data.dataset import DataError
+from encoders.data.dataset import NEVER, DataError, Dataset, Examples
 from encoders.evaluate import Sampling, measure_popularity, split_of
 from encoders.evaluation import Evaluation, Row, compare, rows, tables
+from encoders.intervals import holm
 from encoders.metrics import calibration_error, gauc
 from encoders.model import COMPONENTS, ModelConfig, Sizes
 from encoders.train import TrainOptions
 from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
+from tests.bench.lsh_bits import exact
 from tests.bench.report import Report
 from tests.bench.serving_forms import measure_all
 
 SEEDS, QUICK_SEEDS = 3, 1
 ABLATION_SEEDS = 5  # of AIF and its ablations on the marketplace, whose terms are known to matter
-RATES = (2e-3, 4e-3)
-BOUND = "din"
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # learning rates, tried first
+DECAYS = (0.1, 0.5, 2.0)  # weight decays, tried at the rate that was chosen
+NOISE = 2e-3  # validation GAUC: what seeds differ by, and an option must gain to be chosen before the default
+BOUND, EXACT = "din", "din, exact cosines"
+TUNED = ("aif", "dssm", "cold", "inttower", BOUND)
+VARIED = {"din-plain": BOUND, "eta": "aif", "sdim": "aif", "aif-dots": "aif"}  # and the tuned model it varies
 TRAINED = ModelConfig(window=200)  # L <= 200 in training
+UNRATED = 1  # per rated film, of what is trained on
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"aif without {one}": {"without": (one,)} for one in COMPONENTS},
     "aif without dots": {"dots": 0},
     "aif without short window": {"short_window": 0},
+    "aif without bea, lsh_din": {"without": ("bea", "lsh_din")},
 }
 READERS = ("bea", "lsh_din", "simtier", "sim")  # what looks at history and item together, beside the dot products
 # What parts are worth where none of the others stands in for them; on the marketplace.
 GROUPS: dict[str, dict[str, Any]] = {
-    "aif without bea, lsh_din": {"without": ("bea", "lsh_din")},
     "aif without bea, lsh_din, sim": {"without": ("bea", "lsh_din", "sim")},
     **{
         f"aif with {one} alone": {"without": tuple(other for other in READERS if other != one), "dots": 0}
@@ -54,60 +62,115 @@ GROUPS: dict[str, dict[str, Any]] = {
     "aif with none of these": {"without": READERS, "dots": 0},
 }
 DRAWN = "aif with towers as drawn"  # not standardised before training
+DISTILLED = "aif, distilled"  # from the bound, trained beside it
 POPULARITY = "popularity"  # has no cost: one number per item
+_DRAWS = 1_000  # of an unrated item, before a user is said to have none
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
 ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))
 
 
 def run(seed: int, quick: bool) -> None:
     report = Report("quality", seed, quick)
-    worlds = {"": Source("marketplace", world=QUICK_WORLD if quick else synthetic.EXPERIMENT)}
     if not ML_100K.is_dir():
         raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
-    worlds["_ml100k"] = Source("MovieLens 100K", folder=str(ML_100K))
-    sampling = Sampling(requests=20, shortlists=10, candidates=300) if quick else Sampling(60, 100, 1_000)
+    world = Source("marketplace", world=QUICK_WORLD if quick else synthetic.EXPERIMENT)
+    real = Source("MovieLens 100K", folder=str(ML_100K))
+    seeds = [seed + k for k in range(QUICK_SEEDS if quick else SEEDS)]
+    found: dict[str, tuple[Source, dict[str, list[Trial]]]] = {}
+    tried: list[dict[str, object]] = []
     try:
-        results = {
-            suffix: _trained(source, seed, quick, sampling) | _popularity(source, sampling)
-            for suffix, source in worlds.items()
-        }
+        for suffix, source in {"": world, "_ml100k": real}.items():
+            sampling = _sampling(source, quick)
+            chosen, table = _tuned(source, seed, quick)
+            tried += table
+            models = _trained(source, chosen, seeds, quick, sampling)
+            found[suffix] = source, models | _popularity(source, sampling)
+        others = _with_unrated(real, found["_ml100k"][1], chosen, seeds, quick)
     except OutOfTimeError as error:
         stop_here(error)
     costs = _costs(3 if quick else 15)
-    for suffix, source in worlds.items():
-        found = results[suffix]
-        report.table(f"models{suffix}", _table(found, costs, source))
-        report.table(f"seeds{suffix}", _seeds(found))
-        _figures(report, found, suffix)
+    report.table("tuning", tried)
+    for suffix, (source, results) in found.items():
+        report.table(f"models{suffix}", _table(results, costs, source))
+        report.table(f"seeds{suffix}", _seeds(results))
+        _figures(report, results, suffix)
+    report.table("unrated_ml100k", _table(others, {}, real, versus=POPULARITY))
     report.table("costs", [{"model": name, **cost} for name, cost in costs.items()])
     share = np.divide(*(np.array(costs[name]["samples"]) for name in ("aif", BOUND)))
-    for suffix in worlds:  # the serving form costs the same whatever it was trained on
+    for suffix in found:  # the serving form costs the same whatever it was trained on
         report.figure(f"aif_cost_share_of_bound{suffix}", share.tolist(), "")
         report.figure(f"aif_flops_share_of_bound{suffix}", costs["aif"]["flops"] / costs[BOUND]["flops"], "")
-    _oracle(report, worlds[""], results[""])
-    report.finish(lambda canvas: _draw(canvas, results, costs))
+    _oracle(report, *found[""])
+    report.finish(lambda canvas: _draw(canvas, {suffix: results for suffix, (_, results) in found.items()}, costs))
+
+
+def _sampling(source: Source, quick: bool) -> Sampling:
+    """MovieLens has few requests and items, so all are ranked."""
+    if quick:
+        return Sampling(requests=20, shortlists=10, candidates=300)
+    return Sampling(60 if source.world else 1_000, 100, 1_000)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def _trained(source: Source, seed: int, quick: bool, sampling: Sampling) -> dict[str, list[Trial]]:
-    """The models with their chosen learning rates, the ablations with AIF's."""
-    seeds = range(seed, seed + (QUICK_SEEDS if quick else SEEDS))
-    known = source.world is not None
-    more = range(seed, seed + ABLATION_SEEDS) if known else seeds
+def _tuned(source: Source, seed: int, quick: bool) -> tuple[dict[str, TrainOptions], list[dict[str, object]]]:
+    """The options of each model, chosen with one seed on the validation slice; and all that was tried."""
+
+    def but(options: TrainOptions, option: str, value: float) -> TrainOptions:
+        changed: dict[str, Any] = {option: value}
+        return dataclasses.replace(options, **changed)
+
     base = TrainOptions(config=TRAINED, epochs=2) if quick else TrainOptions(config=TRAINED)
-    rates = RATES[1:2] if quick else RATES
-    names = ("aif", "dssm", "cold", BOUND) if quick else tuple(MODELS)
-    tried = [
-        Variant(f"{name} {rate:g}", dataclasses.replace(base, model=name, learning_rate=rate))
-        for rate in rates
-        for name in names
+    names = ("aif", "dssm", "cold", BOUND) if quick else TUNED
+    steps: dict[str, Sequence[float]] = {
+        "learning_rate": RATES[-1:] if quick else RATES,
+        "weight_decay": DECAYS[1:2] if quick else DECAYS,
+    }
+    best = {name: dataclasses.replace(base, model=name) for name in names}
+    gauc: dict[TrainOptions, float] = {}
+    for option, values in steps.items():
+        wanted = [but(best[name], option, value) for name in names for value in values]
+        variants = [Variant(_tried(options), options) for options in wanted]
+        for variant, (trial,) in zip(
+            variants, trials(source, variants, [seed], Sampling(requests=0, shortlists=0)).values(), strict=True
+        ):
+            gauc[variant.options] = trial.validation_gauc
+        for name in names:
+            own = {getattr(options, option): gauc[options] for options in wanted if options.model == name}
+            best[name] = but(best[name], option, pick(own, getattr(base, option)))
+    table: list[dict[str, object]] = [
+        {
+            "data": source.name,
+            "model": options.model,
+            "learning_rate": options.learning_rate,
+            "weight_decay": options.weight_decay,
+            "validation_gauc": found,
+            "chosen": options == best[options.model],
+        }
+        for options, found in gauc.items()
     ]
-    tuned = trials(source, tried, seeds[:1], Sampling(requests=0, shortlists=0))
-    best = {name: max(rates, key=lambda rate: tuned[f"{name} {rate:g}"][0].validation_gauc) for name in names}
-    models = [Variant(name, dataclasses.replace(base, model=name, learning_rate=best[name])) for name in names]
-    aif = models[0].options
+    varied = {name: dataclasses.replace(best[of], model=name) for name, of in VARIED.items()}
+    return (best if quick else best | varied), table
+
+
+def pick(gauc: Mapping[float, float], default: float) -> float:
+    """The value with the best validation GAUC, or the default where none is better by more than noise."""
+    best = max(gauc, key=lambda value: gauc[value])
+    return default if default in gauc and gauc[best] <= gauc[default] + NOISE else best
+
+
+def _tried(options: TrainOptions) -> str:
+    return f"{options.model} {options.learning_rate:g} {options.weight_decay:g}"
+
+
+def _trained(
+    source: Source, options: Mapping[str, TrainOptions], seeds: Sequence[int], quick: bool, sampling: Sampling
+) -> dict[str, list[Trial]]:
+    """The models with their chosen options, the ablations with AIF's."""
+    known = source.world is not None
+    models = [Variant(name, own) for name, own in options.items()]
+    aif = options["aif"]
 
     def changed(several: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
         return [
@@ -117,9 +180,62 @@ def _trained(source: Source, seed: int, quick: bool, sampling: Sampling) -> dict
 
     if quick:
         return trials(source, [*models, *changed(ABLATIONS)[:2]], seeds, sampling)
-    others = [Variant(DRAWN, dataclasses.replace(aif, towers_from_data=False)), *changed(GROUPS if known else {})]
+    others = [
+        Variant(EXACT, dataclasses.replace(options[BOUND], config=exact(TRAINED))),
+        Variant(DISTILLED, dataclasses.replace(aif, distil=1.0)),
+        Variant(DRAWN, dataclasses.replace(aif, towers_from_data=False)),
+        *changed(GROUPS if known else {}),
+    ]
+    more = [seeds[0] + k for k in range(ABLATION_SEEDS)] if known else seeds
     found = trials(source, [*models, *others], seeds, sampling)
-    return found | trials(source, [models[0], *changed(ABLATIONS)], more, sampling)
+    return found | trials(source, [Variant("aif", aif), *changed(ABLATIONS)], more, sampling)
+
+
+def _with_unrated(
+    source: Source,
+    found: Mapping[str, Sequence[Trial]],
+    options: Mapping[str, TrainOptions],
+    seeds: Sequence[int],
+    quick: bool,
+) -> dict[str, list[Trial]]:
+    """What models rank that have been trained on films that nobody rated, too, beside those that have not."""
+    names = ("aif",) if quick else ("aif", "dssm", "cold")
+    changed = dataclasses.replace(source, learnt=with_unrated)
+    variants = [Variant(f"{name}, unrated too", options[name]) for name in names]
+    plain = {name: list(found[name]) for name in (*names, POPULARITY)}
+    return plain | trials(changed, variants, seeds, _sampling(source, quick))
+
+
+def with_unrated(data: Dataset) -> Dataset:
+    """Beside every example `UNRATED` more of its user and time, not clicked: items that were there, drawn alike, of
+    which the user had done nothing by then. The global split stays where it was. Raises DataError where a user has no
+    such item.
+    """
+    examples, items = data.examples, len(data.items.ids)
+    random = np.random.default_rng(0)
+    user, time = np.repeat(examples.user, UNRATED), np.repeat(examples.time, UNRATED)
+    known, place = np.unique(data.log.user.astype(np.int64) * items + data.log.item, return_index=True)
+    first = np.append(data.log.time[place], NEVER)  # of a user's behaviours on an item: the log ascends in time
+    item, wrong = np.zeros(len(user), np.int32), np.arange(len(user))
+    for _ in range(_DRAWS):
+        item[wrong] = random.integers(0, items, len(wrong))
+        of, at = item[wrong], time[wrong]
+        key = user[wrong].astype(np.int64) * items + of
+        found = np.searchsorted(known, key)
+        met = (np.append(known, -1)[found] == key) & (first[found] <= at)
+        wrong = wrong[met | (data.items.added[of] > at) | (data.items.removed[of] <= at)]
+        if not len(wrong):
+            break
+    else:
+        raise DataError(f"user {data.profiles.ids[int(user[wrong[0]])]!r} has met nearly all items")
+    columns = {
+        "user": np.append(examples.user, user),
+        "item": np.append(examples.item, item),
+        "clicked": np.append(examples.clicked, np.zeros(len(user), bool)),
+        "time": np.append(examples.time, time),
+    }
+    order = np.lexsort((columns["time"], columns["user"]))  # stable: the example itself comes first
+    return dataclasses.replace(data, examples=Examples(**{name: column[order] for name, column in columns.items()}))
 
 
 def _popularity(source: Source, sampling: Sampling) -> dict[str, list[Trial]]:
@@ -142,10 +258,14 @@ def _popularity(source: Source, sampling: Sampling) -> dict[str, list[Trial]]:
 
 def _figures(report: Report, found: Mapping[str, Sequence[Trial]], suffix: str) -> None:
     runs = of(found)
-    against = {name: compare(runs["aif"], runs[name])["gauc"] for name in ("dssm", "cold", BOUND)}
-    ratio = against[BOUND].ratio
-    report.figure(f"aif_gauc_share_of_bound{suffix}", [ratio.low, ratio.high], "", ratio.value)
-    report.figure(f"aif_gauc_share_of_bound_low{suffix}", ratio.low, "")
+    against = {
+        name: compare(runs["aif"], runs[name])["gauc"] for name in ("dssm", "cold", BOUND, EXACT) if name in runs
+    }
+    for figure, name in (("aif_gauc_share_of_bound", BOUND), ("aif_gauc_share_of_exact", EXACT)):
+        if name in against:
+            ratio = against[name].ratio
+            report.figure(f"{figure}{suffix}", [ratio.low, ratio.high], "", ratio.value)
+            report.figure(f"{figure}_low{suffix}", ratio.low, "")
     for name in ("dssm", "cold"):
         gap = against[name].difference
         report.figure(f"aif_minus_{name}_gauc{suffix}", [gap.low, gap.high], "GAUC", gap.value)
@@ -167,29 +287,39 @@ def _oracle(report: Report, source: Source, found: Mapping[str, Sequence[Trial]]
     test = examples.time >= split_of(data).test
     best = gauc(examples.probability[test], examples.clicked[test], examples.user[test]) - 0.5
     report.figure("oracle_gauc", best + 0.5, "GAUC")
-    for name in ("aif", BOUND):
+    for name in ("aif", BOUND, EXACT):
+        if name not in found:
+            continue
         shares = [(gauc(e.scores, e.labels, e.users) - 0.5) / best for e in of(found)[name]]
-        report.figure(f"{name}_gauc_share_of_oracle", shares, "", statistics.mean(shares))
+        slug = name.replace(",", "").replace(" ", "_")
+        report.figure(f"{slug}_gauc_share_of_oracle", shares, "", statistics.mean(shares))
 
 
 def _table(
-    found: Mapping[str, Sequence[Trial]], costs: Mapping[str, Mapping[str, Any]], source: Source
+    found: Mapping[str, Sequence[Trial]],
+    costs: Mapping[str, Mapping[str, Any]],
+    source: Source,
+    versus: str = "aif",
 ) -> list[dict[str, object]]:
+    """One line per model. The p of GAUC stands beside one corrected for the number of lines (Holm)."""
     runs = of(found)
     lines: list[dict[str, object]] = []
-    for row in rows(runs, BOUND):
-        gaps = compare(runs[row.name], runs["aif"])
+    for row in rows(runs, BOUND if BOUND in runs else None):
+        gaps = compare(runs[row.name], runs[versus])
         line: dict[str, object] = {"data": source.name, "model": row.name, "seeds": row.seeds, **row.counts}
         for metric, interval in row.figures.items():
             line |= cells(interval, metric)
         for metric, gap in gaps.items():
-            line |= cells(gap.difference, f"{metric}_minus_aif") | {f"{metric}_p": _finite(gap.p)}
+            line |= cells(gap.difference, f"{metric}_minus_{versus}") | {f"{metric}_p": _finite(gap.p)}
         line["gauc_p_users"] = _finite(gaps["gauc"].p_users)
         errors = [calibration_error(one.scores, one.labels) for one in runs[row.name]]
         line["calibration_error"] = round(statistics.mean(errors), 5)
-        if cost := costs.get("aif" if row.name == DRAWN else row.name):
+        if cost := costs.get("aif" if row.name in (DRAWN, DISTILLED) else row.name):
             line |= {"us_per_candidate": cost["us"], "flops_per_candidate": cost["flops"]}
         lines.append(line)
+    others = [line for line in lines if line["model"] != versus]
+    for line, p in zip(others, holm([line["gauc_p"] for line in others]), strict=True):  # type: ignore[misc]
+        line["gauc_p_holm"] = _finite(p)
     return lines
 
 

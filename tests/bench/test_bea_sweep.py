@@ -18,7 +18,7 @@ from encoders.model import ModelConfig
 from encoders.train import TrainingError, TrainOptions, fit
 from infra.settings import Settings
 from tests.bench import bea_sweep, experiment
-from tests.bench.bea_sweep import DEFAULT, FEW, MANY, PLAIN, REMEDIES, SETTINGS, USUAL, Line, usage_of
+from tests.bench.bea_sweep import DEFAULT, FEW, MANY, NO_BEA, PLAIN, REMEDIES, SETTINGS, USUAL, Line, usage_of
 from tests.bench.experiment import Failed, Source, Trial, Variant
 from tests.bench.report import Report
 
@@ -61,6 +61,7 @@ def test_every_line_has_options_of_its_own() -> None:
     )
     assert REMEDIES[DEFAULT].on(TrainOptions(), ModelConfig().bridges) == TrainOptions()
     assert Line("top 4", 4).variant(TrainOptions()).options.config.bridge_top == 0
+    assert Line(NO_BEA, 1).variant(TrainOptions()).options.config.without == ("bea",)
 
 
 def runs(skill: float, diverged: int = 0) -> list[Trial | Failed]:
@@ -95,6 +96,9 @@ def test_figures_and_search_say_what_was_found(capsys: pytest.CaptureFixture[str
     row = bea_sweep._gap(Source("here"), found, PLAIN, USUAL)
     assert row["fails"]
     assert row["drop"] == pytest.approx(drop["value"], abs=1e-5)
+    assert "gauc_without" not in row
+    control = bea_sweep._gap(Source("here"), found | {Line(NO_BEA, 1): runs(0.3)}, PLAIN, USUAL)
+    assert row["gauc_64"] < control["gauc_without"] < row["gauc_16"]  # type: ignore[operator]
     bea_sweep._holm([row])
     bea_sweep._conclude(report, [row], [found])
     assert report.figures["bea_settings_failed"]["value"] == report.figures["bea_runs_diverged"]["value"] == 1

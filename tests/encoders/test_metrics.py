@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-from encoders.intervals import compare, interval
+from encoders.intervals import compare, holm, interval
 from encoders.metrics import (
     Table,
     auc,
@@ -325,3 +325,13 @@ def test_unequal_numbers_of_seeds(seeds: int) -> None:
     found = compare(a, b[:seeds])
     assert found.difference.low > 0.08
     assert found.p < 0.001
+
+
+def test_holm_multiplies_each_p_by_the_comparisons_that_are_left() -> None:
+    assert holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    corrected = holm([0.02, math.nan, 0.01])
+    assert corrected[0] == pytest.approx(0.02)
+    assert math.isnan(corrected[1])
+    assert corrected[2] == pytest.approx(0.02)
+    assert holm([]) == []
