@@ -1,4 +1,8 @@
-"""`python -m api serve`: a parent that holds the listening socket, and the API's processes below it.
+"""`python -m api serve`: a parent that holds the listening sockets, and the API's processes below it.
+
+All processes take connections from one port. With `api_sockets` each place among them has a Unix socket of its own too,
+which whoever takes the place inherits: a proxy that sends a user's requests to one place (infra/nginx.py) finds the
+user's block there.
 
 SIGTERM or Ctrl-C ends all of them, SIGHUP exchanges them: new processes start, and once all are ready the old ones end.
 A process that ends by itself is replaced. A process that is to end answers what it was asked, and tells callers with
@@ -16,8 +20,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -49,12 +55,18 @@ def serve(settings: Settings) -> None:
         os.environ.update(environment(settings))  # for the processes
         telemetry.start_metrics(settings)  # what is wrong with the state's folder is wrong for all
         telemetry.configure_logging(settings, "api")
-        _Processes(listener, settings.api_processes).run()
+        own = [_own_socket(settings, place) for place in range(settings.api_processes)] if settings.api_sockets else []
+        _Processes(listener, own, settings.api_processes).run()
 
 
 def check_port(settings: Settings) -> None:
     """Raises ServeError where the API could not listen."""
     listening(settings).close()
+
+
+def socket_of(settings: Settings, place: int) -> Path:
+    """Where the process at a place listens, if `api_sockets` names a folder."""
+    return Path(settings.api_sockets) / f"{place}.sock"
 
 
 def listening(settings: Settings) -> socket.socket:
@@ -68,11 +80,30 @@ def listening(settings: Settings) -> socket.socket:
         ) from error
 
 
+def _own_socket(settings: Settings, place: int) -> socket.socket:
+    """Of one place, in the stead of what an earlier parent left there. Raises ServeError."""
+    path = socket_of(settings, place)
+    own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        own.bind(str(path))
+        path.chmod(0o666)  # the proxy is another user; who may enter the folder is the operator's choice
+        own.listen(_BACKLOG)
+    except OSError as error:
+        own.close()
+        raise ServeError(
+            f"The API cannot listen on {path}: {error.strerror or error}. Set {variable('api_sockets')} to a folder "
+            "that it may write, with a short path."
+        ) from error
+    return own
+
+
 class _Processes:
     """The processes below, as they come and go."""
 
-    def __init__(self, listener: socket.socket, count: int) -> None:
-        self._listener, self._count = listener, count
+    def __init__(self, listener: socket.socket, own: Sequence[socket.socket], count: int) -> None:
+        self._listener, self._own, self._count = listener, own, count
         self._serving: list[_Child] = []
         self._ending: list[_Child] = []
         self._ends = 0  # of processes in a row that never served
@@ -96,7 +127,8 @@ class _Processes:
         finally:
             for number in handled:
                 signal.signal(number, signal.SIG_IGN)
-            self._listener.close()
+            for one in (self._listener, *self._own):
+                one.close()
             for child in (*self._serving, *self._ending):
                 child.end()
             for child in (*self._serving, *self._ending):
@@ -112,7 +144,7 @@ class _Processes:
 
     def _started(self) -> list[_Child]:
         """As many processes as there are to be, all ready; none where one of them ended, or all are to end, before."""
-        children = [_Child(self._listener) for _ in range(self._count)]
+        children = [self._child(place) for place in range(self._count)]
         left, signals = list(children), list[int]()
         deadline = time.monotonic() + _START_S
         while left and not {signal.SIGTERM, signal.SIGINT} & set(signals):
@@ -155,16 +187,19 @@ class _Processes:
                     raise ServeError(
                         f"{self._ends} processes of the API in a row ended before they served; see the log."
                     )
-                self._serving[place] = _Child(self._listener)
+                self._serving[place] = self._child(place)
+
+    def _child(self, place: int) -> _Child:
+        return _Child([self._listener, *self._own[place : place + 1]])
 
 
 class _Child:
     """One process; `ready` hears when it serves, and closes with it."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listeners: list[socket.socket]) -> None:
         self.ready, theirs = _SPAWN.Pipe()
         self.served = False
-        self.process: BaseProcess = _SPAWN.Process(target=_work, args=(listener, theirs), name="api")
+        self.process: BaseProcess = _SPAWN.Process(target=_work, args=(listeners, theirs), name="api")
         self.process.start()
         theirs.close()
 
@@ -186,11 +221,11 @@ class _Child:
             self.process.join()
 
 
-def _work(listener: socket.socket, parent: Connection) -> None:
+def _work(listeners: list[socket.socket], parent: Connection) -> None:
     """What a process runs."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a terminal that closes; the parent decides
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
-    _Server(config_of("api.app:application", factory=True), parent).run(sockets=[listener])
+    _Server(config_of("api.app:application", factory=True), parent).run(sockets=listeners)
 
 
 def config_of(app: str | ASGIApp, **more: Any) -> uvicorn.Config:

@@ -38,6 +38,7 @@ class Settings:
     api_host: str = "127.0.0.1"
     api_port: int = 8080
     api_processes: int = 1
+    api_sockets: str = ""  # folder of one Unix socket per API process, <place>.sock, for a proxy; "" = none
     history_length: int = 10_000  # newest behaviours kept per user (L)
     tombstone_days: float = 7.0  # D: how long ingest remembers a deletion
     rows_retention_ms: int = 86_400_000  # of rows.<generation>
