@@ -15,7 +15,13 @@ from infra.settings import Settings, variable
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-NOT_LITERAL = {"topic_prefix": "none", "host": "the host's name", "kafka_bootstrap": "the local node", "log_json": "0"}
+NOT_LITERAL = {
+    "topic_prefix": "none",
+    "api_sockets": "none",
+    "host": "the host's name",
+    "kafka_bootstrap": "the local node",
+    "log_json": "0",
+}
 
 
 def test_every_setting_is_listed_with_its_default() -> None:
