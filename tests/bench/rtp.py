@@ -42,7 +42,7 @@ from encoders.bundle import load_bundle
 from encoders.data.synthetic import LARGE, generate
 from encoders.fold import ItemFold
 from encoders.model import ModelConfig
-from index import kernels, popcount_ir
+from index import kernels, popcount_ir, table
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
@@ -64,6 +64,8 @@ CANDIDATES, LENGTH, K = 10_000, 1_000, 100
 USERS, REQUESTS = 8, 16
 GENERATION = "g1"
 _PART = 50_000  # rows written together
+_BLOCK = 500  # rows of a block
+_SETTLED = 25_000  # rows from which on an arena's least room counts no more
 
 Series = dict[str, list[float]]
 
@@ -572,16 +574,41 @@ def _store(report: Report, host: Host, items: int) -> None:
         began = time.perf_counter()
         reader = ArenaReader.open(path, layout)
         opened.append(time.perf_counter() - began)
-    size = reader.size()
-    record = layout.hot.itemsize + layout.cold.itemsize
-    report.figure("memory_over_record", (size.hot_bytes + size.cold_bytes) / items / record, "x")
-    report.figure("id_table_bytes_per_item", size.table_bytes / items, "B")
+    report.figure("memory_over_record", _over_records(reader, layout, items), "x")
+    report.figure("id_table_bytes_per_item", reader.size().table_bytes / items, "B")
     report.figure("open_warm_arena_s", opened, "s")
     arena = path / "arena"
     shutil.rmtree(arena)
     began = time.perf_counter()
     N2OWriter(path, layout, 2, host.settings.hash_key.encode()).close()
     report.figure("rebuild_arena_s", time.perf_counter() - began, "s")
+    report.figure("memory_over_record_rebuilt", _over_records(ArenaReader.open(path, layout), layout, items), "x")
+    shutil.rmtree(arena)
+    _arena_growth(report, path, layout, items)
+
+
+def _over_records(reader: ArenaReader, layout: RowLayout, items: int) -> float:
+    """Bytes of the record files per byte of the rows' own records."""
+    size = reader.size()
+    return (size.hot_bytes + size.cold_bytes) / items / (layout.hot.itemsize + layout.cold.itemsize)
+
+
+def _arena_growth(report: Report, path: Path, layout: RowLayout, items: int) -> None:
+    """An arena that begins empty and gets its rows a block at a time: the most it takes per row, from
+    25,000 on, and the CPU time of all of it."""
+    writer = ArenaWriter.create(path, layout, 1, 0)
+    writer.publish(1, 0, Progress.empty(1))
+    reader = ArenaReader.open(path, layout)
+    hot, cold = (aligned_empty(_BLOCK, kind) for kind in (layout.hot, layout.cold))
+    hot.view(np.uint8)[:], cold.view(np.uint8)[:] = 0, 0
+    kinds, over = np.full(_BLOCK, table.PUT, np.uint8), 0.0
+    used = time.process_time()
+    for at in range(0, items, _BLOCK):
+        writer.apply(keys_of_ints(np.arange(at, at + _BLOCK, dtype=np.uint64)), kinds, hot, cold)
+        if writer.items >= _SETTLED:
+            over = max(over, _over_records(reader, layout, writer.items))
+    report.figure("grow_arena_cpu_s", time.process_time() - used, "s")
+    report.figure("memory_over_record_worst", over, "x")
 
 
 # ---- growth
@@ -693,8 +720,8 @@ def _draw(canvas: Any, tables: dict[str, list[dict[str, Any]]]) -> None:
         ("clients", "clients", {"p50_ms": "p50", "p99_ms": "p99"}, "ms"),
         ("processes", "processes", {"requests_per_s": "8 clients"}, "requests/s"),
     ]
-    for panel, (table, x, lines, unit) in zip(panels, plots, strict=True):
-        rows = tables[table]
+    for panel, (name, x, lines, unit) in zip(panels, plots, strict=True):
+        rows = tables[name]
         for key, label in lines.items():
             panel.plot([row[x] for row in rows], [row[key] for row in rows], marker="o", markersize=3, label=label)
         panel.set(xlabel=x, ylabel=unit, ylim=(0, None))
