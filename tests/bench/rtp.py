@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -28,11 +29,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
 from rocksdict import AccessType, Options, Rdict
 
-from api import rtp
+from api import arrow, rtp
 from api.prerank import Candidates
 from api.schemas import ScoreOptions
 from api.service import Service
@@ -354,6 +356,51 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
             own = http_load.private_mib(pid)
             processes.append(row | {"processes": count, "private_mib_each": max(own)})
     report.table("processes", processes)
+    _loop(report, host, data, binary, texts, rounds)
+
+
+_BODY = 16_000_000  # bytes, nearly as many as are taken
+_WAITS = 1_000  # for a version that does not come
+
+
+def _loop(report: Report, host: Host, data: Data, binary: list[bytes], texts: list[bytes], rounds: int) -> None:
+    """The longest callback of the event loop during one request: what others have to wait for. In CPU time
+    (tests/bench/stand_in.py); ranges are over requests, the value is their median."""
+    ids, as_of = data.requests[0], data.as_of
+    stream = io.BytesIO()
+    pl.DataFrame({"candidates": ids}).write_ipc_stream(stream)
+    query, form = f"/v1/score?user_id=u0&as_of={as_of}", "application/octet-stream"
+    traced = json.dumps({"user_id": "u0", "as_of": as_of, "include": ["trace"], "candidates": ids.tolist()}).encode()
+    asked = {
+        "binary": binary[0],
+        "binary_all": http_load.request(query, ids.astype("<u8").tobytes(), form),
+        "json": texts[0],
+        "json_trace_all": http_load.request("/v1/score", traced, "application/json"),
+        "arrow_all": http_load.request(query, stream.getvalue(), arrow.MEDIA),
+        "body_16mb": http_load.request("/v1/score", b" " * (_BODY - len(traced)) + traced, "application/json"),
+    }
+    with _server(host, "tests.bench.stand_in", "watched") as (port, _), contextlib.ExitStack() as held:
+        connection = http_load.Connection(port)
+
+        def longest() -> float:
+            return float(connection.ask(http_load.get("/longest"))[1])
+
+        for name, request in asked.items():
+            found = []
+            for _ in range(min(rounds, 60)):
+                longest()
+                connection.ask(request)
+                found.append(longest())
+            report.figure(f"loop_longest_{name}_ms", found[len(found) // 10 :], "ms")
+        for count, more in ((1, 1), (_WAITS, _WAITS - 1)):
+            for waiter in [http_load.Connection(port) for _ in range(more)]:
+                held.callback(waiter.close)
+                waiter.send(http_load.get("/v1/items/0?wait_for=99&timeout_ms=10000"))
+            found = []
+            for _ in range(20):
+                time.sleep(0.05)  # some looks of the waits, 10 ms apart
+                found.append(longest())
+            report.figure(f"loop_longest_{count}_waits_ms", found[5:], "ms")
 
 
 def _pauses(report: Report, found: NDArray[np.float64]) -> None:
