@@ -61,7 +61,7 @@ from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
 from infra.settings import Settings, environment
-from tests.bench import http_load, limits
+from tests.bench import http_load, limits, users
 from tests.bench.lsh_bits import Case, arrays_of
 from tests.bench.peers.data import Data, write_world
 from tests.bench.peers.environment import PeersError
@@ -103,6 +103,7 @@ def run(seed: int, quick: bool) -> None:
             service.stop()
         _http(report, host, data, rounds, quick)
         _store(report, host, items)
+        _users(report, folder, seed, 20 if quick else 200)
         _growth(report, folder, seed, quick)
     finally:
         shutil.rmtree(folder)
@@ -724,6 +725,17 @@ def _arena_growth(report: Report, path: Path, layout: RowLayout, items: int) -> 
             over = max(over, _over_records(reader, layout, writer.items))
     report.figure("grow_arena_cpu_s", time.process_time() - used, "s")
     report.figure("memory_over_record_worst", over, "x")
+
+
+# ---- the user phase
+
+
+def _users(report: Report, folder: Path, seed: int, rounds: int) -> None:
+    """CPU time by (recent, long-term) behaviours, whose rows are there; in turns."""
+    made = {sizes: users.phases(folder, *sizes, seed) for sizes in users.SIZES}
+    work = {f"{name}_{recent}_{length}": do for (recent, length), two in made.items() for name, do in two.items()}
+    for name, spent in _interleaved(rounds, work, time.thread_time).items():
+        report.figure(f"user_{name}_cpu_ms", [float(np.median(part)) for part in np.array_split(spent, 5)], "ms")
 
 
 # ---- growth
