@@ -224,6 +224,7 @@ def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians
     report.figure("stream_gb_per_s", machine.stream_gb_per_s, "GB/s")
     report.figure("clock_ghz", machine.clock_ghz, "GHz")
     report.figure("fma_g_per_s", machine.fma_g_per_s, "G/s")
+    report.figure("popcount_bits_per_cycle", machine.popcount_bits, "")
     products = layout.width * (layout.bridges + len(head.T)) + sum(
         before * after for before, after in zip(head.sizes[:-1], head.sizes[1:], strict=True)
     )
