@@ -1,7 +1,8 @@
 """The HTTP application: every route is a few lines around one call.
 
-Bodies are decoded and encoded by msgspec in request threads; the event loop only moves bytes. Guarantees: every error
-is problem+json, and nothing a caller sends becomes a 500.
+Bodies are joined, decoded and encoded in request threads; the event loop only moves bytes, so that no callback of it
+takes longer than writing an answer into a socket. Guarantees: every error is problem+json, and nothing a caller sends
+becomes a 500.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from api.generations import Generation
 from api.openapi import add_schemas, documented
 from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
-from api.replies import JSON, Endpoint, Shortcut, body_of, error_handlers, preferred, reply
+from api.replies import JSON, Body, Endpoint, Shortcut, body_of, error_handlers, preferred, reply
 from api.service import Service
 from api.status import generations_of
 from api.users import moment_text, user_id_of
@@ -166,13 +167,13 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
     return {"/v1/score": score, "/v1/recommend": recommend}
 
 
-def _score(service: Service, body: bytes, takes: str, parameters: Mapping[str, str], gives: str) -> Response:
+def _score(service: Service, body: Body, takes: str, parameters: Mapping[str, str], gives: str) -> Response:
     ids: Ids
     options: schemas.ScoreOptions
     if takes == arrow.MEDIA:
-        ids, options = arrow.request_of(body, parameters)
+        ids, options = arrow.request_of(body.take(), parameters)
     else:
-        options = request = decode(_SCORE, body)
+        options = request = decode(_SCORE, body.take())
         ids = request.candidates
     service.merger.check(options, len(ids), options.k)
     answer = service.merger.score(ids, options)
@@ -180,8 +181,8 @@ def _score(service: Service, body: bytes, takes: str, parameters: Mapping[str, s
     return _ranked(answer, options, gives)
 
 
-def _score_binary(service: Service, body: bytes, parameters: Mapping[str, str]) -> Response:
-    ids, options = binary.request_of(body, parameters)
+def _score_binary(service: Service, body: Body, parameters: Mapping[str, str]) -> Response:
+    ids, options = binary.request_of(body.take(), parameters)
     service.merger.check(options, len(ids), options.k)
     answer = service.merger.score(ids, options)
     service.metrics.observe("score", answer)
@@ -189,8 +190,8 @@ def _score_binary(service: Service, body: bytes, parameters: Mapping[str, str]) 
     return Response(content, headers=headers, media_type=_BINARY)
 
 
-def _recommend(service: Service, body: bytes, gives: str) -> Response:
-    request = decode(_RECOMMEND, body)
+def _recommend(service: Service, body: Body, gives: str) -> Response:
+    request = decode(_RECOMMEND, body.take())
     service.merger.check(request, 0, request.k)
     answer = service.merger.recommend(request)
     service.metrics.observe("recommend", answer)
@@ -203,8 +204,8 @@ def _ranked(answer: Answer, query: schemas.Query, gives: str) -> Response:
     return reply(answer_of(answer, query))
 
 
-def _prefetch(service: Service, user_id: str, body: bytes) -> Response:
-    request = decode(_PREFETCH, body or b"{}")
+def _prefetch(service: Service, user_id: str, body: Body) -> Response:
+    request = decode(_PREFETCH, body.take() or b"{}")
     generation = service.generations.pin()
     state = service.users.prefetch(generation, user_id_of(user_id), request.as_of)
     return reply(schemas.Prefetching(generation.name, state, service.settings.prefetch_ttl_s), 202)
@@ -304,7 +305,7 @@ def _event_routes(app: FastAPI, service: Service) -> None:
         )
         async def publish(request: Request) -> Response:
             body, media = await body_of(request, JSON, "application/x-ndjson")
-            rows = await service.run(checked, kind, body, media != JSON)
+            rows = await service.run(lambda: checked(kind, body.take(), media != JSON))
             return reply(await service.feed.publish(kind, rows), 202)
 
     for kind, body_type in KINDS.items():

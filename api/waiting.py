@@ -1,7 +1,7 @@
 """Waits for rows: `GET /v1/items/{id}?wait_for=<version>` answers when that version is what requests see.
 
-A wait holds a connection and nothing else: one task per process looks for all of them together, every 10 ms and only
-while there are any.
+A wait holds a connection and nothing else: one task per process has a thread look for all of them together, every 10 ms
+and only while there are any.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PARAMETERS = {
 }
 WAITS_MAX = 1_024  # per process
 _TICK_S = 0.01
+_TOLD = 100  # waits that are ended before others have their turn
 _VERSION_MAX = 2**63 - 1  # as events have it
 _TIMEOUT_MS, _TIMEOUT_MAX_MS = 5_000, 10_000  # less than a process that ends has for its answers (serve.py)
 
@@ -83,6 +84,18 @@ class _Waiter:
     deadline: float
     answer: asyncio.Future[Generation]
 
+    def end(self, end: Generation | Exception) -> None:
+        """Tells the caller, unless he has gone meanwhile."""
+        if self.answer.done():
+            return
+        if isinstance(end, Exception):
+            self.answer.set_exception(end)
+        else:
+            self.answer.set_result(end)
+
+
+_Ends = list[tuple[_Waiter, Generation | Exception]]
+
 
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
@@ -122,24 +135,30 @@ class Waiters:
 
     async def _tick(self) -> None:
         while self._waiting:
-            waiters = [waiter for waiter in self._waiting if not waiter.answer.done()]
+            waiters = list(self._waiting)
             try:
-                self._look(waiters)
+                ends: _Ends = await asyncio.to_thread(_looked, self._pin, waiters)
             except Exception as error:  # nothing served, or a store that cannot be read: each is told
-                for waiter in waiters:
-                    if not waiter.answer.done():
-                        waiter.answer.set_exception(error)
+                ends = [(waiter, error) for waiter in waiters]
+            for first in range(0, len(ends), _TOLD):
+                for waiter, end in ends[first : first + _TOLD]:
+                    waiter.end(end)
+                await asyncio.sleep(0)  # others' turn
             await asyncio.sleep(_TICK_S)
 
-    def _look(self, waiters: Sequence[_Waiter]) -> None:
-        """Answers those whose wish is granted or whose time is over."""
-        if not waiters:
-            return
-        generation, now = self._pin(), time.monotonic()
-        rows, found = generation.arena.gather_cold(np.concatenate([waiter.key for waiter in waiters]))
-        for waiter, stored, there in zip(waiters, rows["version"].tolist(), found.tolist(), strict=True):
-            version = stored if there else None
-            if waiter.wish.granted(version):
-                waiter.answer.set_result(generation)
-            elif now >= waiter.deadline:
-                waiter.answer.set_exception(waiter.wish.refusal(generation.name, version))
+
+def _looked(pin: Callable[[], Generation], waiters: Sequence[_Waiter]) -> _Ends:
+    """Those whose wish is granted or whose time is over, and what they are told. Runs in a thread."""
+    waiters = [waiter for waiter in waiters if not waiter.answer.done()]
+    if not waiters:
+        return []
+    generation, now = pin(), time.monotonic()
+    rows, found = generation.arena.gather_cold(np.concatenate([waiter.key for waiter in waiters]))
+    ends: _Ends = []
+    for waiter, stored, there in zip(waiters, rows["version"].tolist(), found.tolist(), strict=True):
+        version = stored if there else None
+        if waiter.wish.granted(version):
+            ends.append((waiter, generation))
+        elif now >= waiter.deadline:
+            ends.append((waiter, waiter.wish.refusal(generation.name, version)))
+    return ends

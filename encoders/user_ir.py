@@ -157,12 +157,7 @@ def user(sizes: Sizes, edges: tuple[int, ...]) -> Callable[..., None]:
     Behaviours come oldest first, n <= longest. `edges`: of recency, ascending, ms. `places` is zero before and after.
     The `found` different crosses stand in the order of their newest behaviours.
     """
-    floats, bytes_ = F32.as_pointer(), I8.as_pointer()
-    kinds = [floats, floats, I64, bytes_, I64, bytes_, I64, bytes_, I64, bytes_, I64.as_pointer(), I64, floats]
-    kinds += [I16.as_pointer(), floats, floats, floats, I16.as_pointer(), I32.as_pointer(), I32.as_pointer(), floats]
-    code = Code("user", [*kinds, I64.as_pointer()])
-    _User(code, sizes, edges).emit()
-    return code.compiled()
+    return _User(sizes, edges).compiled()
 
 
 @functools.lru_cache(maxsize=16)
@@ -213,10 +208,14 @@ def _at(code: Code, base: Any, place: int) -> Any:
 
 
 class _User:
-    """Emits `user`, step by step."""
+    """Makes `user`, step by step."""
 
-    def __init__(self, code: Code, sizes: Sizes, edges: tuple[int, ...]) -> None:
-        self.code, self.sizes, self.edges = code, sizes, edges
+    def __init__(self, sizes: Sizes, edges: tuple[int, ...]) -> None:
+        floats, bytes_ = F32.as_pointer(), I8.as_pointer()
+        kinds = [floats, floats, I64, bytes_, I64, bytes_, I64, bytes_, I64, bytes_, I64.as_pointer(), I64, floats]
+        kinds += [I16.as_pointer(), floats, floats, floats, I16.as_pointer(), I32.as_pointer(), I32.as_pointer()]
+        self.code = code = Code("user", [*kinds, floats, I64.as_pointer()])
+        self.sizes, self.edges = sizes, edges
         (
             W, S, self.n, self.vectors, self.vector_stride, self.signatures, self.signature_stride, self.slots,
             self.slot_stride, self.actions, self.times, self.as_of, self.profile, self.places, self.P, self.C, self.D,
@@ -225,6 +224,10 @@ class _User:
         self.W = {name: _at(code, W, place) for name, place in weights(sizes).places.items()}
         self.S = {name: _at(code, S, place) for name, place in scratch(sizes).places.items()}
         self.d = ir.VectorType(F32, sizes.dim)
+
+    def compiled(self) -> Callable[..., None]:
+        self.emit()
+        return self.code.compiled()
 
     def emit(self) -> None:
         sizes, build = self.sizes, self.code.build

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,10 +156,18 @@ def join(
 ) -> None:
     """The rest of `score`, into f4[n]: SimTier's counts i4[n, tiers of all histograms] are there, crosses in place,
     and all arrays are contiguous and of shapes that go together."""
+    code, arguments = joining(hot, counts, user, head, slots, out)
+    code(*arguments)
+
+
+def joining(
+    hot: NDArray[Any], counts: NDArray[np.int32], user: UserTables, head: HeadTables, slots: NDArray[np.uint16], out: F4
+) -> tuple[Callable[..., None], list[int]]:
+    """The machine code of `join` and its arguments, most of them addresses: good while all arrays are alive."""
     before = [a.ctypes.data for a in (counts, user.P, user.C, user.D, user.steps, user.G, slots)]
     after = [a.ctypes.data for a in (user.logs, head.T, head.weights, head.biases, out)]
     code = score_ir.score(hot.dtype, len(head.T), head.sizes, user.D.dtype == np.int16)
-    code(hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after)
+    return code, [hot.ctypes.data, len(hot), *before, len(user.G) - 1, *after]
 
 
 def score_oracle(

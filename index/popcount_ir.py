@@ -66,10 +66,15 @@ def counts(
 ) -> None:
     """Fills i4[number, histograms x tiers]. The candidates' signatures of `size` bytes begin at address `signatures`,
     `stride` bytes apart."""
-    # bits - distance >= edge, as distance < limit; beyond both ends every or no distance is below it
-    limits = np.clip(8 * size - np.asarray(edges, np.int64) + 1, 0, 8 * size + 1).astype(np.uint16)
+    limits = limits_of(size, edges)
     arrays = [array.ctypes.data for array in (blocks.data, blocks.lengths, limits, out)]
     compiled(size, len(edges), len(blocks.lengths))(signatures, stride, number, blocks.weight, *arrays)
+
+
+def limits_of(size: int, edges: NDArray[Any]) -> NDArray[np.uint16]:
+    """bits - distance >= edge, as distance < limit u2[edges], for signatures of `size` bytes; beyond both ends every or
+    no distance is below it."""
+    return np.clip(8 * size - np.asarray(edges, np.int64) + 1, 0, 8 * size + 1).astype(np.uint16)
 
 
 @functools.lru_cache(maxsize=16)

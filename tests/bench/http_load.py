@@ -22,6 +22,11 @@ def request(path: str, body: bytes, media: str) -> bytes:
     return head.encode() + body
 
 
+def get(path: str) -> bytes:
+    """A GET as it goes over the wire."""
+    return f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+
+
 class Connection:
     """One kept connection."""
 
@@ -31,7 +36,7 @@ class Connection:
 
     def ask(self, wanted: bytes) -> tuple[bytes, bytes]:
         """Head and body of the answer. Raises RuntimeError unless it is 200."""
-        self._socket.sendall(wanted)
+        self.send(wanted)
         got = b""
         while b"\r\n\r\n" not in got:
             got += self._part()
@@ -46,6 +51,10 @@ class Connection:
         if not head.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"{head.decode()}\n{b''.join(parts)[:500].decode(errors='replace')}")
         return head, b"".join(parts)
+
+    def send(self, wanted: bytes) -> None:
+        """Without waiting for the answer."""
+        self._socket.sendall(wanted)
 
     def timed(self, wanted: bytes) -> float:
         """Milliseconds of one round trip."""

@@ -1,4 +1,5 @@
-"""What this machine can do at most, measured by generated loops that do nothing else: the limits of benchmark `rtp`."""
+"""What this machine can do at most, the limits of benchmark `rtp`: measured by generated loops that do nothing else,
+but for its popcounts, of which its features tell."""
 
 from __future__ import annotations
 
@@ -11,9 +12,16 @@ import numpy as np
 from llvmlite import ir
 
 from index.layout import aligned_empty
-from infra.codegen import F32, I64, Code
+from infra.codegen import F32, I64, Code, host
 
-POPCOUNT_BITS = 512  # a cycle: AVX-512's VPOPCNT, one port of Ice Lake and later, two halves of Zen 4
+_POPCOUNTS = (  # bits a cycle, the first whose feature the processor has
+    ("avx512bitalg", 512),  # VPOPCNTB: one port of Ice Lake and later, two halves of Zen 4
+    ("avx512vpopcntdq", 512),  # VPOPCNTQ: the same
+    ("avx2", 128),  # six instructions on 256 bits (shifts, masks, two look-ups in tables of 16), three ports
+    ("sve2", 256),  # CNT on two of four ports of 128 bits (Neoverse N2 and V2)
+    ("neon", 256),  # the same (Neoverse N1)
+    ("", 64),  # POPCNT
+)
 _LANES = ir.VectorType(F32, 16)
 _MULTIPLY = 3  # cycles until a 64-bit product can be used, on all x86-64 cores of the last fifteen years
 _STREAM = 256 << 20  # bytes, more than any cache
@@ -26,15 +34,22 @@ class Limits:
     stream_gb_per_s: float
     clock_ghz: float
     fma_g_per_s: float  # multiply-adds of single precision
+    popcount_bits: int  # a cycle, by the processor's features
 
     def score_ms(self, candidates: int, record: int, window: int, bits: int, multiply_adds: int) -> dict[str, float]:
         """Lower bounds of a request's parts: reading the records once, the popcounts, the multiply-adds. Their sum is
         one where they do not overlap."""
         return {
             "records": candidates * record / self.stream_gb_per_s / 1e6,
-            "popcounts": candidates * window * bits / POPCOUNT_BITS / self.clock_ghz / 1e6,
+            "popcounts": candidates * window * bits / self.popcount_bits / self.clock_ghz / 1e6,
             "multiply-adds": candidates * multiply_adds / self.fma_g_per_s / 1e6,
         }
+
+
+def popcount_bits(features: str) -> int:
+    """Bits whose ones a core counts in a cycle, at most; `features` as LLVM names them: `+avx2,-sse4a,...`"""
+    there = {feature[1:] for feature in features.split(",") if feature.startswith("+")} | {""}
+    return next(bits for name, bits in _POPCOUNTS if name in there)
 
 
 def measure(tries: int = 7) -> Limits:
@@ -46,7 +61,12 @@ def measure(tries: int = 7) -> Limits:
     read = min(_seconds(stream, data.ctypes.data, _STREAM // 256) for _ in range(tries))
     chain = min(_seconds(clock, steps, data.ctypes.data) for _ in range(tries))
     products = min(_seconds(fma, steps, data.ctypes.data) for _ in range(tries))
-    return Limits(_STREAM / read / 1e9, _MULTIPLY * steps / chain / 1e9, _SUMS * 16 * steps / products / 1e9)
+    return Limits(
+        _STREAM / read / 1e9,
+        _MULTIPLY * steps / chain / 1e9,
+        _SUMS * 16 * steps / products / 1e9,
+        popcount_bits(host()[1]),
+    )
 
 
 def _seconds(function: Callable[..., None], *arguments: int) -> float:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import multiprocessing
 import os
@@ -28,11 +30,22 @@ from typing import Any
 
 import httpx
 import numpy as np
+import polars as pl
 import torch
 from numpy.typing import NDArray
-from rocksdict import AccessType, Options, Rdict
+from rocksdict import (
+    BlockBasedOptions,
+    CuckooTableOptions,
+    DataBlockIndexType,
+    DBCompressionType,
+    Options,
+    PlainTableFactoryOptions,
+    Rdict,
+    SliceTransform,
+    WriteBatch,
+)
 
-from api import rtp
+from api import arrow, rtp
 from api.prerank import Candidates
 from api.schemas import ScoreOptions
 from api.service import Service
@@ -42,13 +55,13 @@ from encoders.bundle import load_bundle
 from encoders.data.synthetic import LARGE, generate
 from encoders.fold import ItemFold
 from encoders.model import ModelConfig
-from index import kernels, popcount_ir
+from index import kernels, popcount_ir, table
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
-from index.n2o import ROW, N2OWriter
+from index.n2o import N2OWriter
 from infra.settings import Settings, environment
-from tests.bench import http_load, limits
+from tests.bench import http_load, limits, users
 from tests.bench.lsh_bits import Case, arrays_of
 from tests.bench.peers.data import Data, write_world
 from tests.bench.peers.environment import PeersError
@@ -64,6 +77,8 @@ CANDIDATES, LENGTH, K = 10_000, 1_000, 100
 USERS, REQUESTS = 8, 16
 GENERATION = "g1"
 _PART = 50_000  # rows written together
+_BLOCK = 500  # rows of a block
+_SETTLED = 25_000  # rows from which on an arena's least room counts no more
 
 Series = dict[str, list[float]]
 
@@ -88,6 +103,7 @@ def run(seed: int, quick: bool) -> None:
             service.stop()
         _http(report, host, data, rounds, quick)
         _store(report, host, items)
+        _users(report, folder, seed, 20 if quick else 200)
         _growth(report, folder, seed, quick)
     finally:
         shutil.rmtree(folder)
@@ -143,17 +159,20 @@ def _rows(layout: RowLayout, count: int, random: np.random.Generator) -> tuple[N
     return hot, cold
 
 
-def _interleaved(rounds: int, work: dict[str, Callable[[int], object]]) -> Series:
+def _interleaved(
+    rounds: int, work: dict[str, Callable[[int], object]], clock: Callable[[], float] = time.perf_counter
+) -> Series:
     """Milliseconds of each, one after the other in every round, each at a place of its own, so that none finds in the
-    cache what the one before has read; the first tenth does not count."""
+    cache what the one before has read; the first tenth does not count. Ratios of work in one thread are of its CPU time
+    (`time.thread_time`), which other programs on the machine lengthen less."""
     spent: Series = {name: [] for name in work}
     first = max(2, rounds // 10)
     for place in range(rounds + first):
         for turn, (name, do) in enumerate(work.items()):
-            began = time.perf_counter()
+            began = clock()
             do(place + 3 * turn)
             if place >= first:
-                spent[name].append((time.perf_counter() - began) * 1e3)
+                spent[name].append((clock() - began) * 1e3)
     return spent
 
 
@@ -171,8 +190,7 @@ def _in_process(report: Report, host: Host, service: Service, data: Data, rounds
     asked, as_of = list(data.requests), data.as_of
     sources = [service.users.stored(f"u{user}", as_of) for user in range(USERS)]
     sides = [infer(generation, source) for source in sources]
-    bare = _Bare(generation.arena, sides[0].tables, generation.head_tables, asked)
-    rocks = _Rocks(host, asked)
+    bare = _Bare(generation.arena, [side.tables for side in sides], generation.head_tables, asked)
 
     def score(place: int) -> None:
         ids = asked[place % REQUESTS]
@@ -185,33 +203,20 @@ def _in_process(report: Report, host: Host, service: Service, data: Data, rounds
         options = ScoreOptions(user_id=f"u{place % USERS}", as_of=as_of, k=K)
         service.merger.score(asked[place % REQUESTS], options)
 
-    spent = _interleaved(
-        rounds,
-        {
-            "score": score,
-            "user": lambda place: infer(generation, sources[place % USERS]),
-            "request": prerank,
-            "gather": bare.gather,
-            "counts": bare.counts,
-            "join": bare.join,
-            "best": bare.best,
-        },
-    )
-    stores = _interleaved(max(5, rounds // 20), {"arena": bare.gather_both, "rocksdb": rocks.get})
-    rocks.close()
+    parts = {"gather": bare.gather, "counts": bare.counts, "join": bare.join, "best": bare.best}
+    others = {"user": lambda place: infer(generation, sources[place % USERS]), "request": prerank}
+    spent = _interleaved(rounds, {"score": score, **others, **parts})
+    used = _interleaved(rounds, {"score": score, **parts}, time.thread_time)
     for name in ("score", "user", "request"):
         _percentiles(report, name, spent[name])
     medians = {name: float(np.median(values)) for name, values in spent.items()}
-    for name in ("gather", "counts", "join", "best"):
+    for name in parts:
         _percentiles(report, f"kernel_{name}", spent[name], (50,))
-    report.figure(
-        "over_kernels_ratio",
-        medians["score"] / sum(medians[name] for name in ("gather", "counts", "join", "best")),
-        "x",
-    )
+    windows = {name: [float(np.median(window)) for window in np.array_split(own, 5)] for name, own in used.items()}
+    ratios = [windows["score"][at] / sum(windows[name][at] for name in parts) for at in range(5)]
+    report.figure("over_kernels_ratio", ratios, "x")
     _limits(report, generation.layout, generation.head_tables, medians)
-    whole = np.array(stores["rocksdb"]) / stores["arena"]
-    report.figure("gather_over_rocksdb", whole.tolist(), "x")
+    _stores(report, host.settings.state, data, bare, max(20, rounds // 10))
 
 
 def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians: dict[str, float]) -> None:
@@ -219,6 +224,7 @@ def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians
     report.figure("stream_gb_per_s", machine.stream_gb_per_s, "GB/s")
     report.figure("clock_ghz", machine.clock_ghz, "GHz")
     report.figure("fma_g_per_s", machine.fma_g_per_s, "G/s")
+    report.figure("popcount_bits_per_cycle", machine.popcount_bits, "")
     products = layout.width * (layout.bridges + len(head.T)) + sum(
         before * after for before, after in zip(head.sizes[:-1], head.sizes[1:], strict=True)
     )
@@ -231,51 +237,119 @@ def _limits(report: Report, layout: RowLayout, head: kernels.HeadTables, medians
 
 
 class _Bare:
-    """The project's kernels as machine code alone, on memory that is there."""
+    """The kernels as machine code alone, for the same users and requests as `score`: every array is there and every
+    address is known before a round, so that what is left of `score` is all that Python and NumPy do between them, and
+    the memory that they ask for."""
 
     def __init__(
-        self, arena: ArenaReader, user: kernels.UserTables, head: kernels.HeadTables, asked: list[NDArray[np.uint64]]
+        self,
+        arena: ArenaReader,
+        users: list[kernels.UserTables],
+        head: kernels.HeadTables,
+        asked: list[NDArray[np.uint64]],
     ) -> None:
-        self._arena, self._user, self._head = arena, user, head
-        self._keys = [keys_of_ints(ids) for ids in asked]
-        self._hot = [arena.gather(keys).hot for keys in self._keys]
-        hot = self._hot[0]
-        assert hot.dtype.fields is not None
-        self._signature = hot.dtype.fields["signature"][1]
-        self._counts = np.empty((CANDIDATES, len(head.T)), np.int32)
-        self._joins = [_joining((rows, user, head), self._counts) for rows in self._hot]
-        self._scores = [kernels.score(rows, user, head) for rows in self._hot]
+        self._arena, self._keys = arena, [keys_of_ints(ids) for ids in asked]
+        rows = [arena.gather(keys).hot for keys in self._keys]
+        self._gathers = self._gathering(arena, rows[0].dtype)
+        fields, counts = rows[0].dtype.fields, np.empty((CANDIDATES, len(head.T)), np.int32)
+        assert fields is not None
+        size, signature = rows[0]["signature"].shape[1], fields["signature"][1]
+        counting = popcount_ir.compiled(size, len(head.edges), len(users[0].window.lengths))
+        limits = popcount_ir.limits_of(size, head.edges)
+        self._held = rows, limits, counts, users, head  # alive as long as their addresses
+        pairs = [(hot, users[at % USERS]) for at, hot in enumerate(rows)]
+        self._counts = [
+            functools.partial(
+                counting,
+                *(hot.ctypes.data + signature, hot.itemsize, len(hot), user.window.weight),
+                *(array.ctypes.data for array in (user.window.data, user.window.lengths, limits, counts)),
+            )
+            for hot, user in pairs
+        ]
+        self._joins = [_joining((hot, user, head), counts) for hot, user in pairs]
+        self._scores = [kernels.score(hot, user, head) for hot, user in pairs]
+
+    def _gathering(self, arena: ArenaReader, kind: np.dtype[Any]) -> list[Callable[[], object]]:
+        files, size = arena._files, np.uint64(kind.itemsize)
+        hot, _, entries = map(np.uint64, files.addresses)
+        version_at, records = arena._version_at, np.uint64(files.records)
+        mask, words = np.uint64(files.entries - 1), np.empty(CANDIDATES, np.uint64)
+        out = aligned_empty(CANDIDATES, kind)
+        self._gathered = files, words, out  # alive as long as their addresses
+        into = np.uint64(out.ctypes.data)
+        before = (entries, mask, hot, size, version_at, hot, size, records)
+        return [functools.partial(table.gather, *before, keys, 0, words, into) for keys in self._keys]
 
     def gather(self, place: int) -> None:
+        self._gathers[place % REQUESTS]()
+
+    def gather_rows(self, place: int) -> None:
+        """With all that the arena's reader does around the kernel."""
         self._arena.gather(self._keys[place % REQUESTS])
 
-    def gather_both(self, place: int) -> None:
-        """Whole rows, as RocksDB gives them."""
-        self._arena.gather_both(self._keys[place % REQUESTS])
-
     def counts(self, place: int) -> None:
-        hot, size = self._hot[place % REQUESTS], self._hot[0]["signature"].shape[1]
-        first = hot.ctypes.data + self._signature
-        popcount_ir.counts(first, hot.itemsize, len(hot), size, self._user.window, self._head.edges, self._counts)
+        self._counts[place % REQUESTS]()
 
     def join(self, place: int) -> None:
         self._joins[place % REQUESTS](place)
 
     def best(self, place: int) -> None:
-        kernels.best(self._scores[place % REQUESTS], K)
+        values = self._scores[place % REQUESTS]
+        np.flatnonzero(values >= np.partition(values, CANDIDATES - K)[CANDIDATES - K])
+
+
+def _stores(report: Report, folder: Path, data: Data, bare: _Bare, rounds: int) -> None:
+    """Hot records by the arena's `gather` against RocksDB's call for many keys, in turns. RocksDB holds nothing but
+    these 192 bytes per key, in the forms that one would tune, mapped, compacted and warm; the best of them counts."""
+    forms = {name: _Rocks(folder / name, options, data) for name, options in _forms().items()}
+    work: dict[str, Callable[[int], object]] = {name: rocks.get for name, rocks in forms.items()}
+    spent = _interleaved(rounds, {"arena": bare.gather_rows} | work, time.thread_time)
+    for rocks in forms.values():
+        rocks.close()
+    for name, values in spent.items():
+        report.figure(f"store_{name}_cpu_ms", values, "ms")
+    best = min(forms, key=lambda name: float(np.median(spent[name])))
+    report.figure("gather_over_rocksdb", (np.array(spent[best]) / spent["arena"]).tolist(), "x")
+
+
+def _forms() -> dict[str, Options]:
+    """RocksDB's tables for reads of single keys."""
+    blocks, plain, cuckoo = (Options(raw_mode=True) for _ in range(3))
+    small = BlockBasedOptions()
+    small.set_block_size(1024)
+    small.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
+    small.set_data_block_hash_ratio(0.75)
+    small.disable_cache()  # mapped blocks that are not compressed need none
+    blocks.set_block_based_table_factory(small)
+    hashed = PlainTableFactoryOptions()
+    hashed.user_key_length = 8
+    plain.set_prefix_extractor(SliceTransform.create_fixed_prefix(8))
+    plain.set_plain_table_factory(hashed)
+    cuckoo.set_cuckoo_table_factory(CuckooTableOptions())
+    forms = {"blocks": blocks, "plain": plain, "cuckoo": cuckoo}
+    for options in forms.values():
+        options.create_if_missing(True)
+        options.set_compression_type(DBCompressionType.none())
+        options.set_allow_mmap_reads(True)
+        options.set_max_open_files(-1)
+    return forms
 
 
 class _Rocks:
-    """The same rows out of RocksDB, by its call for many keys; all of it is in memory and was read before."""
+    """The hot records in a RocksDB of their own; keys are the ids' eight bytes, ready before they are asked for."""
 
-    def __init__(self, host: Host, asked: list[NDArray[np.uint64]]) -> None:
-        path = host.settings.generation_dir(GENERATION) / "n2o" / "rocks"
-        self._own = tempfile.mkdtemp(prefix="forerank-rtp-rocks-")
-        options = Options(raw_mode=True)
-        options.set_max_open_files(-1)
-        self._rocks = Rdict(str(path), options, access_type=AccessType.secondary(self._own))
+    def __init__(self, folder: Path, options: Options, data: Data) -> None:
+        self._folder, size = folder, data.layout.hot.itemsize
+        self._rocks = Rdict(str(folder), options)
+        for at in range(0, len(data.hot), _PART):
+            raw, batch = data.hot[at : at + _PART].tobytes(), WriteBatch(raw_mode=True)
+            for place in range(0, len(raw), size):
+                batch.put((at + place // size).to_bytes(8, "big"), raw[place : place + size])
+            self._rocks.write(batch)
+        self._rocks.flush()
+        self._rocks.compact_range(None, None)
         self._names: list[list[str | int | float | bytes | bool]] = [
-            [ROW + str(number).encode() for number in ids.tolist()] for ids in asked
+            [number.to_bytes(8, "big") for number in ids.tolist()] for ids in data.requests
         ]
         for names in self._names:
             found = self._rocks.get(names)
@@ -287,7 +361,7 @@ class _Rocks:
 
     def close(self) -> None:
         self._rocks.close()
-        shutil.rmtree(self._own)
+        shutil.rmtree(self._folder)
 
 
 # ---- through HTTP
@@ -352,6 +426,51 @@ def _http(report: Report, host: Host, data: Data, rounds: int, quick: bool) -> N
             own = http_load.private_mib(pid)
             processes.append(row | {"processes": count, "private_mib_each": max(own)})
     report.table("processes", processes)
+    _loop(report, host, data, binary, texts, rounds)
+
+
+_BODY = 16_000_000  # bytes, nearly as many as are taken
+_WAITS = 1_000  # for a version that does not come
+
+
+def _loop(report: Report, host: Host, data: Data, binary: list[bytes], texts: list[bytes], rounds: int) -> None:
+    """The longest callback of the event loop during one request: what others have to wait for. In CPU time
+    (tests/bench/stand_in.py); ranges are over requests, the value is their median."""
+    ids, as_of = data.requests[0], data.as_of
+    stream = io.BytesIO()
+    pl.DataFrame({"candidates": ids}).write_ipc_stream(stream)
+    query, form = f"/v1/score?user_id=u0&as_of={as_of}", "application/octet-stream"
+    traced = json.dumps({"user_id": "u0", "as_of": as_of, "include": ["trace"], "candidates": ids.tolist()}).encode()
+    asked = {
+        "binary": binary[0],
+        "binary_all": http_load.request(query, ids.astype("<u8").tobytes(), form),
+        "json": texts[0],
+        "json_trace_all": http_load.request("/v1/score", traced, "application/json"),
+        "arrow_all": http_load.request(query, stream.getvalue(), arrow.MEDIA),
+        "body_16mb": http_load.request("/v1/score", b" " * (_BODY - len(traced)) + traced, "application/json"),
+    }
+    with _server(host, "tests.bench.stand_in", "watched") as (port, _), contextlib.ExitStack() as held:
+        connection = http_load.Connection(port)
+
+        def longest() -> float:
+            return float(connection.ask(http_load.get("/longest"))[1])
+
+        for name, request in asked.items():
+            found = []
+            for _ in range(min(rounds, 60)):
+                longest()
+                connection.ask(request)
+                found.append(longest())
+            report.figure(f"loop_longest_{name}_ms", found[len(found) // 10 :], "ms")
+        for count, more in ((1, 1), (_WAITS, _WAITS - 1)):
+            for waiter in [http_load.Connection(port) for _ in range(more)]:
+                held.callback(waiter.close)
+                waiter.send(http_load.get("/v1/items/0?wait_for=99&timeout_ms=10000"))
+            found = []
+            for _ in range(20):
+                time.sleep(0.05)  # some looks of the waits, 10 ms apart
+                found.append(longest())
+            report.figure(f"loop_longest_{count}_waits_ms", found[5:], "ms")
 
 
 def _pauses(report: Report, found: NDArray[np.float64]) -> None:
@@ -572,16 +691,52 @@ def _store(report: Report, host: Host, items: int) -> None:
         began = time.perf_counter()
         reader = ArenaReader.open(path, layout)
         opened.append(time.perf_counter() - began)
-    size = reader.size()
-    record = layout.hot.itemsize + layout.cold.itemsize
-    report.figure("memory_over_record", (size.hot_bytes + size.cold_bytes) / items / record, "x")
-    report.figure("id_table_bytes_per_item", size.table_bytes / items, "B")
+    report.figure("memory_over_record", _over_records(reader, layout, items), "x")
+    report.figure("id_table_bytes_per_item", reader.size().table_bytes / items, "B")
     report.figure("open_warm_arena_s", opened, "s")
     arena = path / "arena"
     shutil.rmtree(arena)
     began = time.perf_counter()
     N2OWriter(path, layout, 2, host.settings.hash_key.encode()).close()
     report.figure("rebuild_arena_s", time.perf_counter() - began, "s")
+    report.figure("memory_over_record_rebuilt", _over_records(ArenaReader.open(path, layout), layout, items), "x")
+    shutil.rmtree(arena)
+    _arena_growth(report, path, layout, items)
+
+
+def _over_records(reader: ArenaReader, layout: RowLayout, items: int) -> float:
+    """Bytes of the record files per byte of the rows' own records."""
+    size = reader.size()
+    return (size.hot_bytes + size.cold_bytes) / items / (layout.hot.itemsize + layout.cold.itemsize)
+
+
+def _arena_growth(report: Report, path: Path, layout: RowLayout, items: int) -> None:
+    """An arena that begins empty and gets its rows a block at a time: the most it takes per row, from
+    25,000 on, and the CPU time of all of it."""
+    writer = ArenaWriter.create(path, layout, 1, 0)
+    writer.publish(1, 0, Progress.empty(1))
+    reader = ArenaReader.open(path, layout)
+    hot, cold = (aligned_empty(_BLOCK, kind) for kind in (layout.hot, layout.cold))
+    hot.view(np.uint8)[:], cold.view(np.uint8)[:] = 0, 0
+    kinds, over = np.full(_BLOCK, table.PUT, np.uint8), 0.0
+    used = time.process_time()
+    for at in range(0, items, _BLOCK):
+        writer.apply(keys_of_ints(np.arange(at, at + _BLOCK, dtype=np.uint64)), kinds, hot, cold)
+        if writer.items >= _SETTLED:
+            over = max(over, _over_records(reader, layout, writer.items))
+    report.figure("grow_arena_cpu_s", time.process_time() - used, "s")
+    report.figure("memory_over_record_worst", over, "x")
+
+
+# ---- the user phase
+
+
+def _users(report: Report, folder: Path, seed: int, rounds: int) -> None:
+    """CPU time by (recent, long-term) behaviours, whose rows are there; in turns."""
+    made = {sizes: users.phases(folder, *sizes, seed) for sizes in users.SIZES}
+    work = {f"{name}_{recent}_{length}": do for (recent, length), two in made.items() for name, do in two.items()}
+    for name, spent in _interleaved(rounds, work, time.thread_time).items():
+        report.figure(f"user_{name}_cpu_ms", [float(np.median(part)) for part in np.array_split(spent, 5)], "ms")
 
 
 # ---- growth
@@ -646,12 +801,18 @@ def _scoring(arrays: tuple[Any, Any, Any]) -> Callable[[int], object]:
 
 
 def _joining(arrays: tuple[Any, Any, Any], counts: NDArray[np.int32] | None = None) -> Callable[[int], object]:
-    """All but SimTier's counts, which are given, or zero."""
+    """All but SimTier's counts, which are given, or zero, as machine code alone."""
     hot, user, head = arrays
     given = np.zeros((len(hot), len(head.T)), np.int32) if counts is None else counts
     slots, out = np.zeros(kernels.CROSS_SLOTS, np.uint16), np.empty(len(hot), np.float32)
     kernels.place_crosses(slots, user)
-    return lambda _: kernels.join(hot, given, user, head, slots, out)
+    code, arguments = kernels.joining(hot, given, user, head, slots, out)
+    held = (arrays, given, slots, out)  # alive as long as their addresses
+
+    def join(_: int, held: object = held) -> None:
+        code(*arguments)
+
+    return join
 
 
 def _scored(candidates: int, case: Case, random: np.random.Generator, rounds: int) -> dict[str, Any]:
@@ -693,8 +854,8 @@ def _draw(canvas: Any, tables: dict[str, list[dict[str, Any]]]) -> None:
         ("clients", "clients", {"p50_ms": "p50", "p99_ms": "p99"}, "ms"),
         ("processes", "processes", {"requests_per_s": "8 clients"}, "requests/s"),
     ]
-    for panel, (table, x, lines, unit) in zip(panels, plots, strict=True):
-        rows = tables[table]
+    for panel, (name, x, lines, unit) in zip(panels, plots, strict=True):
+        rows = tables[name]
         for key, label in lines.items():
             panel.plot([row[x] for row in rows], [row[key] for row in rows], marker="o", markersize=3, label=label)
         panel.set(xlabel=x, ylabel=unit, ylim=(0, None))

@@ -1,12 +1,15 @@
-"""The API with a stand-in for a part of it, for benchmarks.
+"""The API with a stand-in for a part of it, or with an eye on it, for benchmarks.
 
 python -m tests.bench.stand_in retrieval ITEMS SEED    recommends out of a remote retrieval that takes 10 ms and gives
                                                        10,000 distinct seeded ids
 python -m tests.bench.stand_in ready                   has every answer ready: what is left is HTTP and its bodies
+python -m tests.bench.stand_in watched                 the whole API; GET /longest gives the longest callback of its
+                                                       event loop since it was asked before, ms of CPU
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sys
 import time
@@ -14,6 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.app import create_app
 from api.generations import Generation
@@ -64,12 +69,42 @@ class Ready(Merger):
         return self._known[k]
 
 
+class Watched:
+    """In front of the application: how long callbacks of the event loop take, in CPU time of its thread, so that
+    neither other programs nor threads that hold the GIL count. uvloop does not let one look, asyncio's own loop does;
+    its sockets are written in Python, so it takes rather longer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._longest = app, 0
+        run = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            began = time.thread_time_ns()
+            run(handle)
+            self._longest = max(self._longest, time.thread_time_ns() - began)
+
+        asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") != "/longest":
+            await self._app(scope, receive, send)
+            return
+        longest, self._longest = self._longest, 0
+        await PlainTextResponse(str(longest / 1e6))(scope, receive, send)
+
+
 def main() -> None:
     settings = settings_module.load()
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, "stand-in")
     sys.setswitchinterval(1e-4)
     service = Service(settings)
+    if sys.argv[1] == "watched":
+        config = config_of(Watched(create_app(service)), host=settings.api_host, port=settings.api_port)
+        config.loop = "asyncio"
+        uvicorn.Server(config).run()
+        return
     if sys.argv[1] == "ready":
         service.merger = Ready(settings, service.generations, service.users)
     else:

@@ -1,12 +1,17 @@
-"""The other processes of the arena's and histories' tests: `python -m tests.index.processes <role> <path> ...`.
+"""The other processes of the arena's and histories' tests: `python -m tests.index.processes <role> <path> ...`, each
+held by a `Process`, and the `race` between a writer of the arena and its readers.
 
 A role prints `ready`, works at full speed until its standard input ends, and prints one JSON object about what it saw.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +24,70 @@ from index.arena import ArenaReader, ArenaWriter, Progress
 from index.histories import HistoriesReader
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
 
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Process:
+    """One role in a process of its own."""
+
+    def __init__(self, role: str, path: Path, argument: str) -> None:
+        command = [sys.executable, "-m", "tests.index.processes", role, str(path), argument]
+        self._popen = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._popen.stdout is not None
+        assert self._popen.stdout.readline() == "ready\n"
+
+    def send(self, number: signal.Signals) -> None:
+        self._popen.send_signal(number)
+
+    def stop(self) -> dict[str, Any]:
+        out, _ = self._popen.communicate("", timeout=60)
+        assert self._popen.returncode == 0
+        seen: dict[str, Any] = json.loads(out)
+        return seen
+
+    def kill(self) -> None:
+        if self._popen.poll() is None:
+            self._popen.kill()
+        self._popen.communicate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """What the writer and each reader said of themselves; the first reader was paused all the time but for the end."""
+
+    wrote: dict[str, Any]
+    seen: list[dict[str, Any]]
+
+    def wrong(self) -> int:
+        """Rows that were torn or another item's, older than seen before, or of two publications."""
+        return sum(int(one[name]) for one in self.seen for name in ("faults", "back", "mixed"))
+
+
+def race(path: Path, seconds: float, ids: int, readers: int = 3) -> Race:
+    """Readers at full speed against a writer at full speed, for so long. One reader is paused until the end, most
+    likely inside a gather, as it does nothing else for long; the others and the writer are paused shortly and often,
+    each time somewhere else in the protocol."""
+    with contextlib.ExitStack() as held:
+
+        def started(role: str) -> Process:
+            process = Process(role, path, str(ids))
+            held.callback(process.kill)
+            return process
+
+        writer = started("writer")
+        paused, *others = all_ = [started("reader") for _ in range(readers)]
+        end = time.monotonic() + seconds
+        paused.send(signal.SIGSTOP)
+        while time.monotonic() < end:
+            for process in (*others, writer):
+                process.send(signal.SIGSTOP)
+                time.sleep(0.02)
+                process.send(signal.SIGCONT)
+                time.sleep(0.03)
+        paused.send(signal.SIGCONT)
+        time.sleep(1.0)  # it goes on
+        return Race(writer.stop(), [reader.stop() for reader in all_])
+
 
 def until_stopped(step: Callable[[], None]) -> None:
     print("ready", flush=True)
@@ -28,20 +97,31 @@ def until_stopped(step: Callable[[], None]) -> None:
 
 
 def writer(path: Path, ids: str) -> dict[str, Any]:
-    """Inserts, updates and deletes; the set of ids grows from a tenth, and with it table and records."""
+    """Inserts, updates and deletes; the set of ids grows from a tenth, and with it table and records. When it is
+    complete the arena is built anew, from a tenth on."""
     rng = np.random.default_rng(1)
     most, known, version = int(ids), int(ids) // 10, 1
-    arena = ArenaWriter.create(path, LAYOUT, 1, 0)
-    keys = int_keys(np.arange(known))
-    arena.apply(keys, np.ones(known, np.uint8), *made(keys, np.full(known, version, np.uint64)))
-    arena.publish(1, 0, Progress.empty(1))
-    seen = {"updates": 0, "deletes": 0, "growths": 0}
+    seen = {"updates": 0, "deletes": 0, "growths": 0, "rebuilds": -1}
+
+    def built() -> ArenaWriter:
+        seen["rebuilds"] += 1
+        arena = ArenaWriter.create(path, LAYOUT, 1, 0)
+        keys = int_keys(np.arange(known))
+        arena.apply(keys, np.ones(known, np.uint8), *made(keys, np.full(known, version, np.uint64)))
+        arena.publish(1, 0, Progress.empty(1))
+        return arena
+
+    arena = built()
     files = arena._files
 
     def step() -> None:
-        nonlocal known, version, files
+        nonlocal known, version, files, arena
         version += 1
-        known = min(most, known + 3)
+        known += 3
+        if known > most:
+            known = most // 10
+            arena = built()
+            files = arena._files
         changed = np.unique(np.append(rng.integers(0, known, 256), known - 1))
         kinds = np.where(rng.random(len(changed)) < 0.1, 2, 1).astype(np.uint8)
         keys = int_keys(changed)

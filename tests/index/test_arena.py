@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from numba import njit, uint64
 
 from index import table
-from index.arena import ArenaReader, ArenaWriter, Progress, arena_folder
+from index.arena import LEAST_RECORDS, SPARE, ArenaReader, ArenaWriter, Progress, _capacity, arena_folder
 from index.errors import N2OError, StoreMissingError
 from index.layout import RowLayout
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
@@ -165,6 +165,37 @@ def test_deletes_and_inserts_for_ever_do_not_grow_it(tmp_path: Path) -> None:
     assert size.table_bytes == 4096 * table.ENTRY
     assert size.capacity < 3000
     assert not reader.gather(int_keys(np.arange(12_000))).found.any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rebuilt=st.integers(0, 20_000),
+    blocks=st.lists(st.tuples(st.integers(1, 3_000), st.booleans()), max_size=12),
+)
+def test_files_hold_a_sixteenth_more_than_their_rows(
+    rebuilt: int, blocks: list[tuple[int, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In every phase, after a rebuild, new rows and updates: (rows + largest block) x 17/16 + 1,024 records."""
+    path = tmp_path_factory.mktemp("n2o")
+    writer = new_arena(path, rebuilt)
+    reader = ArenaReader.open(path, LAYOUT)
+    put(writer, list(range(rebuilt)), 1)
+    largest = 0
+    for version, (count, fresh) in enumerate([(0, False), *blocks], 2):
+        largest = max(largest, count)
+        start = writer.items if fresh else 0
+        put(writer, list(range(start, start + count)), version)
+        size = reader.size()
+        most = (writer.items + largest) * (1 + 1 / SPARE) + LEAST_RECORDS
+        assert size.hot_bytes + size.cold_bytes <= most * (LAYOUT.hot.itemsize + LAYOUT.cold.itemsize)
+    shutil.rmtree(path)
+
+
+@given(st.integers(0, 1 << 32))
+def test_records_per_row_by_size(rows: int) -> None:
+    assert _capacity(rows) >= rows + LEAST_RECORDS
+    assert _capacity(rows) <= (1 + 1 / SPARE) * rows + LEAST_RECORDS
+    assert rows < 11_703 or _capacity(rows) <= 1.15 * rows
 
 
 def test_a_view_from_before_growth_and_updates_is_not_trusted(tmp_path: Path) -> None:

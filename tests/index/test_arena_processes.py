@@ -3,48 +3,20 @@ deletion."""
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from index import table
 from index.arena import ArenaReader, ArenaWriter
+from tests.index.processes import Process, race
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys
 
-ROOT = Path(__file__).parent.parent.parent
 IDS = 30_000
-
-
-class Process:
-    """One role of tests.index.processes."""
-
-    def __init__(self, role: str, path: Path, argument: str) -> None:
-        command = [sys.executable, "-m", "tests.index.processes", role, str(path), argument]
-        self._popen = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._popen.stdout is not None
-        assert self._popen.stdout.readline() == "ready\n"
-
-    def send(self, number: signal.Signals) -> None:
-        self._popen.send_signal(number)
-
-    def stop(self) -> dict[str, Any]:
-        out, _ = self._popen.communicate("", timeout=60)
-        assert self._popen.returncode == 0
-        seen: dict[str, Any] = json.loads(out)
-        return seen
-
-    def kill(self) -> None:
-        if self._popen.poll() is None:
-            self._popen.kill()
-        self._popen.communicate()
 
 
 @pytest.fixture
@@ -56,33 +28,17 @@ def processes() -> Iterator[list[Process]]:
 
 
 @pytest.mark.parametrize("pause", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
-def test_readers_never_see_a_torn_or_foreign_row(tmp_path: Path, processes: list[Process], pause: float) -> None:
-    writer = Process("writer", tmp_path, str(IDS))
-    processes.append(writer)
-    paused, *others = readers = [Process("reader", tmp_path, str(IDS)) for _ in range(3)]
-    processes.extend(readers)
-    end = time.monotonic() + pause
-    paused.send(signal.SIGSTOP)  # most likely inside a gather: it does nothing else for long
-    while time.monotonic() < end:
-        # the others are paused too, shortly and often, each time somewhere else in the protocol; and so is the writer
-        for process in (*others, writer):
-            process.send(signal.SIGSTOP)
-            _wait(0.02)
-            process.send(signal.SIGCONT)
-            _wait(0.03)
-    paused.send(signal.SIGCONT)
-    _wait(1.0)
-    wrote = writer.stop()
-    seen = [reader.stop() for reader in readers]
+def test_readers_never_see_a_torn_or_foreign_row(tmp_path: Path, pause: float) -> None:
+    """For minutes: `make bench NAME=arena_race`."""
+    found = race(tmp_path, pause, IDS)
+    wrote, seen = found.wrote, found.seen
     assert wrote["updates"] > 10_000
     assert wrote["deletes"] > 1_000
     assert wrote["growths"] >= 1
     for one in seen:
         assert one["found"] > 10_000
         assert one["missing"] > 100  # deleted at the time, or not yet inserted
-        assert one["faults"] == 0
-        assert one["back"] == 0
-        assert one["mixed"] == 0
+    assert found.wrong() == 0, found
     assert seen[0]["longest_ms"] > 1000 * pause - 100  # it was paused, and went on
     assert sum(one["remaps"] for one in seen) >= 1
 

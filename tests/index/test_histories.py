@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from index.errors import HistoriesError, StoreLockedError, StoreMissingError
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.keys import keys_of
+from tests.index.processes import Process
 from tests.index.rows import reader_of
-from tests.index.test_arena_processes import Process
 
 KEY = b"hash key"
 ROOT = Path(__file__).parent.parent.parent
