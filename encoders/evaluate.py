@@ -252,7 +252,8 @@ def _clicks(data: Dataset, groups: Groups, place: int) -> I8:
 
 def _history(data: Dataset, groups: Groups, place: int) -> I4:
     """Items of all the behaviours strictly before a group, oldest first."""
-    begin = int(np.searchsorted(data.log.user, groups.user[place]))
+    user = data.log.user.dtype.type(groups.user[place])  # of another type, the whole log would be copied
+    begin = int(np.searchsorted(data.log.user, user))
     return np.asarray(data.log.item[begin : int(groups.history[place])])
 
 

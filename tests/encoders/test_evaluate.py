@@ -94,6 +94,19 @@ def model_of(name: str = "aif", seed: int = 0) -> Ranker:
     return build(name, CONFIG, SAMPLE_SPEC.sizes, seed).eval()
 
 
+@pytest.mark.parametrize("together", [1, 100, 1_000])
+def test_groups_of_some_users_at_a_time_are_those_of_all(
+    together: int, batches: Batches, groups: Groups, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_of(data)
+    monkeypatch.setattr("encoders.batches._EXAMPLES", together)
+    again = batches.groups(split.validation, split.end)
+    for field in dataclasses.fields(Groups):
+        one, other = getattr(groups, field.name), getattr(again, field.name)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("name", ["aif", "dssm", "din"])
 def test_predictions_stand_in_the_order_of_the_data(name: str, batches: Batches, data: Dataset, groups: Groups) -> None:
     model = model_of(name)
