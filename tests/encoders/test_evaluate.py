@@ -364,7 +364,7 @@ def test_data_that_cannot_be_split() -> None:
 
 
 def test_a_bundle_is_evaluated_beside_popularity_and_chance(tmp_path: Path, data: Dataset) -> None:
-    found = evaluate(seeded_bundle(tmp_path / "bundle", CONFIG), data)
+    found = evaluate(seeded_bundle(tmp_path / "bundle", CONFIG), data).figures
     assert list(found) == ["model", "popularity", "chance"]
     assert len({row["examples"] for row in found.values()}) == 1
     assert figures(np.array([1.0]), np.array([True]), np.array([4]))["gauc"] is None
