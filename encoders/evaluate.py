@@ -22,7 +22,7 @@ import torch
 from encoders.batches import Batches, Groups
 from encoders.bundle import Loaded
 from encoders.data.dataset import DataError, Dataset
-from encoders.evaluation import F4, I4, Catalogue, Evaluation, Shortlists
+from encoders.evaluation import F4, I4, Catalogue, Evaluation, Shortlists, shown_of
 from encoders.features import FeatureSpec
 from encoders.metrics import I8, Labels, Scores, auc, gauc, log_loss, ranks
 from encoders.model import Ranker
@@ -162,6 +162,7 @@ def _evaluation(
     def checked(some: Groups, items: I8) -> F4:
         return finite(score(some, items))
 
+    places = _places(groups)
     return Evaluation(
         name=name,
         seed=seed,
@@ -170,6 +171,7 @@ def _evaluation(
         scores=finite(seen[0]),
         catalogue=_catalogue(checked, data, groups, sampling) if sampling.requests else None,
         shortlists=_shortlists(checked, data, groups, sampling, truth) if sampling.shortlists else None,
+        shown=shown_of(data.examples.item[places], data.examples.time[places], groups.size),
     )
 
 

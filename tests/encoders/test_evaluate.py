@@ -272,6 +272,40 @@ def test_only_the_same_slice_is_compared(batches: Batches, data: Dataset, groups
         rows({"popularity": []})
 
 
+def test_equal_users_and_labels_are_not_enough_to_be_compared(data: Dataset, groups: Groups) -> None:
+    """Of one draw of users and labels: other items, other times, other requests, other candidates, other shortlists."""
+
+    def of(changed: Dataset, asked: Groups, sampling: Sampling) -> Evaluation:
+        return measure_popularity(changed, asked, split_of(data).validation, sampling)
+
+    none, examples = Sampling(requests=0, shortlists=0), data.examples
+    first = groups.first[groups.size > 1][0]
+    item, time = examples.item.copy(), examples.time.copy()
+    item[first], time[first + 1] = (item[first] + 1) % M, time[first + 1] + 1
+    other_items, later = (
+        dataclasses.replace(data, examples=dataclasses.replace(examples, **{column: values}))
+        for column, values in (("item", item), ("time", time))
+    )
+    halves = np.stack([groups.size // 2, groups.size - groups.size // 2], axis=1).ravel()
+    begins = np.stack([groups.first, groups.first + groups.size // 2], axis=1).ravel()
+    parted = Groups(np.repeat(groups.user, 2), begins, halves, np.repeat(groups.history, 2)).select(halves > 0)
+    plain = of(data, groups, none)
+    for wrong in (of(other_items, groups, none), of(later, groups, none), of(data, parted, none)):
+        np.testing.assert_array_equal(wrong.users, plain.users)
+        np.testing.assert_array_equal(wrong.labels, plain.labels)
+        with pytest.raises(DataError, match="differ in the items, times or requests of the impressions"):
+            compare([plain], [wrong])
+        assert compare([plain], [dataclasses.replace(wrong, shown="")])  # saved before it was kept
+
+    full = of(data, groups, SAMPLING)
+    fewer = dataclasses.replace(data, items=dataclasses.replace(data.items, removed=data.items.added + 480 * HOUR))
+    with pytest.raises(DataError, match="differ in the requests ranked, their candidates or their clicks"):
+        compare([full], [of(fewer, groups, SAMPLING)])
+    with pytest.raises(DataError, match="differ in the shortlists"):
+        compare([full], [of(data, groups, dataclasses.replace(SAMPLING, candidates=30))])
+    assert compare([full], [plain])["gauc"].difference.value == 0  # what both have is the same
+
+
 def test_counts_say_what_is_left_out(data: Dataset, groups: Groups) -> None:
     found = measure_popularity(data, groups, split_of(data).validation, SAMPLING)
     by_user_ = [found.labels[found.users == user] for user in np.unique(found.users)]
@@ -296,7 +330,10 @@ def test_an_evaluation_is_kept_as_it_was(tmp_path: Path, data: Dataset, groups: 
         assert again.counts == kept.counts
         assert list(tables(again)) == list(tables(kept))
         assert {n: t.value for n, t in tables(again).items()} == {n: t.value for n, t in tables(kept).items()}
-        assert (again.name, again.seed) == ("popularity", 0)
+        assert (again.name, again.seed, again.shown) == ("popularity", 0, found.shown)
+    with np.load(tmp_path / "one.npz") as arrays:
+        np.savez(tmp_path / "one.npz", **{name: array for name, array in arrays.items() if name != "shown"})
+    assert Evaluation.load(tmp_path / "one.npz").shown == ""  # saved before it was kept
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
 
