@@ -24,12 +24,12 @@ from tqdm import tqdm
 from encoders.baselines import MODELS
 from encoders.bundle import SERVED, BundleError, Loaded, load_model, manifest_sha256
 from encoders.checkpoint import CheckpointError
+from encoders.config import COMPONENTS, ModelConfig
 from encoders.data.commands import add_commands, seed_of
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.distributed import PeerError, peers
 from encoders.evaluate import Figures, evaluate
-from encoders.model import COMPONENTS, ModelConfig
 from encoders.rivals import against
 from encoders.train import TrainingError, TrainOptions, train
 from encoders.unseen import lines

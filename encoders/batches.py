@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 
 from encoders import lsh
+from encoders.config import ModelConfig
 from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples
 from encoders.features import FeatureSpec, ItemColumns, ItemEncoder, ProfileEncoder
-from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
+from encoders.inputs import Candidates, Features, Users
+from encoders.ranker import Ranker
 
 GROUP_SIZE = 32  # candidates of a group, at most
 GROUP_SPAN = 3_600_000  # ms from the first to the last example of a group

@@ -25,7 +25,7 @@ from encoders.data.dataset import DataError, Dataset
 from encoders.evaluation import F4, I4, Catalogue, Evaluation, Shortlists, shown_of
 from encoders.features import FeatureSpec
 from encoders.metrics import I8, Labels, Scores, auc, gauc, log_loss, ranks
-from encoders.model import Ranker
+from encoders.ranker import Ranker
 from encoders.unseen import unseen
 
 Figures = dict[str, float | None]

@@ -29,13 +29,16 @@ from encoders import checkpoint as checkpoints
 from encoders.baselines import MODELS, build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SERVED, Precision, save_bundle
+from encoders.config import ModelConfig
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.fingerprint import fingerprint
 from encoders.distributed import ALONE, Peers
 from encoders.evaluate import Figures, Split, figures, on_test_slice, predict, split_of
 from encoders.features import FeatureSpec
-from encoders.model import AIF, Features, ModelConfig, Ranker
+from encoders.inputs import Features
+from encoders.model import AIF
 from encoders.progress import EVERY, Log, epoch_line
+from encoders.ranker import Ranker
 from encoders.spec import Material, material_of, spec_of
 from encoders.unseen import lines, unseen
 

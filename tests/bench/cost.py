@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from api.generations import load
 from encoders.baselines import COLD, DSSM
 from encoders.bundle import load_bundle, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.features import ItemEncoder
 from encoders.fold import ItemFold
-from encoders.model import ModelConfig
 from index import kernels
 from index.histories import HistoriesReader
 from tests.bench import costs_nearline, costs_online

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders.baselines import COLD, DSSM
-from encoders.model import ModelConfig
+from encoders.config import ModelConfig
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from infra.processes import Process
 from tests.bench import cost, costs_online

@@ -16,7 +16,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoders.baselines import ETA, MODELS, SDIM, IntTower, TargetAttention, build
-from encoders.model import RECENCY_EDGES, Candidates, Features, Meeting, ModelConfig, Ranker, Sizes, Users
+from encoders.config import ModelConfig, Sizes
+from encoders.inputs import Candidates, Features, Users
+from encoders.model import Meeting
+from encoders.ranker import RECENCY_EDGES, Ranker
 
 PROFILES = [{"age": 20, "segment": "s"}, None, {}, {"segment": "b"}]
 SIZES = Sizes(item=(10, 2, 1), user=(5, 1, 1), actions=2)

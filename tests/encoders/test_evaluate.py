@@ -14,6 +14,7 @@ from encoders import lsh
 from encoders.baselines import build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SAMPLE_SPEC, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.data.dataset import NEVER, BehaviourLog, DataError, Dataset, Examples, Items, UserProfiles, by_user
 from encoders.evaluate import (
     Sampling,
@@ -28,7 +29,7 @@ from encoders.evaluate import (
 )
 from encoders.evaluation import Evaluation, compare, rows, tables
 from encoders.metrics import gauc
-from encoders.model import ModelConfig, Ranker
+from encoders.ranker import Ranker
 
 CONFIG = ModelConfig(
     width=16, dim=8, bridges=3, bits=16, crosses=2, window=12, recent=4, head=(8,), embedding_dim=6,

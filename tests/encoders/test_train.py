@@ -20,12 +20,12 @@ from encoders.__main__ import main
 from encoders.baselines import MODELS
 from encoders.batches import GROUP_SIZE, GROUP_SPAN, Batches
 from encoders.bundle import BundleError, load_bundle, new_model, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.data.dataset import NEVER, DataError, Dataset
 from encoders.data.source import open_dataset
 from encoders.data.synthetic import Marketplace, generate
 from encoders.evaluate import evaluate, figures, predict, split_of
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores
-from encoders.model import ModelConfig
 from encoders.spec import material_of
 from encoders.train import TrainingError, TrainOptions, fit, spec_of, train
 from tests.encoders.small import OPTIONS, small_data
