@@ -27,10 +27,14 @@ def changes(config: ModelConfig, base: ModelConfig) -> dict[str, Any]:
 @pytest.mark.parametrize("line", ALL, ids=lambda line: line.name)
 def test_a_line_differs_in_what_its_name_says(line: Line) -> None:
     differ = changes(line.config, sized(FINE if line.kind == "cosine" else line.bits))
-    kind = {"random": {}, "two bits": {"bits_per_projection": 2}, "learned": {"lsh": "learned"}}
-    kind["cosine"] = {"lsh": "cosine"}
+    kinds: dict[str, dict[str, Any]] = {
+        "random": {},
+        "two bits": {"bits_per_projection": 2},
+        "learned": {"lsh": "learned"},
+        "cosine": {"lsh": "cosine"},
+    }
     part = {"both": (), "LSH-DIN": ("simtier",), "SimTier": ("lsh_din",), NEITHER: ("lsh_din", "simtier")}[line.part]
-    assert differ == kind[line.kind] | ({"without": part} if part else {})
+    assert differ == {**kinds[line.kind], **({"without": part} if part else {})}
     assert line.name.startswith(line.kind) or line.part == NEITHER
 
 
