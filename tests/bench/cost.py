@@ -231,7 +231,7 @@ def _prices(
 
 
 def carried(prices: Mapping[str, Price]) -> Price:
-    """COLD with its items' features carried to the host as AIF's rows are, at the price of its cached form's updates."""
+    """COLD with its items' features carried to the host as AIF's rows are, for the price of its cached form's."""
     return dataclasses.replace(prices["cold"], update=prices["cold_cached"].update)
 
 
