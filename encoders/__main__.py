@@ -24,14 +24,15 @@ from tqdm import tqdm
 from encoders.baselines import MODELS
 from encoders.bundle import SERVED, BundleError, Loaded, load_model, manifest_sha256
 from encoders.checkpoint import CheckpointError
+from encoders.config import COMPONENTS, ModelConfig
 from encoders.data.commands import add_commands, seed_of
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.distributed import PeerError, peers
 from encoders.evaluate import Figures, evaluate
-from encoders.model import COMPONENTS, ModelConfig
 from encoders.rivals import against
 from encoders.train import TrainingError, TrainOptions, train
+from encoders.unseen import lines
 from infra.settings import load
 
 
@@ -74,7 +75,7 @@ def _train(options: argparse.Namespace) -> None:
             source=options.data,
         )
     if together.leads:
-        _table(metrics["test"])
+        _table(metrics["test"], metrics["counts"], metrics["unseen"])
         print(f"bundle {options.out} (manifest SHA-256 {manifest_sha256(options.out)})")
 
 
@@ -92,7 +93,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if unknown := [name for name in rivals if name not in MODELS]:
         raise TrainingError(f"model {unknown[0]!r} is not known; known are {', '.join(MODELS)}")
     data = _data_of(bundle, options)
-    _table(evaluate(bundle, data))
+    found = evaluate(bundle, data)
+    _table(found.figures, found.counts, found.unseen)
     if rivals:
         print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials", _say)]))
 
@@ -133,11 +135,17 @@ def _lines(path: Path, events: Iterable[Mapping[str, Any]], total: int) -> None:
     print(f"wrote {path}")
 
 
-def _table(rows: Mapping[str, Figures]) -> None:
+def _table(rows: Mapping[str, Figures], counts: Mapping[str, int], new: Mapping[str, int]) -> None:
+    """Figures on the test slice, and what they leave out or are not about."""
     print(f"{'test slice':<12}{'GAUC':>9}{'AUC':>9}{'LogLoss':>9}{'examples':>10}")
     for name, row in rows.items():
         values = (f"{row[key]:>9.4f}" if row[key] is not None else f"{'-':>9}" for key in ("gauc", "auc", "logloss"))
         print(f"{name:<12}{''.join(values)}{row['examples']:>10}")
+    print(
+        f"GAUC is over {counts['users'] - counts['users of one class']} of {counts['users']} users; the others have "
+        f"examples of one class only, {counts['users without a click']} of them no click"
+    )
+    print(*lines(new, "test"), sep="\n", end="\n" if new else "")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from encoders import lsh
-from encoders.model import AIF, Candidates, Dots, Frame, Meeting, ModelConfig, Ranker, Sizes, Users, first_layer_block
+from encoders.config import ModelConfig, Sizes
+from encoders.inputs import Candidates, Users
+from encoders.model import AIF, Dots, Frame, Meeting, first_layer_block
+from encoders.ranker import Ranker
 
 _TEMPERATURE = 0.1  # where DSSM's learned temperature starts
 _CHUNK = 1 << 21  # numbers of an attention layer's output that are made at once: what fits a core's cache

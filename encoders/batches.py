@@ -17,13 +17,16 @@ import numpy.typing as npt
 import torch
 
 from encoders import lsh
+from encoders.config import ModelConfig
 from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples
 from encoders.features import FeatureSpec, ItemColumns, ItemEncoder, ProfileEncoder
-from encoders.model import Candidates, Features, ModelConfig, Ranker, Users
+from encoders.inputs import Candidates, Features, Users
+from encoders.ranker import Ranker
 
 GROUP_SIZE = 32  # candidates of a group, at most
 GROUP_SPAN = 3_600_000  # ms from the first to the last example of a group
 PART = 16_384  # items that are encoded together
+_EXAMPLES = 1 << 17  # of which groups are made together, and the rest of the last one's user
 _CHUNK = 32  # batches among which groups are ordered by history length, so that padding stays small
 
 I8 = npt.NDArray[np.int64]
@@ -193,9 +196,25 @@ def in_parts(make: Callable[[F4], npt.NDArray[Any]], embeddings: F4) -> npt.NDAr
 
 
 def groups_of(examples: Examples, log: BehaviourLog, begin: I8, since: int, until: int) -> Groups:
-    """As `Batches.groups`, of data that nobody has encoded. `begin` [U + 1]: where each user's behaviours begin."""
-    places = np.flatnonzero((examples.time >= since) & (examples.time < until))
-    user, time = examples.user[places], examples.time[places]
+    """As `Batches.groups`, of data that nobody has encoded. `begin` [U + 1]: where each user's behaviours begin.
+
+    Some users at a time, so that beside the groups (32 bytes each) memory does not grow with the examples.
+    """
+    parts, at = [_grouped(examples, log, begin, slice(0, 0), since, until)], 0
+    while at < len(examples):
+        last = examples.user[min(at + _EXAMPLES, len(examples)) - 1]
+        end = int(np.searchsorted(examples.user, last, side="right"))
+        parts.append(_grouped(examples, log, begin, slice(at, end), since, until))
+        at = end
+    columns = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Groups)]
+    return Groups(*(np.concatenate(column) for column in columns))
+
+
+def _grouped(examples: Examples, log: BehaviourLog, begin: I8, part: slice, since: int, until: int) -> Groups:
+    """The groups of consecutive examples: all those of some users."""
+    time = examples.time[part]
+    inside = np.flatnonzero((time >= since) & (time < until))
+    places, user, time = inside + part.start, examples.user[part][inside], time[inside]
     # Where the next group begins if one begins here: another user, a full group, or a later request.
     here = np.arange(len(places))
     end = np.minimum(np.searchsorted(user, user, side="right"), here + GROUP_SIZE)

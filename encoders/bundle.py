@@ -26,8 +26,10 @@ import safetensors.torch
 import torch
 
 from encoders.baselines import MODELS, build
+from encoders.config import ModelConfig
 from encoders.features import Categorical, FeatureSpec, Numeric, SpecError
-from encoders.model import AIF, ModelConfig, Ranker
+from encoders.model import AIF
+from encoders.ranker import Ranker
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -22,9 +22,11 @@ import torch
 from encoders.batches import Batches, Groups
 from encoders.bundle import Loaded
 from encoders.data.dataset import DataError, Dataset
-from encoders.evaluation import F4, I4, Catalogue, Evaluation, Shortlists
+from encoders.evaluation import F4, I4, Catalogue, Evaluation, Shortlists, shown_of
+from encoders.features import FeatureSpec
 from encoders.metrics import I8, Labels, Scores, auc, gauc, log_loss, ranks
-from encoders.model import Ranker
+from encoders.ranker import Ranker
+from encoders.unseen import unseen
 
 Figures = dict[str, float | None]
 # Users [Q], candidates [Q, K], items of their behaviours [Q, W] (-1 on the left) -> click probabilities [Q, K].
@@ -160,6 +162,7 @@ def _evaluation(
     def checked(some: Groups, items: I8) -> F4:
         return finite(score(some, items))
 
+    places = _places(groups)
     return Evaluation(
         name=name,
         seed=seed,
@@ -168,6 +171,7 @@ def _evaluation(
         scores=finite(seen[0]),
         catalogue=_catalogue(checked, data, groups, sampling) if sampling.requests else None,
         shortlists=_shortlists(checked, data, groups, sampling, truth) if sampling.shortlists else None,
+        shown=shown_of(data.examples.item[places], data.examples.time[places], groups.size),
     )
 
 
@@ -252,7 +256,8 @@ def _clicks(data: Dataset, groups: Groups, place: int) -> I8:
 
 def _history(data: Dataset, groups: Groups, place: int) -> I4:
     """Items of all the behaviours strictly before a group, oldest first."""
-    begin = int(np.searchsorted(data.log.user, groups.user[place]))
+    user = data.log.user.dtype.type(groups.user[place])  # of another type, the whole log would be copied
+    begin = int(np.searchsorted(data.log.user, user))
     return np.asarray(data.log.item[begin : int(groups.history[place])])
 
 
@@ -285,11 +290,31 @@ def figures(logits: Scores, labels: Labels, users: npt.NDArray[np.integer]) -> F
     }
 
 
-def evaluate(bundle: Loaded, data: Dataset) -> dict[str, Figures]:
-    """Figures of the bundle, of popularity and of chance on the test slice of the data. Raises DataError."""
-    batches, split = batches_of(bundle, data), split_of(data)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a bundle's manifest and the `evaluate` command say of the test slice."""
+
+    figures: dict[str, Figures]  # of the model, of popularity and of chance
+    counts: dict[str, int]  # `Evaluation.counts`
+    unseen: dict[str, int]  # `unseen.unseen`
+
+
+def evaluate(bundle: Loaded, data: Dataset) -> Measured:
+    """Measure the bundle on the test slice of the data. Raises DataError."""
+    return on_test_slice(bundle.model, bundle.manifest.features, batches_of(bundle, data), data)
+
+
+def on_test_slice(model: Ranker, spec: FeatureSpec, batches: Batches, data: Dataset) -> Measured:
+    """As `evaluate`, of a model and the data encoded for it."""
+    split = split_of(data)
     groups = batches.groups(split.test, split.end)
-    return {"model": figures(*predict(bundle.model, batches, groups)), **baselines(data, split.test, split.end)}
+    found = measure(model, batches, data, groups, name="model", sampling=Sampling(requests=0, shortlists=0))
+    own = figures(found.scores, found.labels, found.users)
+    return Measured(
+        figures={"model": own, **baselines(data, split.test, split.end)},
+        counts=found.counts,
+        unseen=unseen(data, spec, split.validation, split.test, split.end),
+    )
 
 
 def batches_of(bundle: Loaded, data: Dataset) -> Batches:

@@ -1,16 +1,18 @@
 """What was measured of one trained model on a slice of time, kept as arrays; metrics and comparisons of it.
 
 `encoders.evaluate.measure` gives an `Evaluation`; `tables` turns it into metrics by user, `rows` several of them into
-figures with intervals, `compare` sets models side by side. Guarantee: only evaluations of the same impressions,
-requests and shortlists are compared, however long ago they were saved; anything else is a DataError.
+figures with intervals, `compare` sets models side by side. Guarantee: only evaluations of the same impressions (users,
+labels, items, times, requests), ranked requests with their candidates, and shortlists are compared; anything else is a
+DataError. Of one saved before items, times and requests were kept, these alone are not compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,7 @@ class Evaluation:
     scores: F4  # [n], logits
     catalogue: Catalogue | None = None
     shortlists: Shortlists | None = None
+    shown: str = ""  # `shown_of` the impressions; empty where it was saved before evaluations kept it
 
     @property
     def counts(self) -> dict[str, int]:
@@ -128,7 +131,8 @@ class Evaluation:
             if catalogue is not None:
                 catalogue["gone"] = catalogue["gone"].item()
             return Evaluation(
-                **own | {"name": str(own["name"]), "seed": int(own["seed"].item())},  # type: ignore[arg-type]
+                **own  # type: ignore[arg-type]
+                | {"name": str(own["name"]), "seed": int(own["seed"].item()), "shown": str(own.get("shown", ""))},
                 catalogue=Catalogue(**catalogue) if catalogue is not None else None,  # type: ignore[arg-type]
                 shortlists=Shortlists(**lists) if lists is not None else None,  # type: ignore[arg-type]
             )
@@ -227,13 +231,37 @@ def _partners(runs: Sequence[Evaluation], bound: Sequence[Evaluation]) -> list[E
     return [by_seed.get(run.seed) for run in runs]
 
 
+def shown_of(items: npt.NDArray[np.integer], times: npt.NDArray[np.integer], sizes: npt.NDArray[np.integer]) -> str:
+    """SHA-256 of the items and times (ms) [n] of impressions, and of how many stand in each request after the other."""
+    found = hashlib.sha256()
+    for column in (items, times, sizes):
+        found.update(np.ascontiguousarray(column, dtype="<i8").data)
+    return found.hexdigest()
+
+
 def _same(first: Evaluation, *others: Evaluation) -> None:
-    """Raises DataError unless all were measured on the same examples, requests and shortlists."""
+    """Raises DataError, saying what differs, unless all were measured on the same impressions and, where both have
+    them, the same requests and candidates of the catalogue and the same shortlists.
+    """
     for other in others:
-        same = np.array_equal(first.users, other.users) and np.array_equal(first.labels, other.labels)
-        if first.catalogue is not None and other.catalogue is not None:
-            same = same and np.array_equal(first.catalogue.first, other.catalogue.first)
-        if first.shortlists is not None and other.shortlists is not None:
-            same = same and np.array_equal(first.shortlists.items, other.shortlists.items)
-        if not same:
-            raise DataError(f"{first.name} and {other.name} were not measured on the same slice and samples")
+        for what in _differences(first, other):
+            raise DataError(
+                f"{first.name} and {other.name} were not measured on the same slice and samples: they differ in {what}"
+            )
+
+
+def _differences(one: Evaluation, other: Evaluation) -> Iterator[str]:
+    if not _equal(one, other, "users", "labels"):
+        yield "the users and labels of the impressions"
+    if one.shown and other.shown and one.shown != other.shown:
+        yield "the items, times or requests of the impressions"
+    catalogues = one.catalogue, other.catalogue
+    if None not in catalogues and not _equal(*catalogues, "user", "first", "size", "query"):
+        yield "the requests ranked, their candidates or their clicks"
+    lists = one.shortlists, other.shortlists
+    if None not in lists and not _equal(*lists, "user", "first", "items"):
+        yield "the shortlists"
+
+
+def _equal(one: object, other: object, *columns: str) -> bool:
+    return all(np.array_equal(getattr(one, column), getattr(other, column)) for column in columns)

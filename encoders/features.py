@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encoders.model import NO_CROSS, Features, Sizes
+from encoders.config import Sizes
+from encoders.inputs import NO_CROSS, Features
 
 _SLOTS = 65_536  # crosses are stored as u2
 _KINDS = 15  # of crosses that have weights of their own, at most

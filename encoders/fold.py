@@ -24,8 +24,11 @@ import torch
 
 from encoders import lsh, user_ir
 from encoders.bundle import Bundle, BundleError
+from encoders.config import ModelConfig
 from encoders.features import FeatureError, Item, ItemEncoder, ProfileEncoder
-from encoders.model import AIF, DAY, NO_CROSS, RECENCY_EDGES, Candidates, Features, ModelConfig, Users
+from encoders.inputs import NO_CROSS, Candidates, Features, Users
+from encoders.model import AIF
+from encoders.ranker import DAY, RECENCY_EDGES
 
 F4 = npt.NDArray[np.float32]
 U1 = npt.NDArray[np.uint8]

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from encoders import lsh
 from encoders.batches import PART, Batches, Groups, in_parts
+from encoders.config import ModelConfig
 from encoders.data.dataset import DataError, Dataset
 from encoders.evaluate import Split
 from encoders.features import Categorical, FeatureSpec, Numeric
-from encoders.model import ModelConfig
 
 _VOCABULARY = 16_384  # most frequent crosses, which own slots
 _BUCKETS = 65_536  # per categorical feature, at most

@@ -29,14 +29,18 @@ from encoders import checkpoint as checkpoints
 from encoders.baselines import MODELS, build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SERVED, Precision, save_bundle
+from encoders.config import ModelConfig
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.fingerprint import fingerprint
 from encoders.distributed import ALONE, Peers
-from encoders.evaluate import Figures, baselines, figures, predict, split_of
+from encoders.evaluate import Figures, Split, figures, on_test_slice, predict, split_of
 from encoders.features import FeatureSpec
-from encoders.model import AIF, Features, ModelConfig, Ranker
+from encoders.inputs import Features
+from encoders.model import AIF
 from encoders.progress import EVERY, Log, epoch_line
+from encoders.ranker import Ranker
 from encoders.spec import Material, material_of, spec_of
+from encoders.unseen import lines, unseen
 
 __all__ = ["Fitted", "TrainOptions", "TrainingError", "fit", "spec_of", "train"]
 
@@ -159,13 +163,15 @@ def train(
     run = _trained(data, options or TrainOptions(), checkpoint, log, report, peers)
     if not peers.leads:
         return {}
-    fitted, batches, split = run.fitted(), run.material.batches, split_of(data)
-    test = figures(*predict(fitted.model, batches, batches.groups(split.test, split.end)))
+    fitted = run.fitted()
+    found = on_test_slice(fitted.model, fitted.spec, run.material.batches, data)
     metrics = {
         "data": data.name,
         "source": source,
         **fitted.history(),
-        "test": {"model": test, **baselines(data, split.test, split.end)},
+        "test": found.figures,
+        "counts": found.counts,
+        "unseen": found.unseen,
     }
     save_bundle(out, fitted.model, fitted.config, fitted.spec, precision, metrics, fitted.options.model)
     return metrics
@@ -203,9 +209,10 @@ def _trained(
         report, log = silence, None
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
-        material = material_of(data, split_of(data), options.config, options.seed)
+        split = split_of(data)
+        material = material_of(data, split, options.config, options.seed)
         report(_begins(material, options))
-        _warn(material, report)
+        _warn(material, data, split, report)
         run = _Run(options, material, peers, started)
         keep = _Keeper(checkpoint, _about(data, options) if checkpoint else {}, save_seconds, peers)
         keep.load(run, report)
@@ -515,7 +522,7 @@ def _begins(material: Material, options: TrainOptions) -> str:
     )
 
 
-def _warn(material: Material, report: Report) -> None:
+def _warn(material: Material, data: Dataset, split: Split, report: Report) -> None:
     """Say what the data lack. Raises DataError where a slice is empty or training has one class only."""
     for name, groups in (("training", material.training), ("validation", material.validation)):
         if not len(groups):
@@ -529,6 +536,9 @@ def _warn(material: Material, report: Report) -> None:
     mixed = int(((clicks > 0) & (clicks < shown)).sum())
     if not mixed:
         report("no user of the validation slice has both classes, so there is no GAUC; its AUC or LogLoss decides")
+    new = unseen(data, material.spec, split.validation, split.validation, split.test)
+    for line in lines(new, "validation"):
+        report(line)
 
 
 def _clicks(batches: Batches, groups: Groups) -> tuple[npt.NDArray[np.int64], ...]:

@@ -103,7 +103,8 @@ class Dataset:
 
     def begins(self) -> npt.NDArray[np.int64]:
         """Places in the log where each user's behaviours begin, and the end [U + 1]."""
-        return np.searchsorted(self.log.user, np.arange(len(self.profiles.ids) + 1))
+        users = np.arange(len(self.profiles.ids) + 1, dtype=self.log.user.dtype)  # of another type: the log is copied
+        return np.searchsorted(self.log.user, users)
 
     def item_updates(self) -> Iterator[dict[str, Any]]:
         """`item-updates` in time order: version 1 when an item is added, the deletion as version 2."""

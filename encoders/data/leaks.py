@@ -21,9 +21,9 @@ import torch
 
 from encoders.batches import Batch
 from encoders.bundle import new_model
+from encoders.config import ModelConfig
 from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples, by_user, iso
 from encoders.evaluate import split_of
-from encoders.model import ModelConfig
 from encoders.spec import material_of
 
 REQUESTS = 256  # of the validation and test slices

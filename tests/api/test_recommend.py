@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from api import schemas
-from encoders.model import ModelConfig
+from encoders.config import ModelConfig
 from tests.api.conftest import USERS, behaviours_of
 from tests.host import HOUR, NOW, Host, Seen, catalogue
 

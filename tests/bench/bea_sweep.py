@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from encoders.batches import Batches
+from encoders.config import ModelConfig
 from encoders.data import synthetic
 from encoders.data.dataset import DataError, Dataset
 from encoders.evaluate import Sampling, split_of
 from encoders.evaluation import CHANCE, Evaluation, compare, rows
 from encoders.intervals import Difference, Interval, holm
-from encoders.model import AIF, ModelConfig
+from encoders.model import AIF
 from encoders.train import Fitted, TrainOptions
 from tests.bench.experiment import Failed, OutOfTimeError, Source, Trial, Variant, attempts, cells, stop_here
 from tests.bench.quality import ML_100K

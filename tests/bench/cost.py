@@ -5,8 +5,9 @@
 
 - online: 10,000 candidates, a user with 1,000 behaviours (tests/bench/costs_online.py), repetitions interleaved over
   the systems. CPU of the whole process, so AIF's second thread is in it.
-- nearline: on real processes behind a real broker (tests/bench/costs_nearline.py). The headline takes the dearer pace,
-  1,000 updates per second.
+- nearline: on real processes behind a real broker, whose CPU for updates and behaviours is in all figures
+  (tests/bench/costs_nearline.py; that for a refresh is not told apart). The headline takes the dearer pace, 1,000
+  updates per second.
 - COLD as published computes its item side online and is charged nothing for updates, which is in its favour; with its
   item groups cached, and for DSSM, an update runs through the same jobs as AIF's with the model's own item side in the
   place of AIF's fold, and a new model refreshes the catalogue just so.
@@ -14,7 +15,8 @@
   per model, and the jobs' idle running below the pace are reported, not shared out.
 
 Latency: wall time with a retrieval of 10 ms; AIF's user inference runs beside it, the others' after it.
-`break_even_updates_per_request` is where AIF's CPU reaches that of COLD.
+`break_even_updates_per_request` is where AIF's CPU reaches that of COLD over the same transport (`carried`): the
+features of COLD's items must reach the host too. `break_even_free_transport` is where it does if they come for nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ from numpy.typing import NDArray
 from api.generations import load
 from encoders.baselines import COLD, DSSM
 from encoders.bundle import load_bundle, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.features import ItemEncoder
 from encoders.fold import ItemFold
-from encoders.model import ModelConfig
 from index import kernels
 from index.histories import HistoriesReader
 from tests.bench import costs_nearline, costs_online
@@ -95,7 +97,7 @@ def run(seed: int, quick: bool) -> None:
     _nearline_figures(report, nearline)
     prices = _prices(cpu, nearline, encode, nearline.paced, PACED_BATCH)
     from_backlog = _prices(cpu, nearline, encode, nearline.backlog, BACKLOG_BATCH)
-    _figures(report, cpu, wall, prices, from_backlog, nearline)
+    _figures(report, cpu, wall, prices, from_backlog)
     report.table("stages", stages)
     report.table("nearline", costs_nearline.table(nearline))
     report.table("encode", encode_table(encode))
@@ -212,11 +214,11 @@ def _encode(scene: Scene, fold: ItemFold, repetitions: int) -> dict[tuple[str, i
 def _prices(
     cpu: Samples, nearline: Nearline, encode: Mapping[tuple[str, int], list[float]], pace: Samples, batch: int
 ) -> dict[str, Price]:
-    """Of every system, from medians."""
-    update = statistics.median(nearline.update(pace))
+    """Of every system, from medians, the broker's work included."""
+    update = statistics.median(nearline.update(pace)) + statistics.median(pace["broker"])
 
     def price(system: str) -> Price:
-        online, behaviour = statistics.median(cpu[system]), nearline.behaviour["histories"] / 1e3
+        online, behaviour = statistics.median(cpu[system]), sum(nearline.behaviour.values()) / 1e3
         if (system, batch) not in encode:  # as published: no nearline item side
             return Price(online, 0.0, 0.0, behaviour)
         less, less_refresh = (
@@ -226,6 +228,11 @@ def _prices(
         return Price(online, (update - less) / 1e3, (nearline.refresh - less_refresh) / 1e3, behaviour)
 
     return {system: price(system) for system in cpu}
+
+
+def carried(prices: Mapping[str, Price]) -> Price:
+    """COLD with its items' features carried to the host as AIF's rows are, for the price of its cached form's."""
+    return dataclasses.replace(prices["cold"], update=prices["cold_cached"].update)
 
 
 def break_even(one: Price, other: Price) -> float:
@@ -246,6 +253,7 @@ def _nearline_figures(report: Report, found: Nearline) -> None:
     report.figure("update_us_backlog", found.update(found.backlog), "us CPU")
     report.figure("broker_us_per_update", found.paced["broker"], "us CPU")
     report.figure("behaviour_us", found.behaviour["histories"], "us CPU")
+    report.figure("broker_us_per_behaviour", found.behaviour["broker"], "us CPU")
     report.figure("refresh_us_per_item", found.refresh, "us CPU")
     report.figure("generation_start_s", found.start / 1e6, "s CPU")
     idle = sum(spent for name, spent in found.idle.items() if name != "broker")
@@ -258,25 +266,21 @@ def _figures(
     wall: Samples,
     prices: Mapping[str, Price],
     from_backlog: Mapping[str, Price],
-    nearline: Nearline,
 ) -> None:
     headline = {system: _headline(prices[system], samples) for system, samples in cpu.items()}
     for system, price in prices.items():
         report.figure(f"online_cpu_ms_{system}", cpu[system], "ms CPU")
         report.figure(f"compute_ms_{system}", headline[system], "ms CPU", price.at(HEADLINE))
         report.figure(f"latency_ms_{system}", wall[system], "ms")
-    aif, cold = prices["aif"], prices["cold"]
+    aif = prices["aif"]
     for rival in [name for name in prices if name != "aif"]:
         ratio = aif.at(HEADLINE) / prices[rival].at(HEADLINE)
         report.figure(f"compute_over_{rival}", _ratios(headline["aif"], headline[rival]), "x", ratio)
         report.figure(f"latency_over_{rival}", _ratios(wall["aif"], wall[rival]), "x")
-    broker = statistics.median(nearline.paced["broker"]) / 1e3
-    report.figure("break_even_updates_per_request", break_even(aif, cold), "updates")
-    report.figure("break_even_from_backlog", break_even(from_backlog["aif"], from_backlog["cold"]), "updates")
-    report.figure("break_even_with_broker", break_even(_dearer(aif, broker), cold), "updates")
-    # COLD's features have to reach the host too; here that costs it what it costs its own cached form.
-    carried = _dearer(cold, prices["cold_cached"].update)
-    report.figure("break_even_same_transport", break_even(aif, carried), "updates")
+    for pace, found in (("", prices), ("_from_backlog", from_backlog)):
+        same = break_even(found["aif"], carried(found))
+        report.figure(f"break_even{pace or '_updates_per_request'}", same, "updates")
+        report.figure(f"break_even_free_transport{pace}", break_even(found["aif"], found["cold"]), "updates")
     report.figure("break_even_over_cold_cached", break_even(aif, prices["cold_cached"]), "updates")
 
 
@@ -288,10 +292,6 @@ def _headline(price: Price, online: list[float]) -> list[float]:
 def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
     """Repetition by repetition: the two ran one after the other."""
     return [one / other for one, other in zip(ours, theirs, strict=True)]
-
-
-def _dearer(price: Price, update_ms: float) -> Price:
-    return dataclasses.replace(price, update=price.update + update_ms)
 
 
 def _row(prices: Mapping[str, Price], label: str, value: float, ratio: float, refreshed: float) -> dict[str, object]:
@@ -315,12 +315,13 @@ def _draw(canvas: Any, prices: Mapping[str, Price], stages: list[dict[str, objec
     ratios = np.geomspace(0.05, 2_000, 200)
     for system, price in prices.items():
         left.plot(ratios, [price.at(ratio) for ratio in ratios], color=COLOURS[system], label=system.replace("_", ", "))
-    even = break_even(prices["aif"], prices["cold"])
+    same = carried(prices)
+    dashed = {"color": COLOURS["cold"], "linestyle": "--", "label": "cold, same transport"}
+    left.plot(ratios, [same.at(ratio) for ratio in ratios], **dashed)
+    even = break_even(prices["aif"], same)
     if 0 < even < ratios[-1]:
-        left.plot([even], [prices["cold"].at(even)], marker="o", color="black")
-        left.annotate(
-            f"break-even at {even:.0f}", (even, prices["cold"].at(even)), textcoords="offset points", xytext=(-92, 8)
-        )
+        left.plot([even], [same.at(even)], marker="o", color="black")
+        left.annotate(f"break-even at {even:.0f}", (even, same.at(even)), textcoords="offset points", xytext=(-92, 8))
     left.set(
         xscale="log",
         yscale="log",

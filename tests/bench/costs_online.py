@@ -28,8 +28,10 @@ from api.schemas import RecommendRequest
 from api.users import Users as UserInference
 from api.users import infer
 from encoders.baselines import COLD, DSSM, TwoSided, build
+from encoders.config import ModelConfig
 from encoders.features import ItemColumns, ProfileEncoder
-from encoders.model import Features, ModelConfig, Ranker, Users
+from encoders.inputs import Features, Users
+from encoders.ranker import Ranker
 from index.histories import HistoriesReader
 from index.keys import keys_of_ints
 from infra.settings import Settings

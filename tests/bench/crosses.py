@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from encoders.config import CROSS_TABLES, ModelConfig
 from encoders.data import synthetic
 from encoders.data.dataset import Dataset
 from encoders.evaluate import Sampling, split_of
@@ -22,7 +23,6 @@ from encoders.evaluation import compare, rows
 from encoders.features import FeatureSpec, cross_slots
 from encoders.fold import cross_bytes
 from encoders.intervals import holm
-from encoders.model import CROSS_TABLES, ModelConfig
 from encoders.train import TrainOptions
 from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
 from tests.bench.lsh_bits import LENGTH, QUICK_WORLD, Case, kernel_us

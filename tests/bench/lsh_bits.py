@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from encoders import lsh
+from encoders.config import ModelConfig
 from encoders.data import synthetic
 from encoders.evaluate import Sampling
 from encoders.evaluation import compare, rows
 from encoders.intervals import holm
-from encoders.model import ModelConfig
 from encoders.train import TrainOptions
 from index import kernels
 from index.layout import RowLayout, aligned_empty

@@ -21,13 +21,13 @@ import numpy as np
 
 from encoders.baselines import MODELS, build
 from encoders.batches import groups_of
+from encoders.config import COMPONENTS, ModelConfig, Sizes
 from encoders.data import synthetic
 from encoders.data.dataset import NEVER, DataError, Dataset, Examples
 from encoders.evaluate import Sampling, measure_popularity, split_of
 from encoders.evaluation import Evaluation, Row, compare, rows, tables
 from encoders.intervals import holm
 from encoders.metrics import calibration_error, gauc
-from encoders.model import COMPONENTS, ModelConfig, Sizes
 from encoders.train import TrainOptions
 from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
 from tests.bench.lsh_bits import exact

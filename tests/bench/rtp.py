@@ -52,9 +52,9 @@ from api.service import Service
 from api.users import infer
 from encoders import lsh
 from encoders.bundle import load_bundle
+from encoders.config import ModelConfig
 from encoders.data.synthetic import LARGE, generate
 from encoders.fold import ItemFold
-from encoders.model import ModelConfig
 from index import kernels, popcount_ir, table
 from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints

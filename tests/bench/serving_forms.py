@@ -40,9 +40,12 @@ from torch import Tensor
 from encoders import lsh
 from encoders.baselines import COLD, DIN, DSSM, ETA, MODELS, SDIM, IntTower, ItemDots, TargetAttention, build
 from encoders.bundle import SAMPLE_SPEC, Bundle, Manifest, Precision
+from encoders.config import ModelConfig
 from encoders.features import ItemColumns, ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, Head, UserBlock, UserFold
-from encoders.model import AIF, Candidates, Features, Frame, ModelConfig, Ranker, Users
+from encoders.inputs import Candidates, Features, Users
+from encoders.model import AIF, Frame
+from encoders.ranker import Ranker
 from index import kernels
 from index.arena import ArenaReader
 from index.keys import keys_of_ints

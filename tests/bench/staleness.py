@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from encoders import intervals
 from encoders.batches import Batches, Groups, groups_of
+from encoders.config import ModelConfig
 from encoders.data import oracle
 from encoders.data.dataset import DataError, Dataset
 from encoders.data.fingerprint import fingerprint
@@ -30,7 +31,7 @@ from encoders.data.turnover import Lateness, Living, delayed, drifting, replayed
 from encoders.evaluate import Sampling, Split, Truth, predict, score_items, split_of
 from encoders.evaluation import CHANCE, REGRET_TOP
 from encoders.metrics import Table, gauc_table, regret, table_of
-from encoders.model import ModelConfig, Ranker
+from encoders.ranker import Ranker
 from encoders.train import Fitted, TrainOptions
 from encoders.trials import trained
 from infra.settings import load

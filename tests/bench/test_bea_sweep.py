@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from encoders.config import ModelConfig
 from encoders.data import synthetic
 from encoders.evaluation import Evaluation
-from encoders.model import ModelConfig
 from encoders.train import TrainingError, TrainOptions, fit
 from infra.settings import Settings
 from tests.bench import bea_sweep, experiment

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders.baselines import COLD, DSSM
-from encoders.model import ModelConfig
+from encoders.config import ModelConfig
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from infra.processes import Process
 from tests.bench import cost, costs_online
 from tests.bench.cost import Price, break_even
-from tests.bench.costs_nearline import cpu_us
+from tests.bench.costs_nearline import Nearline, cpu_us
 from tests.bench.costs_online import CachedCold, FeatureStore, Sequential, SequentialCold, SequentialDssm
 from tests.bench.serving_forms import Scene
 from tests.bench.world import as_of
@@ -45,6 +45,28 @@ def test_both_cost_the_same_at_the_break_even(ours: float, theirs: float, update
 def test_all_work_is_in_the_sum() -> None:
     price = Price(request=1.0, update=2.0, refresh=4.0, behaviour=8.0)
     assert price.at(3.0, 0.5) == 1.0 + 3 * 2.0 + 0.5 * 4.0 + cost.BEHAVIOURS * 8.0
+
+
+def test_the_brokers_work_is_in_every_price_and_cancels_over_the_same_transport() -> None:
+    """An update of 300 us in the jobs and 90 in the broker, a behaviour of 40 and 20; item sides of 60 and 25 us."""
+    paced = {"ingest": [100.0], "encode": [120.0], "replicate": [80.0], "broker": [90.0]}
+    nearline = Nearline(paced, paced, {"histories": 40.0, "broker": 20.0}, refresh=150.0, start=0.0, idle={})
+    encode = {(name, size): [us] for name, us in (("aif", 60.0), ("cold_cached", 25.0)) for size in (16, 512)}
+    cpu = {"aif": [6.0], "cold": [26.0], "cold_cached": [11.0]}
+    prices = cost._prices(cpu, nearline, encode, paced, cost.PACED_BATCH)
+    assert [price.update for price in prices.values()] == pytest.approx([0.39, 0.0, 0.39 - 0.035])
+    assert [price.refresh for price in prices.values()] == pytest.approx([0.15, 0.0, 0.15 - 0.035])
+    assert [price.behaviour for price in prices.values()] == pytest.approx([0.06] * 3)
+    assert prices["aif"].at(1.0, 0.1) == pytest.approx(6.0 + 0.39 + 0.015 + 0.06)
+    same = cost.carried(prices)
+    assert (same.request, same.refresh) == (26.0, 0.0)  # features do not change with the model
+    even = break_even(prices["aif"], same)
+    assert even == pytest.approx((26.0 - 6.0 - 0.1 * 0.15) / 0.035)
+    dear = {**paced, "broker": [900.0]}
+    assert break_even(*(cost._prices(cpu, nearline, encode, dear, 16)[name] for name in ("aif", "cold_cached"))) == (
+        pytest.approx(break_even(prices["aif"], prices["cold_cached"]))
+    )
+    assert break_even(prices["aif"], prices["cold"]) < even
 
 
 def test_cpu_of_a_process_grows_with_its_work(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from encoders.config import COMPONENTS, ModelConfig
 from encoders.data import synthetic
 from encoders.data.dataset import DataError
 from encoders.evaluate import Sampling, split_of
-from encoders.model import COMPONENTS, ModelConfig
 from encoders.train import TrainOptions
 from tests.bench import experiment, quality
 from tests.bench.experiment import Source, Trial, Variant

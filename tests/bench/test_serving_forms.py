@@ -10,7 +10,8 @@ import torch
 
 from encoders.baselines import ETA, MODELS, build
 from encoders.bundle import SAMPLE_SPEC
-from encoders.model import ModelConfig, Ranker
+from encoders.config import ModelConfig
+from encoders.ranker import Ranker
 from tests.bench import serving_forms
 from tests.bench.serving_forms import Form, Scene
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from encoders import user_ir
 from encoders.bundle import seeded_bundle
+from encoders.config import ModelConfig
 from encoders.fold import Behaviours, UserFold
-from encoders.model import RECENCY_EDGES, ModelConfig
+from encoders.ranker import RECENCY_EDGES
 from index.kernels import user_tables
 from infra.codegen import F32, Matrix
 

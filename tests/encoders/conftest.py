@@ -14,9 +14,10 @@ from hypothesis import settings
 
 from encoders import lsh
 from encoders.bundle import Bundle, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.features import ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, EncodedItems, ItemFold
-from encoders.model import Candidates, ModelConfig, Users
+from encoders.inputs import Candidates, Users
 
 TINY = ModelConfig(
     width=16, dim=8, bridges=3, bits=16, crosses=2, window=5, short_window=2, length=20, recent=3, head=(12, 8),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from encoders.config import ModelConfig
 from encoders.data.dataset import Dataset
 from encoders.data.synthetic import Marketplace, generate
-from encoders.model import ModelConfig
 from encoders.train import TrainOptions
 
 CONFIG = ModelConfig(

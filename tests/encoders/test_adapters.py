@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,6 @@ from encoders.data.dataset import NEVER, DataError, Dataset
 from encoders.data.places import Collected, places
 from encoders.data.prepared import open_prepared
 from encoders.data.store import Store, prepare, price_band
-from tests.conftest import ROOT
 
 AD = 1_494_000_000  # within the days of Ad Display, s
 UB = 1_511_600_000  # within those of UserBehavior, s
@@ -278,10 +275,10 @@ def test_user_behavior(tmp_path: Path) -> None:
     assert {row[1] for row in drawn if row[0] == "2"} == {"102"}
 
 
-def _many(folder: Path, rows: int = 6_000, kinds: int = 4) -> None:
+def _many(folder: Path, rows: int = 6_000) -> None:
     random = np.random.default_rng(1)
     user, item = random.integers(0, 60, rows), random.integers(0, 90, rows)
-    time, kind = random.integers(taobao.DAYS[0], taobao.DAYS[0] + 20_000, rows), random.integers(0, kinds, rows)
+    time, kind = random.integers(taobao.DAYS[0], taobao.DAYS[0] + 20_000, rows), random.integers(0, 4, rows)
     lines = [
         f"{u},{i},{i % 7},{taobao.ACTIONS[k]},{t}" for u, i, k, t in zip(user, item, kind, time, strict=True)
     ]  # fmt: skip
@@ -481,32 +478,3 @@ def test_places() -> None:
 
 def test_price_bands() -> None:
     assert [price_band(price) for price in (0, 0.99, 1, 3, 170)] == ["0", "0", "1", "2", "7"]
-
-
-_GROWTH = """
-import sys
-from pathlib import Path
-from encoders.data import files, prepared, store, taobao
-whole = files._pieces
-files._pieces = lambda path, _: whole(path, 1 << 18)
-store._ROW_GROUP = 20_000
-out = Path(sys.argv[2])
-store.prepare(taobao.prepare_behaviours, Path(sys.argv[1]), out, in_memory=5_000)
-prepared.open_prepared(out)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))  # kB
-"""
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Five times the clicks of the same users and items. Held in memory, a click and its examples would take 17 bytes
-    a row, and its line in the file 30.
-    """
-    peaks = []
-    for rows in (100_000, 500_000):
-        source = tmp_path / str(rows)
-        source.mkdir()
-        _many(source, rows, kinds=1)
-        command = [sys.executable, "-c", _GROWTH, str(source), str(tmp_path / f"out{rows}")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        peaks.append(int(done.stdout) * 1024)
-    assert peaks[1] - peaks[0] < 0.5 * 400_000 * (30 + 17 * (2 + taobao.NEGATIVES)), peaks

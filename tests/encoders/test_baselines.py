@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoders.baselines import ETA, MODELS, SDIM, IntTower, TargetAttention, build
-from encoders.model import Meeting, ModelConfig, Ranker, Sizes, Users
+from encoders.config import ModelConfig, Sizes
+from encoders.inputs import Candidates, Features, Users
+from encoders.model import Meeting
+from encoders.ranker import RECENCY_EDGES, Ranker
 
 PROFILES = [{"age": 20, "segment": "s"}, None, {}, {"segment": "b"}]
 SIZES = Sizes(item=(10, 2, 1), user=(5, 1, 1), actions=2)
@@ -162,7 +166,7 @@ def test_an_unknown_model_is_refused() -> None:
         build("dnn", ModelConfig(), SIZES)
 
 
-# Target attention ----------------------------------------------------------------------------------------------------
+# Target attention -----------------------------------------------------------------------------------------------------
 
 
 @relaxed
@@ -211,7 +215,7 @@ def test_the_attentions_cost_is_what_torch_counts_for_a_behaviour() -> None:
         assert layer.flops() == (counts[1] - counts[0]) / (20 * 2 * 4) + 6 + 5 + (3 if softmax else 0)
 
 
-# The rival hashes ----------------------------------------------------------------------------------------------------
+# The rival hashes -----------------------------------------------------------------------------------------------------
 
 
 def test_eta_with_room_for_all_is_full_attention(world: Callable[..., Any]) -> None:
@@ -295,10 +299,108 @@ def test_sdim_is_its_formula(world: Callable[..., Any]) -> None:
             torch.testing.assert_close(found[user, k], functional.normalize(sums, dim=1).mean(dim=0))
 
 
-# IntTower and the costs ----------------------------------------------------------------------------------------------
+# The forms of the rankers without AIF's frame, written out ------------------------------------------------------------
 
 
-def test_inttowers_score_and_contrast_are_their_formulas(world: Callable[..., Any]) -> None:
+class Written:
+    """A two-sided ranker's weights as arrays, and its groups of features for one user and one candidate, one by one."""
+
+    def __init__(self, model: Ranker, users: Users, candidates: Candidates) -> None:
+        self.config, self.users, self.candidates = model.config, users, candidates
+        self.weights = {name: tensor.numpy().astype(np.float64) for name, tensor in model.state_dict().items()}
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        """W x + b; b where there is one."""
+        return self.weights[f"{name}.weight"] @ x + self.weights.get(f"{name}.bias", 0.0)
+
+    def user_groups(self, user: int) -> list[np.ndarray]:
+        """Profile vector, mean of the recent tokens, and each category of the profile."""
+        bags, vector = self._tower("profile_tower", self.users.profile, user)
+        known = bool(self.users.known[user])
+        tokens = [
+            self.users.vectors[user, j].numpy()
+            + self.weights["action_table"][int(self.users.actions[user, j])]
+            + self.weights["recency_table"][sum(int(self.users.ages[user, j]) >= edge for edge in RECENCY_EDGES)]
+            for j in range(self.users.valid.shape[1])[-self.config.recent :]
+            if self.users.valid[user, j]
+        ]
+        profile = vector if known else self.weights["no_profile"]
+        recent = sum(tokens) / len(tokens) if tokens else self.weights["no_history"]
+        return [profile, recent, *(bag if known else np.zeros_like(bag) for bag in bags)]
+
+    def item_groups(self, user: int, k: int) -> list[np.ndarray]:
+        """Item vector, and each category of the item."""
+        bags, vector = self._tower("item_tower", self.candidates.features, int(self.candidates.index[user, k]))
+        return [vector, *bags]
+
+    def _tower(self, name: str, features: Features, row: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """A row's category embeddings and its vector: W2 relu(W1 [categories; numerics; dense] + b1) + b2."""
+        table, per_row = self.weights[f"{name}.table"], len(features.offsets) // len(features.dense)
+        ends = [*features.offsets.tolist(), len(features.ids)]
+        bags = [
+            table[features.ids[ends[place] : ends[place + 1]].numpy()].mean(axis=0)
+            for place in range(row * per_row, (row + 1) * per_row)
+        ]
+        numbers = features.numerics[row].numpy()
+        numbers = np.where(np.isnan(numbers), self.weights[f"{name}.missing"], numbers)
+        inner = np.maximum(
+            self.linear(f"{name}.inner", np.concatenate([*bags, numbers, features.dense[row].numpy()])), 0
+        )
+        return bags, self.linear(f"{name}.outer", inner)
+
+
+def test_cold_is_its_formula(world: Callable[..., Any]) -> None:
+    """Gates sigmoid(W g + b) of all groups g, one number for each; an MLP with ReLU over the gated groups."""
+    w = world("tiny", 0)
+    model = made(w, "cold")
+    users, candidates = w.batch([9, 4, 0], [PROFILES[0], None, {"segment": "b"}])
+    found, plain = logits(model, users, candidates), Written(model, users, candidates)
+    layers = [name.removesuffix(".weight") for name in plain.weights if name.startswith("mlp.") and "weight" in name]
+    assert len(layers) == 3 + len(model.config.head)  # hidden, width, the head's, and the logit
+    for user, k in itertools.product(range(3), range(7)):
+        groups = [*plain.user_groups(user), *plain.item_groups(user, k)]
+        gates = 1 / (1 + np.exp(-plain.linear("gates", np.concatenate(groups))))
+        z = np.concatenate([gate * group for gate, group in zip(gates, groups, strict=True)])
+        for layer in layers:
+            z = plain.linear(layer, z if layer == layers[0] else np.maximum(z, 0))
+        np.testing.assert_allclose(found[user, k], z[0], atol=2e-5, rtol=1e-5)
+
+
+def test_inttower_is_its_formula(world: Callable[..., Any]) -> None:
+    """Light-SE g (1 + softmax(W means)) on either side, the layers of both towers, and the FE block: of every user
+    layer and user head, the largest inner product with an item head, summed.
+    """
+    w = world("tiny", 0)
+    model = made(w, "inttower")
+    assert isinstance(model, IntTower)
+    users, candidates = w.batch([9, 4, 0], [PROFILES[0], None, {"segment": "b"}])
+    found, plain = logits(model, users, candidates), Written(model, users, candidates)
+    heads, size = model.config.heads, model.config.dim // model.config.heads
+    assert heads > 1
+
+    def light_se(gates: str, groups: list[np.ndarray]) -> np.ndarray:
+        affinity = np.exp(plain.linear(gates, np.array([group.mean() for group in groups])))
+        return np.concatenate(
+            [g * (1 + a) for g, a in zip(groups, affinity / affinity.sum(), strict=True)]
+        )  # fmt: skip
+
+    for user, k in itertools.product(range(3), range(7)):
+        item = light_se("item_gates", plain.item_groups(user, k))
+        for layer in range(model.layers):
+            item = np.maximum(plain.linear(f"item_mlp.0.{2 * layer}", item), 0)
+        theirs = plain.linear("item_heads", item).reshape(heads, size)
+        ours, score = light_se("user_gates", plain.user_groups(user)), float(plain.weights["bias"])
+        for layer in range(model.layers):
+            ours = np.maximum(plain.linear(f"user_layers.{layer}", ours), 0)
+            for head in plain.linear(f"user_heads.{layer}", ours).reshape(heads, size):
+                score += max(float(head @ other) for other in theirs)
+        np.testing.assert_allclose(found[user, k], score, atol=2e-5, rtol=1e-5)
+
+
+# IntTower's contrast and the costs ------------------------------------------------------------------------------------
+
+
+def test_inttowers_contrast_is_its_formula(world: Callable[..., Any]) -> None:
     w = world("tiny", 0)
     model = made(w, "inttower")
     assert isinstance(model, IntTower)
@@ -310,13 +412,6 @@ def test_inttowers_score_and_contrast_are_their_formulas(world: Callable[..., An
         out, penalty = model.training_forward(users, candidates, clicked, counted)
         torch.testing.assert_close(out, model(users, candidates))
         layers, items = model._user(users), model._item(candidates)
-        size = model.config.dim // model.config.heads
-        for user, k in itertools.product(range(2), range(7)):
-            item = model.item_heads(items[candidates.index[user, k]]).split(size)
-            score = model.bias.clone()
-            for layer, project in zip(layers, model.user_heads, strict=True):
-                score += sum(max(head @ other for other in item) for head in project(layer[user]).split(size))
-            torch.testing.assert_close(out[user, k], score, atol=1e-5, rtol=1e-5)
         contrast = []
         for user, k in ((0, 3), (1, 5)):
             cosine = torch.cosine_similarity(layers[-1][user][None], items) / model.temperature

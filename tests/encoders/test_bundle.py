@@ -23,7 +23,7 @@ from encoders.bundle import (
     save_bundle,
     seeded_bundle,
 )
-from encoders.model import ModelConfig
+from encoders.config import ModelConfig
 
 SMALL = ModelConfig(
     width=8, dim=8, bridges=2, bits=16, head=(4,), embedding_dim=6, heads=2, hidden=8, category_dim=2,

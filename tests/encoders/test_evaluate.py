@@ -14,6 +14,7 @@ from encoders import lsh
 from encoders.baselines import build
 from encoders.batches import Batches, Groups
 from encoders.bundle import SAMPLE_SPEC, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.data.dataset import NEVER, BehaviourLog, DataError, Dataset, Examples, Items, UserProfiles, by_user
 from encoders.evaluate import (
     Sampling,
@@ -28,7 +29,7 @@ from encoders.evaluate import (
 )
 from encoders.evaluation import Evaluation, compare, rows, tables
 from encoders.metrics import gauc
-from encoders.model import ModelConfig, Ranker
+from encoders.ranker import Ranker
 
 CONFIG = ModelConfig(
     width=16, dim=8, bridges=3, bits=16, crosses=2, window=12, recent=4, head=(8,), embedding_dim=6,
@@ -92,6 +93,19 @@ def groups(data: Dataset, batches: Batches) -> Groups:
 
 def model_of(name: str = "aif", seed: int = 0) -> Ranker:
     return build(name, CONFIG, SAMPLE_SPEC.sizes, seed).eval()
+
+
+@pytest.mark.parametrize("together", [1, 100, 1_000])
+def test_groups_of_some_users_at_a_time_are_those_of_all(
+    together: int, batches: Batches, groups: Groups, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_of(data)
+    monkeypatch.setattr("encoders.batches._EXAMPLES", together)
+    again = batches.groups(split.validation, split.end)
+    for field in dataclasses.fields(Groups):
+        one, other = getattr(groups, field.name), getattr(again, field.name)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["aif", "dssm", "din"])
@@ -259,6 +273,40 @@ def test_only_the_same_slice_is_compared(batches: Batches, data: Dataset, groups
         rows({"popularity": []})
 
 
+def test_equal_users_and_labels_are_not_enough_to_be_compared(data: Dataset, groups: Groups) -> None:
+    """Of one draw of users and labels: other items, other times, other requests, other candidates, other shortlists."""
+
+    def of(changed: Dataset, asked: Groups, sampling: Sampling) -> Evaluation:
+        return measure_popularity(changed, asked, split_of(data).validation, sampling)
+
+    none, examples = Sampling(requests=0, shortlists=0), data.examples
+    first = groups.first[groups.size > 1][0]
+    item, time = examples.item.copy(), examples.time.copy()
+    item[first], time[first + 1] = (item[first] + 1) % M, time[first + 1] + 1
+    other_items, later = (
+        dataclasses.replace(data, examples=dataclasses.replace(examples, **{column: values}))
+        for column, values in (("item", item), ("time", time))
+    )
+    halves = np.stack([groups.size // 2, groups.size - groups.size // 2], axis=1).ravel()
+    begins = np.stack([groups.first, groups.first + groups.size // 2], axis=1).ravel()
+    parted = Groups(np.repeat(groups.user, 2), begins, halves, np.repeat(groups.history, 2)).select(halves > 0)
+    plain = of(data, groups, none)
+    for wrong in (of(other_items, groups, none), of(later, groups, none), of(data, parted, none)):
+        np.testing.assert_array_equal(wrong.users, plain.users)
+        np.testing.assert_array_equal(wrong.labels, plain.labels)
+        with pytest.raises(DataError, match="differ in the items, times or requests of the impressions"):
+            compare([plain], [wrong])
+        assert compare([plain], [dataclasses.replace(wrong, shown="")])  # saved before it was kept
+
+    full = of(data, groups, SAMPLING)
+    fewer = dataclasses.replace(data, items=dataclasses.replace(data.items, removed=data.items.added + 480 * HOUR))
+    with pytest.raises(DataError, match="differ in the requests ranked, their candidates or their clicks"):
+        compare([full], [of(fewer, groups, SAMPLING)])
+    with pytest.raises(DataError, match="differ in the shortlists"):
+        compare([full], [of(data, groups, dataclasses.replace(SAMPLING, candidates=30))])
+    assert compare([full], [plain])["gauc"].difference.value == 0  # what both have is the same
+
+
 def test_counts_say_what_is_left_out(data: Dataset, groups: Groups) -> None:
     found = measure_popularity(data, groups, split_of(data).validation, SAMPLING)
     by_user_ = [found.labels[found.users == user] for user in np.unique(found.users)]
@@ -283,7 +331,10 @@ def test_an_evaluation_is_kept_as_it_was(tmp_path: Path, data: Dataset, groups: 
         assert again.counts == kept.counts
         assert list(tables(again)) == list(tables(kept))
         assert {n: t.value for n, t in tables(again).items()} == {n: t.value for n, t in tables(kept).items()}
-        assert (again.name, again.seed) == ("popularity", 0)
+        assert (again.name, again.seed, again.shown) == ("popularity", 0, found.shown)
+    with np.load(tmp_path / "one.npz") as arrays:
+        np.savez(tmp_path / "one.npz", **{name: array for name, array in arrays.items() if name != "shown"})
+    assert Evaluation.load(tmp_path / "one.npz").shown == ""  # saved before it was kept
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
 
@@ -351,7 +402,7 @@ def test_data_that_cannot_be_split() -> None:
 
 
 def test_a_bundle_is_evaluated_beside_popularity_and_chance(tmp_path: Path, data: Dataset) -> None:
-    found = evaluate(seeded_bundle(tmp_path / "bundle", CONFIG), data)
+    found = evaluate(seeded_bundle(tmp_path / "bundle", CONFIG), data).figures
     assert list(found) == ["model", "popularity", "chance"]
     assert len({row["examples"] for row in found.values()}) == 1
     assert figures(np.array([1.0]), np.array([True]), np.array([4]))["gauc"] is None

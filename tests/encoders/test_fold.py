@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from encoders import lsh
 from encoders.bundle import Bundle
+from encoders.config import COMPONENTS
 from encoders.features import FeatureError, ItemEncoder, ProfileEncoder
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores, reference_scores
-from encoders.model import COMPONENTS, RECENCY_EDGES
+from encoders.ranker import RECENCY_EDGES
 from index import kernels
 from index.layout import RowLayout, aligned_empty
 

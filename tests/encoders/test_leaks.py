@@ -12,12 +12,12 @@ import pytest
 from encoders.__main__ import main
 from encoders.batches import Batch, Batches, Groups
 from encoders.bundle import new_model
+from encoders.config import ModelConfig
 from encoders.data import leaks
 from encoders.data.dataset import BehaviourLog, DataError, Dataset, Examples, Items, UserProfiles, by_user
 from encoders.data.leaks import Inputs, LeakError, check, model_inputs
 from encoders.data.store import copy, prepare
 from encoders.evaluate import split_of
-from encoders.model import ModelConfig
 from encoders.spec import spec_of
 
 M, U, N = 40, 12, 1_500

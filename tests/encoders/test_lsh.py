@@ -16,9 +16,10 @@ from hypothesis.extra import numpy as hnp
 
 from encoders import lsh
 from encoders.bundle import SAMPLE_SPEC, Bundle, BundleError, load_bundle, load_model, new_model, save_bundle
+from encoders.config import ModelConfig
 from encoders.evaluate import split_of
 from encoders.fold import Head, ItemFold, UserFold, join_scores, reference_scores
-from encoders.model import AIF, ModelConfig
+from encoders.model import AIF
 from encoders.spec import material_of
 from encoders.train import fit, silence
 from index import kernels

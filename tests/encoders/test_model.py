@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from encoders.bundle import new_model
+from encoders.config import COMPONENTS, ModelConfig, Sizes
 from encoders.features import ProfileEncoder
-from encoders.model import AIF, COMPONENTS, RECENCY_EDGES, ModelConfig, Sizes, Users, recency_buckets
+from encoders.inputs import Users
+from encoders.model import AIF
+from encoders.ranker import RECENCY_EDGES, recency_buckets
 
 PROFILES = [{"age": 20, "segment": "s"}, None, {}, {"segment": "b"}]
 SIZES = Sizes(item=(10, 2, 1), user=(5, 1, 1), actions=2)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from encoders.baselines import DSSM, TargetAttention, build
-from encoders.model import ModelConfig
+from encoders.config import ModelConfig
 
 B, K, L, D = 5, 4, 7, 8
 LENGTHS = [7, 3, 1, 6, 7]

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from encoders.bundle import SAMPLE_SPEC, Bundle, BundleError, load_bundle, new_model, save_bundle
+from encoders.config import ModelConfig
+from encoders.crosses import kept_crosses, sketched
 from encoders.features import FeatureSpec, SpecError
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, cross_bytes, join_scores, reference_scores
-from encoders.model import ModelConfig, _sketched, kept_crosses
 from tests.encoders.conftest import NOW, TINY, SomeItem, World
 
 ROWS = 5
@@ -149,7 +150,7 @@ def test_pooled_crosses_share_a_row_and_its_summary(world: Callable[[str], World
 # The count sketch, which is trained and compared only ----------------------------------------------------------------
 
 
-def sketched(rows: int, items: list[SomeItem], tmp_path: Path) -> tuple[World, Bundle]:
+def with_a_sketch(rows: int, items: list[SomeItem], tmp_path: Path) -> tuple[World, Bundle]:
     """An exact world, and its weights under a count sketch."""
     w = world_of(tmp_path / f"exact{rows}", dataclasses.replace(CONFIG, cross_table="exact"), SAMPLE_SPEC, items)
     config = dataclasses.replace(CONFIG, cross_table="sketch", cross_rows=rows)
@@ -161,7 +162,7 @@ def sketched(rows: int, items: list[SomeItem], tmp_path: Path) -> tuple[World, B
 
 def test_a_wide_sketch_is_the_exact_table(tmp_path: Path) -> None:
     items = items_of([[f"category:{k % 7}"] for k in range(30)])
-    w, sketch = sketched(60_000, items, tmp_path)
+    w, sketch = with_a_sketch(60_000, items, tmp_path)
     behaviours = w.behaviours(np.random.default_rng(2), 25)
     found = reference_scores(sketch, None, behaviours, w.items, NOW)
     np.testing.assert_allclose(found, reference_scores(w.bundle, None, behaviours, w.items, NOW), atol=1e-4)
@@ -174,7 +175,7 @@ def test_a_sketch_is_the_mean_over_its_tables_of_signed_buckets() -> None:
     summary = torch.randn(6, 10, generator=random)
     wanted = torch.tensor([[[1, 70, 8]], [[2, 9, 0]]])
     row = torch.arange(2)[:, None, None] << 16
-    found = _sketched(keys, summary, row, wanted, 9)
+    found = sketched(keys, summary, row, wanted, 9)
 
     def place(slot: int, factor: int) -> tuple[int, int]:
         mixed = slot * factor % 2**32

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from encoders.batches import Batch, Batches
 from encoders.bundle import new_model
+from encoders.config import ModelConfig
 from encoders.data import oracle
 from encoders.data.dataset import Dataset
 from encoders.data.leaks import LeakError, check
@@ -19,7 +20,6 @@ from encoders.data.oracle import Oracle
 from encoders.data.synthetic import START, Marketplace, generate
 from encoders.data.turnover import ALWAYS, Lateness, Living, Versions, delayed, drifting, replayed, request_times
 from encoders.evaluate import split_of
-from encoders.model import ModelConfig
 from encoders.spec import spec_of
 
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llvmlite import ir
 
 from encoders import user_ir
-from encoders.model import RECENCY_EDGES
+from encoders.ranker import RECENCY_EDGES
 from index import popcount_ir, score_ir
 from index.layout import RowLayout
 from infra.codegen import F32, I64, Code, Matrix

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 from encoders.baselines import MODELS
+from encoders.config import COMPONENTS
 from encoders.data.commands import readers
-from encoders.model import COMPONENTS
 from infra.settings import Settings, variable
 from tests.conftest import ROOT
 

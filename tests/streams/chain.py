@@ -19,9 +19,9 @@ import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 
 from encoders.bundle import Bundle, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.features import Categorical, FeatureSpec, Numeric
 from encoders.fold import EncodedItems, ItemFold
-from encoders.model import ModelConfig
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
 from index.keys import keys_of

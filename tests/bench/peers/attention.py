@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from encoders.baselines import DIN, build
+from encoders.config import ModelConfig
 from encoders.fold import Behaviours, UserFold
-from encoders.model import ModelConfig
 from index import kernels
 from index.layout import RowLayout
 from tests.bench.peers.data import DISTINCT, Data

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from encoders import lsh
+from encoders.crosses import sim_counts
 from encoders.features import ProfileEncoder
 from encoders.fold import Behaviours
-from encoders.model import AIF, NO_CROSS, RECENCY_EDGES, sim_counts
+from encoders.inputs import NO_CROSS
+from encoders.model import AIF
+from encoders.ranker import RECENCY_EDGES
 from tests.bench.peers.data import Data
 
 Arrays = dict[str, NDArray[Any]]
