@@ -231,7 +231,7 @@ def _prices(
 
 
 def carried(prices: Mapping[str, Price]) -> Price:
-    """COLD with its items' features carried to the host as AIF's rows are, for the price of its cached form's."""
+    """COLD with features carried to the host as AIF's rows are: an update costs what one of its cached form does."""
     return dataclasses.replace(prices["cold"], update=prices["cold_cached"].update)
 
 
