@@ -27,17 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from encoders import lsh
-from encoders.config import COMPONENTS, CROSS_TABLES, ModelConfig, Sizes
+from encoders.config import ModelConfig, Sizes
 from encoders.crosses import SIM_COUNTS, kept_crosses, looked_up, sim_counts, sketched
 from encoders.inputs import NO_CROSS, Candidates, Users
 from encoders.ranker import Ranker
 
 # Experiments take the network together with its config from here.
-__all__ = [
-    "AIF", "COMPONENTS", "CROSS_TABLES", "Dots", "Frame", "Meeting", "ModelConfig", "Ranker", "Sizes", "UserTower",
-    "first_layer_block",
-]  # fmt: skip
-
 _KMEANS_ROUNDS = 25
 
 
