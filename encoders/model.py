@@ -32,7 +32,6 @@ from encoders.crosses import SIM_COUNTS, kept_crosses, looked_up, sim_counts, sk
 from encoders.inputs import NO_CROSS, Candidates, Users
 from encoders.ranker import Ranker
 
-# Experiments take the network together with its config from here.
 _KMEANS_ROUNDS = 25
 
 
