@@ -11,7 +11,7 @@ Kafka and no Faust.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from streams.events import ModelEvent
 
 State = Literal["staged", "filling", "complete", "active", "former", "failed"]
 FORMAT = 1
+_TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
 class Refused(Exception):  # noqa: N818 - the outcome has a name of its own
@@ -66,8 +67,8 @@ class Desired(msgspec.Struct, frozen=True):
     refused: dict[int, str]
 
 
-def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[int] = ()) -> Desired:
-    """The final state that `models` asks for. `refused`: offsets of activations this host refused when they arrived."""
+def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
+    """The final state that `models` asks for, by the log alone: all hosts agree on it, however far each of them is."""
     staged: dict[str, Staged] = {}
     wishes: list[tuple[int, str]] = []
     errors: dict[int, str] = {}
@@ -88,7 +89,7 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[
         elif event.action == "activate":
             if name in retired:
                 errors[offset] = f"generation {name} was retired"
-            elif offset not in refused:
+            else:
                 wishes.append((offset, name))
         elif event.action == "retire":
             retired.append(name)
@@ -151,7 +152,7 @@ def activate(serving: Serving, generation: str) -> Serving:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
     if known.state == "former" and generation != serving.previous:
-        raise Refused(f"generation {generation} is no longer kept fresh; stage its bundle under a new name")
+        raise Refused(f"generation {generation} {_TOO_OLD}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -173,15 +174,20 @@ def try_again(serving: Serving) -> Serving:
 
 
 def wanted(desired: Desired, serving: Serving) -> list[str]:
-    """Staged generations that this host does not know yet and needs: those later than the active one, or, where none is
-    active, those from the newest wish on that has not failed."""
+    """Staged generations that this host does not know yet and needs: those later than the active one and the pending
+    one, or, where none is active, those from the newest wish on that has not failed."""
     failed = {name for name, known in serving.generations.items() if known.state == "failed"}
     if serving.active is not None:
         since = serving.generations[serving.active].offset + 1
     else:
         hopes = [desired.staged[name].offset for _, name in desired.wishes if name not in failed]
         since = hopes[-1] if hopes else 0
-    return [name for name, found in desired.staged.items() if found.offset >= since and name not in serving.generations]
+    waits = pending(desired, serving)
+    return [
+        name
+        for name, found in desired.staged.items()
+        if (found.offset >= since or name == waits) and name not in serving.generations
+    ]
 
 
 def next_active(desired: Desired, serving: Serving) -> str | None:
@@ -190,19 +196,41 @@ def next_active(desired: Desired, serving: Serving) -> str | None:
         if name == serving.active:
             return None
         known = serving.generations.get(name)
-        if known and (known.state == "complete" or (known.state == "former" and name == serving.previous)):
+        if known and _possible(serving, known):
             return name
     return None
 
 
-def running(serving: Serving) -> list[str]:
-    """Generations that need jobs: the active one, one former, and those staged later than the active one."""
+def pending(desired: Desired, serving: Serving) -> str | None:
+    """The generation of the newest wish that can still come true, complete or not; None where that one is active."""
+    for _, name in reversed(desired.wishes):
+        if name == serving.active:
+            return None
+        known = serving.generations.get(name)
+        if known is None or known.state in ("staged", "filling") or _possible(serving, known):
+            return name
+    return None
+
+
+def explain(desired: Desired, serving: Serving) -> Serving:
+    """Notes at a former generation why the newest wish, which is for it, does not come true."""
+    name = desired.wishes[-1][1] if desired.wishes else ""
+    known = serving.generations.get(name)
+    if known is None or known.state != "former" or name == serving.previous:
+        return serving
+    return _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+
+
+def running(serving: Serving, waits: str | None = None) -> list[str]:
+    """Generations that need jobs: the active one, one former, those staged later than the active one, and that which
+    `waits` to be activated.
+    """
     since = serving.generations[serving.active].offset if serving.active else -1
     return [
         name
         for name, known in serving.generations.items()
         if name in (serving.active, serving.previous)
-        or (known.state in ("staged", "filling", "complete") and known.offset > since)
+        or (known.state in ("staged", "filling", "complete") and (known.offset > since or name == waits))
     ]
 
 
@@ -228,6 +256,11 @@ def write(path: Path, serving: Serving) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def _possible(serving: Serving, known: GenerationState) -> bool:
+    """Whether it can be activated now."""
+    return known.state == "complete" or (known.state == "former" and known.generation == serving.previous)
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

@@ -6,7 +6,8 @@ more like the result:
     stage     fetch and check the bundle, make `rows.<generation>`, take the end offsets of `items`
     fill      encode and replicate run; the arena reports how far this host is
     complete  all partitions reached those offsets with a proven fill; the retrieval index is built
-    activate  `serving.json` is replaced, atomically; API processes swap at their next look
+    activate  `serving.json` is replaced, atomically; API processes swap at their next look. An `activate` that comes
+              earlier waits until the generation is complete here
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from index.arena import ArenaReader, Progress
@@ -40,8 +41,9 @@ from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
 from streams import bundles, events, rollout
 from streams.bundles import BundleFileError
-from streams.events import EventError, HostReport, ModelEvent
+from streams.events import HostReport
 from streams.groups import GroupError, group_admin
+from streams.models import Models, ModelsError
 from streams.rollout import Refused, Serving
 from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
@@ -73,7 +75,7 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
             print("Nearline jobs are running; Ctrl-C or SIGTERM stops them.", flush=True)
             while not stopping:
                 supervisor.round()
-    except (SupervisorError, BrokerError, TopicError, Refused) as error:
+    except (SupervisorError, ModelsError, BrokerError, TopicError, Refused) as error:
         print(error, file=sys.stderr)
         return 1
     except KafkaError as error:  # while starting: a round outlives it
@@ -101,8 +103,7 @@ class Supervisor:
         self._arenas: dict[str, ArenaReader] = {}
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
-        for offset in self._models.read_all():
-            self._refuse_early(offset, fresh=self.serving.decided == 0)
+        self._models.read_all()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -115,44 +116,32 @@ class Supervisor:
     def round(self) -> None:
         """New events, then each generation one step on, then the jobs that this makes necessary."""
         try:
-            for offset in self._models.poll(_ROUND_S):
-                self._refuse_early(offset, fresh=False)
+            self._models.poll(_ROUND_S)
         except KafkaError as error:  # the jobs go on; so does this, when it can
             LOG.warning("models cannot be read now: %s", error)
             time.sleep(_ROUND_S)
-        desired = rollout.reduce_models(self._models.events, {int(offset) for offset in self.serving.refused})
+        desired = rollout.reduce_models(self._models.events)
         self._put(
             msgspec.structs.replace(
                 self.serving,
                 decided=self._bury(),
-                refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
+                refused={str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
         self._activate(rollout.next_active(desired, self.serving))
-        waiting = [name for name in rollout.running(self.serving) if self.serving.generations[name].state == "staged"]
+        self._put(rollout.explain(desired, self.serving))
+        waits = rollout.pending(desired, self.serving)
+        running = rollout.running(self.serving, waits)
+        waiting = [name for name in running if self.serving.generations[name].state == "staged"]
         for name in [*waiting, *rollout.wanted(desired, self.serving)]:
             if time.monotonic() >= self._stage_due.get(name, 0.0):
                 self._stage(name, desired.staged[name])
-        for name in rollout.running(self.serving):
+        running = rollout.running(self.serving, waits)
+        for name in running:
             self._advance(name)
-        self._keep_jobs()
+        self._keep_jobs(running)
         self._hosts.report(self.serving, self._progress)
-
-    def _refuse_early(self, offset: int, *, fresh: bool) -> None:
-        """An `activate` is refused when it arrives before its generation is complete, and stays so.
-
-        On a host without state the log is history: what was activated then is what is wanted now.
-        """
-        event = self._models.at(offset)
-        if fresh or event is None or event.action != "activate" or offset < self.serving.decided:
-            return
-        known = self.serving.generations.get(event.generation)
-        if known is None or known.state not in ("complete", "active", "former"):
-            state = f"{known.state}: {known.progress:.0%}" if known else "not staged here"
-            reason = f"generation {event.generation} is not complete ({state})"
-            LOG.warning("activation refused: %s", reason)
-            self._put(msgspec.structs.replace(self.serving, refused=self.serving.refused | {str(offset): reason}))
 
     def _bury(self) -> int:
         """Sends what is no model event, and was not acted upon before, to `models.dlq`; gives the first offset still to
@@ -160,15 +149,17 @@ class Supervisor:
         """
         refused = self._models.refused
         while refused:
-            record, error = refused[0]
-            if record.offset >= self.serving.decided:
+            found, error = refused[0]
+            if found.offset >= self.serving.decided:
+                place = (found.topic, found.partition, found.offset, found.timestamp)
+                record = Record(*place, found.key, found.value, found.headers)
                 letter = dead_letter(self._settings, record, error)
                 try:
                     sent = self._producer.send(letter.topic, letter.value, letter.key, list(letter.headers), 0)
                     sent.get(_SEND_S)
                 except KafkaError as failed:
-                    LOG.warning("models offset %d is not in the dead-letter topic yet: %s", record.offset, failed)
-                    return record.offset
+                    LOG.warning("models offset %d is not in the dead-letter topic yet: %s", found.offset, failed)
+                    return int(found.offset)
             refused.pop(0)
         return self._models.following
 
@@ -228,9 +219,9 @@ class Supervisor:
         waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
         return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
 
-    def _keep_jobs(self) -> None:
+    def _keep_jobs(self, running: list[str]) -> None:
         needed = {"ingest": ["streams", "ingest"], "histories": ["streams", "histories"]}
-        for name in rollout.running(self.serving):
+        for name in running:
             state = self.serving.generations[name].state
             if state == "staged":
                 continue
@@ -333,55 +324,6 @@ class Jobs:
         if found:
             with ThreadPoolExecutor(len(found)) as threads:
                 list(threads.map(lambda process: processes.stop(process, _STOP_S), found))
-
-
-class Models:
-    """The `models` topic from its start."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._tp = TopicPartition(settings.topic("models"), 0)
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
-        )
-        self._consumer.assign([self._tp])
-        self._consumer.seek(self._tp, self._consumer.beginning_offsets([self._tp])[self._tp])
-        self.events: list[tuple[int, ModelEvent]] = []
-        self.refused: list[tuple[Record, EventError]] = []  # in the order of their offsets
-        self.following = 0
-
-    def read_all(self) -> list[int]:
-        """Everything up to the end as it is now. Raises SupervisorError if that takes a minute."""
-        end = self._consumer.end_offsets([self._tp])[self._tp]
-        deadline = time.monotonic() + 60
-        out: list[int] = []
-        while self._consumer.position(self._tp) < end:
-            out += self.poll(0.5)
-            if time.monotonic() > deadline:
-                raise SupervisorError(f"Topic {self._tp.topic} could not be read to its end.")
-        return out
-
-    def poll(self, wait_s: float) -> list[int]:
-        """Offsets of new events. What is no model event is among `refused`."""
-        out = []
-        for record in self._consumer.poll(timeout_ms=int(wait_s * 1000)).get(self._tp, []):
-            self.following = record.offset + 1
-            try:
-                event = events.model(record.value)
-            except EventError as error:
-                LOG.error("models offset %d is no model event: %s", record.offset, error)
-                found = (record.topic, record.partition, record.offset, record.timestamp, record.key, record.value)
-                self.refused.append((Record(*found, record.headers), error))
-                continue
-            self.events.append((record.offset, event))
-            out.append(record.offset)
-        return out
-
-    def at(self, offset: int) -> ModelEvent | None:
-        return next((event for found, event in self.events if found == offset), None)
-
-    def close(self) -> None:
-        self._consumer.close()
 
 
 class Hosts:
