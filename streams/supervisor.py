@@ -3,7 +3,7 @@
 Beside the data path: it reads `models` from the start, reduces it (rollout.py), and each round makes the host a little
 more like the result:
 
-    stage     fetch and check the bundle, make `rows.<generation>`, take the end offsets of `items`
+    stage     see that there is room, fetch and check the bundle, make `rows.<generation>`, take the ends of `items`
     fill      encode and replicate run; the arena reports how far this host is
     complete  all partitions reached those offsets with a proven fill; the retrieval index is built
     activate  `serving.json` is replaced, atomically; API processes swap at their next look. An `activate` that comes
@@ -31,8 +31,10 @@ import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
+from index import room
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
+from index.room import RoomError
 from infra import processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
@@ -41,7 +43,7 @@ from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
 from streams import bundles, events, rollout
 from streams.bundles import BundleFileError
-from streams.events import HostReport
+from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.models import Models, ModelsError
 from streams.rollout import Refused, Serving
@@ -167,6 +169,7 @@ class Supervisor:
         event = staged.event
         serving = rollout.stage(self.serving, staged.offset, event)
         try:
+            self._check_room(name, event)
             bundles.fetch(event.uri or "", event.sha256 or "", self._settings.generation_dir(name) / "bundle")
             bundles.layout_of(self._settings.generation_dir(name) / "bundle")
             ensure_rows_topic(self._settings, name)
@@ -174,7 +177,7 @@ class Supervisor:
                 ends = groups.ends(self._settings.topic("items"))
             serving = rollout.fill(serving, name, ends)
             LOG.info("generation %s: staged", name)
-        except (BundleFileError, TopicError) as error:
+        except (BundleFileError, RoomError, TopicError) as error:
             LOG.error("generation %s has failed: %s", name, error)
             serving = rollout.fail(serving, name, str(error))
         except (BrokerError, GroupError) as error:  # says nothing about the generation
@@ -182,6 +185,18 @@ class Supervisor:
             serving = rollout.wait(serving, name, str(error))
             self._stage_due[name] = time.monotonic() + _STAGE_AGAIN_S
         self._put(serving)
+
+    def _check_room(self, name: str, event: ModelEvent) -> None:
+        """Before anything is copied. Raises RoomError, and what `_stage` expects besides."""
+        layout, copied = bundles.ahead(event.uri or "", self._settings.generation_dir(name) / "bundle")
+        live = self._progress(self.serving.active) if self.serving.active else None
+        if live is not None:
+            rows = int(live.count.sum())
+        else:
+            with group_admin(self._settings) as groups:  # at most so many: some are older states of the same items
+                ends, starts = (found(self._settings.topic("items")) for found in (groups.ends, groups.starts))
+            rows = sum(ends) - sum(starts)
+        room.check(room.need(layout, rows, copied), room.free(self._settings.state))
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""

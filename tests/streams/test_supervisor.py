@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,35 @@ def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     (cut / "manifest.json").write_text(json.dumps(manifest | {"tensors": tensors_of}))
     out["cut-tensors"] = (cut, "bad bundle")
     return out
+
+
+def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_copied(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk."""
+    host = settings(partitions=2)
+    large = tmp_path / "large"
+    shutil.copytree(bundle_path, large)
+    manifest = json.loads((large / "manifest.json").read_bytes())
+    manifest["row"]["attributes"] = [f"a{number}" for number in range(1_000_000)]
+    (large / "manifest.json").write_text(json.dumps(manifest))
+    ensure_topics(host)
+    with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap, linger_ms=20)) as producer:
+        for _ in range(shutil.disk_usage(tmp_path).free // 10_000_000):
+            producer.send(host.topic("items"), None, b"1", partition=0)
+    with supervised(host) as supervisor, Publisher(host) as publisher:
+        stage = {"action": "stage", "activate_when_complete": True}
+        publisher.models([stage | {"generation": "a", "uri": large.as_uri(), "sha256": manifest_sha256(large)}])
+        wait_until(lambda: state_of(host, "a") == "failed", "a has failed")
+        reason = serving(host).generations["a"].reason
+        assert re.fullmatch(r"needs [\d.]+ GB of disk, [\d.]+ GB free", reason)
+        assert f"a: failed, 0% ({reason})" in command(host, "status").stdout
+        assert not host.generation_dir("a").exists()
+        with admin_of(host.kafka_bootstrap) as admin:
+            assert host.topic("rows.a") not in admin.list_topics()
+        publisher.models([stage | {"generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}])
+        wait_until(lambda: serving(host).active == "b", "b, for which there is room, is active")
+        assert supervisor.poll() is None
 
 
 def test_without_a_broker_there_is_one_sentence(settings: Callable[..., Settings]) -> None:
