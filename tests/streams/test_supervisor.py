@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from kafka import KafkaProducer, TopicPartition
 
-from encoders.bundle import Bundle, manifest_sha256
+from encoders.bundle import Bundle, manifest_sha256, seeded_bundle
 from infra import processes
 from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
@@ -28,7 +29,7 @@ from streams import events, rollout
 from streams.publish import Publisher
 from streams.worker import read_heartbeat
 from tests.conftest import JARS, free_ports, wait_until
-from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle
+from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle
 
 pytestmark = pytest.mark.e2e
 
@@ -122,6 +123,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
                 publisher.models([event | {"sha256": sha if name != "other-manifest" else "0" * 64}])
             wait_until(lambda name=name: state_of(host, name) == "failed", f"{name} has failed")  # type: ignore[misc]
             assert reason in serving(host).generations[name].reason
+        assert chain.read("items.dlq") == []
         assert serving(host).active == "a"
         assert live.items() <= jobs(host).items()
 
@@ -202,6 +204,9 @@ def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     tensors_of = manifest["tensors"] | {"sha256": hashlib.sha256(raw).hexdigest()}
     (cut / "manifest.json").write_text(json.dumps(manifest | {"tensors": tensors_of}))
     out["cut-tensors"] = (cut, "bad bundle")
+    seeded_bundle(folder / "other-spec", dataclasses.replace(CONFIG, embedding_dim=9), features=FEATURES)
+    unfit = "cannot encode 100 of the first 100 items, the first: embedding has 8 values, the bundle needs 9"
+    out["other-spec"] = (folder / "other-spec", unfit)
     return out
 
 
