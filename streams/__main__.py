@@ -5,7 +5,8 @@ sentences.
     ingest | histories                     one job (the supervisor starts these)
     encode | replicate --generation G
     publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
-    model stage|activate|rollback [BUNDLE] --generation G      publish a model event; rollback is away from G
+    model stage BUNDLE --generation G      publish a model event: make a generation of a bundle
+    model activate|rollback|retire G       serve it; serve what was served before it; delete all of it
     status, or model status                what this host serves and how its jobs are
 """
 
@@ -85,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.set_defaults(run=_publish)
     model = commands.add_parser("model", help="publish a model event")
-    model.add_argument("action", choices=["stage", "activate", "rollback", "status"])
-    model.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle (stage)")
-    model.add_argument("--generation", help="all but `status` need it")
+    model.add_argument("action", choices=["stage", "activate", "rollback", "retire", "status"])
+    model.add_argument("subject", nargs="?", help="folder of the bundle (stage), or the generation")
+    model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
@@ -145,16 +146,17 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
 
     if options.action == "status":
         return _status(settings, options)
-    if options.generation is None:
+    generation = options.generation or (options.subject if options.action != "stage" else None)
+    if generation is None:
         print(f"`model {options.action}` needs --generation.", file=sys.stderr)
         return 2
-    event: dict[str, object] = {"action": options.action, "generation": options.generation}
+    event: dict[str, object] = {"action": options.action, "generation": generation}
     try:
         if options.action == "stage":
-            if options.bundle is None:
+            if options.subject is None:
                 print("`model stage` needs the folder of a bundle.", file=sys.stderr)
                 return 2
-            folder = options.bundle.resolve()
+            folder = Path(options.subject).resolve()
             event |= {"uri": folder.as_uri(), "sha256": checked_hash(folder)}
             if options.activate_when_complete:
                 event["activate_when_complete"] = True
@@ -171,10 +173,8 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
     except KafkaError as error:
         print(f"The broker at {settings.kafka_bootstrap} refused to work: {error}.", file=sys.stderr)
         return 1
-    print(
-        f"Published: {options.action} generation {options.generation}; `python -m streams status` shows what follows."
-    )
-    return _activated(settings, options.generation) if options.action == "activate" else 0
+    print(f"Published: {options.action} generation {generation}; `python -m streams status` shows what follows.")
+    return _activated(settings, generation) if options.action == "activate" else 0
 
 
 def _activated(settings: Settings, generation: str) -> int:

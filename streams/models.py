@@ -68,7 +68,13 @@ class Models:
 
 
 def refusal(settings: Settings, event: ModelEvent) -> str:
-    """Why the log as it is now would refuse the event; empty: it would not. Raises ModelsError or KafkaError."""
+    """Why the event would be refused by the log as it is now, or why this host, if there is one here, cannot do without
+    what would be retired; empty: nothing is against it. Raises ModelsError, KafkaError or Refused.
+    """
     with closing(Models(settings)) as log:
         log.read_all()
-        return rollout.reduce_models([*log.events, (log.following, event)]).refused.get(log.following, "")
+    desired = rollout.reduce_models([*log.events, (log.following, event)])
+    why = desired.refused.get(log.following, "")
+    if why or event.action != "retire":
+        return why
+    return rollout.kept(rollout.reduce_models(log.events), rollout.read(settings.serving_file), event.generation)

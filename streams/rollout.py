@@ -2,7 +2,7 @@
 
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
-    staged -> filling -> complete -> active -> former        (any -> failed)
+    staged -> filling -> complete -> active -> former        (any -> failed; any but active -> retiring -> retired)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -19,7 +19,7 @@ import msgspec
 
 from streams.events import ModelEvent
 
-State = Literal["staged", "filling", "complete", "active", "former", "failed"]
+State = Literal["staged", "filling", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
@@ -60,10 +60,11 @@ class Staged(msgspec.Struct, frozen=True):
 
 class Desired(msgspec.Struct, frozen=True):
     """What `models` asks for in the end. `wishes`: (offset, generation) to activate, oldest first; the last one that is
-    possible wins."""
+    possible wins. `retired`: what no host may keep, but for one that still serves it."""
 
     staged: dict[str, Staged]
     wishes: list[tuple[int, str]]
+    retired: set[str]
     refused: dict[int, str]
 
 
@@ -72,11 +73,13 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
     staged: dict[str, Staged] = {}
     wishes: list[tuple[int, str]] = []
     errors: dict[int, str] = {}
-    retired: list[str] = []
+    retired: set[str] = set()
     for offset, event in events:
         name = event.generation
         if event.action == "stage":
-            if name not in staged:
+            if name in retired:
+                errors[offset] = f"generation {name} was retired; generation names are never used twice"
+            elif name not in staged:
                 staged[name] = Staged(offset, event)
                 if event.activate_when_complete:
                     wishes.append((offset, name))
@@ -92,15 +95,18 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
             else:
                 wishes.append((offset, name))
         elif event.action == "retire":
-            retired.append(name)
-            wishes = [wish for wish in wishes if wish[1] != name]
+            if why := _kept([wished for _, wished in wishes], name):
+                errors[offset] = why
+            else:
+                retired.add(name)
+                wishes = [wish for wish in wishes if wish[1] != name]
         else:
             others = [wish for wish in wishes if wish[1] != name]
             if others:
                 wishes = others
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
-    return Desired(staged, wishes, errors)
+    return Desired(staged, wishes, retired, errors)
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
@@ -117,8 +123,8 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
 
 
 def wait(serving: Serving, generation: str, reason: str) -> Serving:
-    """staged -> staged, and what it waits for."""
-    known = _expect(serving, generation, ("staged",), "prepared")
+    """The same state, and what it waits for; only of those that are prepared or deleted."""
+    known = _expect(serving, generation, ("staged", "retiring", "retired"), "prepared")
     return _with(serving, msgspec.structs.replace(known, reason=reason))
 
 
@@ -166,6 +172,38 @@ def fail(serving: Serving, generation: str, reason: str) -> Serving:
     return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
 
 
+def retire(serving: Serving, generation: str) -> Serving:
+    """Any state but active -> retiring: it has no jobs any more, and API processes drop it. Raises Refused."""
+    known = serving.generations[generation]
+    if known.state == "active":
+        raise Refused(f"generation {generation} is served and cannot be retired")
+    out = _with(serving, msgspec.structs.replace(known, state="retiring", reason=""))
+    previous = None if serving.previous == generation else serving.previous
+    return msgspec.structs.replace(out, previous=previous)
+
+
+def retired(serving: Serving, generation: str) -> Serving:
+    """retiring -> retired: this host keeps nothing of it but its name."""
+    known = _expect(serving, generation, ("retiring",), "called retired")
+    return _with(serving, msgspec.structs.replace(known, state="retired", reason=""))
+
+
+def retiring(desired: Desired, serving: Serving) -> list[str]:
+    """Generations that this host still has to retire. One that it serves waits until another one is ready here."""
+    return [
+        name
+        for name, known in serving.generations.items()
+        if name in desired.retired and known.state not in ("active", "retired")
+    ]
+
+
+def kept(desired: Desired, serving: Serving, generation: str) -> str:
+    """Why this host cannot do without the generation: it is served, or a rollback would go to it; empty: it can."""
+    known = (serving.generations.get(name) for _, name in desired.wishes if name != serving.active)
+    ready = [one.generation for one in known if one is not None and _possible(serving, one)]
+    return _kept([*ready, serving.active] if serving.active is not None else ready, generation)
+
+
 def try_again(serving: Serving) -> Serving:
     """Forgets why the active generation is no longer kept fresh: its jobs start anew, and say it again if need be."""
     if serving.active is None:
@@ -186,7 +224,7 @@ def wanted(desired: Desired, serving: Serving) -> list[str]:
     return [
         name
         for name, found in desired.staged.items()
-        if (found.offset >= since or name == waits) and name not in serving.generations
+        if (found.offset >= since or name == waits) and name not in serving.generations and name not in desired.retired
     ]
 
 
@@ -261,6 +299,17 @@ def write(path: Path, serving: Serving) -> None:
 def _possible(serving: Serving, known: GenerationState) -> bool:
     """Whether it can be activated now."""
     return known.state == "complete" or (known.state == "former" and known.generation == serving.previous)
+
+
+def _kept(wished: list[str], generation: str) -> str:
+    """Why the generation must not be retired, by what was wished for (oldest first); empty: it may be."""
+    newest = wished[-1] if wished else ""
+    if generation == newest:
+        return f"generation {generation} is the one to be served; activate another one before it is retired"
+    if generation == next((name for name in reversed(wished) if name != newest), None):
+        what = f"generation {generation} is the one that a rollback from {newest} would go to"
+        return f"{what}; activate another one, or roll back from {generation}, before it is retired"
+    return ""
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

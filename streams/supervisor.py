@@ -8,6 +8,7 @@ more like the result:
     complete  all partitions reached those offsets with a proven fill; the retrieval index is built
     activate  `serving.json` is replaced, atomically; API processes swap at their next look. An `activate` that comes
               earlier waits until the generation is complete here
+    retire    everything of the generation is deleted, in the steps of retire.py
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
@@ -23,7 +24,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,11 +41,12 @@ from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
 from infra.kafka.wipe import DERIVED
 from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
-from streams import bundles, events, rollout
+from streams import bundles, events, retire, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.models import Models, ModelsError
+from streams.retire import NotYetError
 from streams.rollout import Refused, Serving
 from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
@@ -55,9 +56,12 @@ _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STAGE_AGAIN_S = 2.0
+_RETIRE_AGAIN_S = 1.0
+_CLEAN_AGAIN_S = 5.0
 _STEADY_S = 60.0  # a job that ran so long starts again without delay
 _STOP_S = 10.0
 _REPORT_S = 5.0
+_SIGN_S = 60.0  # between two life signs on `hosts`
 _SEND_S = 5
 
 
@@ -90,8 +94,11 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
 class Supervisor:
     """`round()` again and again; leaving the `with` stops all jobs."""
 
-    def __init__(self, settings: Settings, retrieval: bool) -> None:
-        self._settings, self._retrieval = settings, retrieval
+    def __init__(self, settings: Settings, retrieval: bool, step: Callable[[int], object] = int) -> None:
+        """`step(number)` is called after each step of retire.py. Raises SupervisorError, ModelsError, BrokerError,
+        TopicError, KafkaError or Refused where it cannot start.
+        """
+        self._settings, self._retrieval, self._step = settings, retrieval, step
         ensure_topics(settings)
         _check_cluster(settings)
         clear_metrics(settings)
@@ -105,6 +112,9 @@ class Supervisor:
         self._arenas: dict[str, ArenaReader] = {}
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
+        self._retire_due: dict[str, float] = {}
+        self._cleaned: set[str] = set()  # retired generations of which nothing is left in Kafka
+        self._clean_due = 0.0
         self._models.read_all()
 
     def __enter__(self) -> Supervisor:
@@ -133,6 +143,9 @@ class Supervisor:
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
         self._activate(rollout.next_active(desired, self.serving))
         self._put(rollout.explain(desired, self.serving))
+        for name in rollout.retiring(desired, self.serving):
+            if time.monotonic() >= self._retire_due.get(name, 0.0):
+                self._retire(name)
         waits = rollout.pending(desired, self.serving)
         running = rollout.running(self.serving, waits)
         waiting = [name for name in running if self.serving.generations[name].state == "staged"]
@@ -144,6 +157,7 @@ class Supervisor:
             self._advance(name)
         self._keep_jobs(running)
         self._hosts.report(self.serving, self._progress)
+        self._clean_up()
 
     def _bury(self) -> int:
         """Sends what is no model event, and was not acted upon before, to `models.dlq`; gives the first offset still to
@@ -230,6 +244,38 @@ class Supervisor:
         except Refused as error:
             LOG.warning("activation refused: %s", error)
 
+    def _retire(self, name: str) -> None:
+        if self.serving.generations[name].state != "retiring":
+            self._put(rollout.retire(self.serving, name))
+            LOG.info("generation %s: retiring", name)
+        self._arenas.pop(name, None)  # deleted files that are mapped keep their space
+        try:
+            retire.leave(self._settings, name, self._step)
+        except NotYetError as error:
+            LOG.warning("generation %s: not retired yet: %s", name, error)
+            self._retire_due[name] = time.monotonic() + _RETIRE_AGAIN_S
+            self._put(rollout.wait(self.serving, name, str(error)))
+            return
+        self._put(rollout.retired(self.serving, name))
+        LOG.info("generation %s: retired", name)
+        self._step(5)
+
+    def _clean_up(self) -> None:
+        """What all hosts share of retired generations, once none of them needs it."""
+        names = [name for name, known in self.serving.generations.items() if known.state == "retired"]
+        names = [name for name in names if name not in self._cleaned]
+        if not names or time.monotonic() < self._clean_due:
+            return
+        self._clean_due = time.monotonic() + _CLEAN_AGAIN_S
+        try:
+            waits = retire.clean_up(self._settings, names, self._step)
+        except NotYetError as error:
+            LOG.warning("retired generations are not deleted from Kafka yet: %s", error)
+            waits = dict.fromkeys(names, str(error))
+        self._cleaned.update(name for name in names if name not in waits)
+        for name in names:
+            self._put(rollout.wait(self.serving, name, waits.get(name, "")))
+
     def _retrieval_ready(self, name: str) -> bool:
         waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
         return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
@@ -247,7 +293,9 @@ class Supervisor:
         self._jobs.keep(needed)
 
     def _progress(self, name: str) -> Progress | None:
-        """What the arena says; None while there is none."""
+        """What the arena says; None while there is none, and when it is about to be deleted."""
+        if self.serving.generations[name].state in ("retiring", "retired"):
+            return None
         folder = self._settings.generation_dir(name)
         try:
             if name not in self._arenas:
@@ -286,7 +334,7 @@ class Jobs:
     def keep(self, needed: dict[str, list[str]]) -> None:
         """Starts those that do not run, and stops those of ours that are not needed."""
         alive = {process.name: process for process in processes.listing(self._folder)}
-        self._stop_all([process for name, process in alive.items() if name not in needed])
+        processes.stop_all([process for name, process in alive.items() if name not in needed], _STOP_S)
         for name, arguments in needed.items():
             process = alive.get(name)
             if process is not None:
@@ -303,7 +351,7 @@ class Jobs:
         return self._gave_up.get(name, "")
 
     def stop(self) -> None:
-        self._stop_all(processes.listing(self._folder))
+        processes.stop_all(processes.listing(self._folder), _STOP_S)
 
     def _start(self, name: str, arguments: list[str]) -> None:
         now = time.monotonic()
@@ -335,22 +383,22 @@ class Jobs:
             return time.time() - beat.time / 1000 > self._silent_s
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
 
-    def _stop_all(self, found: list[processes.Process]) -> None:
-        if found:
-            with ThreadPoolExecutor(len(found)) as threads:
-                list(threads.map(lambda process: processes.stop(process, _STOP_S), found))
-
 
 class Hosts:
-    """What this host says on `hosts`: at each change of state, and every few seconds while something fills."""
+    """What this host says on `hosts`: at each change of state, every few seconds while something fills, and each minute
+    that it is there.
+    """
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
         self._settings, self._producer = settings, producer
         self._said: dict[str, tuple[str, str]] = {}
-        self._due = 0.0
+        self._due = self._sign_due = 0.0
 
     def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> None:
         now = time.monotonic()
+        if now > self._sign_due:
+            self._sign_due = now + _SIGN_S
+            self._say("", "up", "", None)
         periodic = now > self._due
         for name, known in serving.generations.items():
             said = (known.state, known.reason)
@@ -359,24 +407,27 @@ class Hosts:
             ):
                 continue
             self._said[name] = said
-            found = progress(name)
-            report = HostReport(
-                host=self._settings.host,
-                generation=name,
-                state=known.state,
-                time=time.time_ns() // 1_000_000,
-                reason=known.reason,
-                covered=found.covered.tolist() if found else [],
-                counts=found.count.tolist() if found else [],
-                digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
-            )
-            key = f"{self._settings.host}/{name}".encode()
-            try:
-                self._producer.send(self._settings.topic("hosts"), events.encode(report), key, partition=0)
-            except KafkaError as error:
-                LOG.warning("no report on hosts: %s", error)
+            self._say(name, known.state, known.reason, progress(name))
         if periodic:
             self._due = now + _REPORT_S
+
+    def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
+        host = self._settings.host
+        report = HostReport(
+            host=host,
+            generation=generation,
+            state=state,
+            time=time.time_ns() // 1_000_000,
+            reason=reason,
+            covered=found.covered.tolist() if found else [],
+            counts=found.count.tolist() if found else [],
+            digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
+        )
+        key = f"{host}/{generation}" if generation else host
+        try:
+            self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
+        except KafkaError as error:
+            LOG.warning("no report on hosts: %s", error)
 
 
 @contextmanager

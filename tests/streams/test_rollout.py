@@ -174,6 +174,88 @@ def test_a_wish_for_what_is_no_longer_fresh_says_so() -> None:
     assert "no longer kept fresh" in rollout.explain(too_far, serving).generations["a"].reason
 
 
+def retire(name: str) -> ModelEvent:
+    return ModelEvent("retire", name)
+
+
+def test_what_is_to_be_served_and_what_a_rollback_would_go_to_are_not_retired() -> None:
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, stage("d", when_complete=False))]
+    for name, said in (("c", "is the one to be served"), ("b", "a rollback from c would go to"), ("e", "never staged")):
+        desired = rollout.reduce_models([*log, (4, retire(name))])
+        assert said in desired.refused[4]
+        assert (desired.retired, desired.wishes) == (set(), [(0, "a"), (1, "b"), (2, "c")])
+    for name in ("a", "d"):
+        desired = rollout.reduce_models([*log, (4, retire(name)), (5, retire(name))])
+        assert (desired.retired, desired.refused) == ({name}, {})
+    away = rollout.reduce_models([*log, (4, ModelEvent("rollback", "c")), (5, retire("c")), (6, retire("a"))])
+    assert (away.retired, list(away.refused)) == ({"c"}, [6])
+    alone = rollout.reduce_models([(0, stage("a")), (1, retire("a"))])
+    assert "is the one to be served" in alone.refused[1]
+
+
+def test_a_retired_name_is_never_used_again() -> None:
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))]
+    desired = rollout.reduce_models([*log, (4, stage("a")), (5, activate("a")), (6, ModelEvent("rollback", "a"))])
+    assert "never used twice" in desired.refused[4]
+    assert desired.refused[5] == "generation a was retired"
+    assert desired.wishes == [(1, "b"), (2, "c")]
+    assert (
+        rollout.wanted(rollout.reduce_models([(0, stage("a", when_complete=False)), (1, retire("a"))]), Serving()) == []
+    )
+
+
+def test_each_state_but_active_is_retired() -> None:
+    """And only what the log retires; what was the one before is so no longer."""
+    new = staged("a", "b")
+    filling = rollout.fill(new, "a", [10, 0])
+    failed = rollout.fail(filling, "a", "bad")
+    former = rollout.activate(rollout.activate(complete(complete(new, "a"), "b"), "a"), "b")
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))])
+    for serving in (new, filling, complete(new, "a"), failed, former):
+        assert rollout.retiring(desired, serving) == ["a"]
+        leaving = rollout.retire(serving, "a")
+        assert (leaving.generations["a"].state, leaving.generations["a"].reason) == ("retiring", "")
+        assert (leaving.active, leaving.previous) == (serving.active, None)
+        assert "a" not in rollout.running(leaving)
+        assert rollout.retiring(desired, rollout.wait(leaving, "a", "it is used")) == ["a"]
+        gone = rollout.retired(rollout.wait(leaving, "a", "it is used"), "a")
+        assert (gone.generations["a"].state, gone.generations["a"].reason) == ("retired", "")
+        assert (rollout.retiring(desired, gone), rollout.next_active(desired, gone)) == (
+            [],
+            rollout.next_active(desired, serving),
+        )
+        with pytest.raises(Refused, match="retired and cannot be"):
+            rollout.activate(gone, "a")
+    with pytest.raises(Refused, match="cannot be called retired"):
+        rollout.retired(new, "a")
+
+
+def test_what_this_host_still_serves_is_retired_when_another_one_is_ready() -> None:
+    serving = rollout.activate(complete(staged("a", "b", "c"), "a"), "a")
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))])
+    assert (rollout.retiring(desired, serving), rollout.pending(desired, serving)) == ([], "c")
+    with pytest.raises(Refused, match="is served and cannot be retired"):
+        rollout.retire(serving, "a")
+    serving = rollout.activate(complete(serving, "c"), "c")
+    assert rollout.retiring(desired, serving) == ["a"]
+
+
+def test_what_a_host_cannot_do_without_although_the_log_would_retire_it() -> None:
+    """The two newest wishes have failed here."""
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, stage("d"))]
+    desired = rollout.reduce_models(log)
+    serving = staged("a", "b", "c", "d")
+    for name in "ab":
+        serving = rollout.activate(complete(serving, name), name)
+    for name in "cd":
+        serving = rollout.fail(serving, name, "bad")
+    assert "is the one to be served" in rollout.kept(desired, serving, "b")
+    assert "a rollback from b would go to" in rollout.kept(desired, serving, "a")
+    assert (rollout.kept(desired, serving, "c"), rollout.kept(desired, Serving(), "a")) == ("", "")
+    back = rollout.activate(serving, "a")
+    assert rollout.kept(rollout.reduce_models([*log, (4, ModelEvent("rollback", "b"))]), back, "b") == ""
+
+
 def test_a_new_host_stages_only_what_it_will_need() -> None:
     desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c", when_complete=False))])
     assert rollout.wanted(desired, Serving()) == ["b", "c"]
@@ -229,6 +311,11 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         chosen = rollout.next_active(desired, serving)
         if chosen is not None:
             serving = rollout.activate(serving, chosen)
+        for name in rollout.retiring(desired, serving):
+            serving = rollout.retire(serving, name)
+            if data.draw(st.booleans()):
+                serving = rollout.retired(serving, name)
+        assert not set(rollout.running(serving)) & desired.retired - {serving.active}
         active = [name for name, known in serving.generations.items() if known.state == "active"]
         assert active == ([serving.active] if serving.active else [])
         assert set(active) <= been_complete

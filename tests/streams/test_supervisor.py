@@ -152,6 +152,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (serving(host).previous, state_of(host, "b")) == ("b", "former")
         assert command(host, "model", "activate", "--generation", "b").returncode == 0
         wait_until(lambda: serving(host).active == "b", "b is active once more")
+        for name, reason in (("b", "is the one to be served"), ("a", "is the one that a rollback from b would go to")):
+            refused = command(host, "model", "retire", name)
+            assert refused.returncode == 1
+            assert f"Not published: generation {name} {reason}; activate another one" in refused.stderr
 
         # a killed job comes back; so does the supervisor, to the same jobs
         ingest = jobs(host)["ingest"]
