@@ -138,5 +138,6 @@ def _reports(settings: Settings) -> list[HostReport]:
 
 
 def _delete(folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    while folder.exists():
+        with suppress(FileNotFoundError):  # of what a process was just removing itself
+            shutil.rmtree(folder)

@@ -1,13 +1,15 @@
-"""Who keeps the topic of a retired generation."""
+"""What keeps a generation from being deleted, on its host and in Kafka."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 
 import pytest
 from kafka import KafkaProducer
 
+from index.lock import UserLock
 from infra.kafka.broker import admin_of
 from infra.kafka.topics import delete_rows_topic, ensure_rows_topic, ensure_topics
 from infra.settings import Settings
@@ -15,6 +17,7 @@ from streams import events, retire
 from streams.events import HostReport
 from streams.groups import group_admin
 from streams.retire import NotYetError, keepers
+from tests.conftest import free_ports, wait_until
 
 
 def said(host: str, generation: str, state: str, time: int) -> HostReport:
@@ -64,3 +67,35 @@ def test_the_last_host_deletes_what_all_share(settings: Callable[..., Settings])
         producer.send(host.topic("hosts"), b"{", b"x", partition=0)
     with pytest.raises(NotYetError, match="no report"):
         retire.clean_up(host, ["g"])
+
+
+@pytest.mark.e2e
+def test_what_is_in_use_is_not_deleted_and_a_broker_that_is_away_is_waited_for(
+    settings: Callable[..., Settings],
+) -> None:
+    host = settings(partitions=2)
+    folder = host.generation_dir("g")
+    (folder / "n2o").mkdir(parents=True)
+    (host.state / "faust" / "encode-g").mkdir(parents=True)
+    (host.state / "faust" / "encode-other-g").mkdir()
+    user, steps = UserLock(folder), list[int]()
+    with pytest.raises(NotYetError, match="still uses it"):
+        retire.leave(host, "g", steps.append)
+    assert (steps, (folder / "n2o").exists()) == ([1], True)
+    user.release()
+    away = dataclasses.replace(host, kafka_bootstrap=f"127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(NotYetError, match="cannot be reached"):
+        retire.leave(away, "g", steps.append)
+    assert (steps, folder.exists()) == ([1, 1, 2, 3], False)
+
+    def left() -> bool:
+        try:
+            retire.leave(host, "g", steps.append)
+        except NotYetError:  # the broker's first group: it is not yet able to answer
+            return False
+        return True
+
+    for _ in range(2):  # again, where there is nothing any more
+        wait_until(left, "nothing of it is here")
+        assert steps[-4:] == [1, 2, 3, 4]
+    assert [path.name for path in (host.state / "faust").iterdir()] == ["encode-other-g"]
