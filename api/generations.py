@@ -3,7 +3,7 @@
 Before the first step of every request: a request takes `Generations.pin()` and uses nothing else until its answer, so
 user block, rows and head come from one generation whatever happens meanwhile. A generation that was swapped away lives
 until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. A generation
-that cannot be loaded never replaces one that can.
+that cannot be loaded never replaces one that can. A retired one is deleted only when no process uses it any more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from index.errors import StoreError, StoreMissingError
 from index.histories import HistoriesReader
 from index.kernels import HeadTables, head_tables
 from index.layout import RowLayout
+from index.lock import UserLock
 from index.n2o import N2OReader
 from infra.settings import Settings
 from streams import rollout
@@ -213,6 +214,9 @@ class Generations:
             for name in self._loaded.keys() - keep - {self._active.name}:
                 del self._loaded[name]
                 self._views.pop(name, None)
+            known = self.serving.generations.get(self._retrieval.generation) if self._retrieval is not None else None
+            if known is not None and known.state in ("retiring", "retired") and known.generation != self._active.name:
+                self._retrieval = self._views.get(self._active.name)
 
     def _renew_retrieval(self, generation: Generation) -> None:
         name = generation.name
@@ -258,6 +262,18 @@ class Generations:
 def load(settings: Settings, name: str, sha256: str) -> Generation:
     """Opens all of a generation. Raises BundleError, StoreError or OSError with the reason."""
     folder = settings.generation_dir(name)
+    in_use = UserLock(folder)
+    try:
+        generation = _load(settings, name, sha256)
+    except BaseException:
+        in_use.release()
+        raise
+    weakref.finalize(generation, in_use.release)  # when the last request that pinned it has ended
+    return generation
+
+
+def _load(settings: Settings, name: str, sha256: str) -> Generation:
+    folder = settings.generation_dir(name)
     bundle = load_bundle(folder / "bundle", sha256)
     layout = RowLayout.from_json(bundle.manifest.row)
     head = Head.of(bundle)
@@ -265,7 +281,7 @@ def load(settings: Settings, name: str, sha256: str) -> Generation:
     arena = ArenaReader.open(folder / "n2o", layout)
     rows = N2OReader(folder / "n2o")
     generation = Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, rows)
-    weakref.finalize(generation, rows.close)  # when the last request that pinned it has ended
+    weakref.finalize(generation, rows.close)
     return generation
 
 

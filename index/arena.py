@@ -453,7 +453,7 @@ class ArenaWriter:
             _make(folder / "control", size)
         control = _Control(folder / "control", partitions, writable=True)
         number = 1 + max([int(file.suffix[1:]) for file in _record_files(folder)], default=0)
-        records, entries = _capacity(items), _entries(items)
+        records, entries = records_for(items), entries_for(items)
         geometry = np.array((number, records, number, entries), GEOMETRY)
         _make(folder / f"hot.{number}", records * layout.hot.itemsize)
         _make(folder / f"cold.{number}", records * layout.cold.itemsize)
@@ -538,12 +538,12 @@ class ArenaWriter:
             return
         geometry = files.geometry.copy()
         if records_short:
-            geometry["records"] = _capacity(live + puts)
+            geometry["records"] = records_for(live + puts)
             for name, size in (("hot", self._layout.hot.itemsize), ("cold", self._layout.cold.itemsize)):
                 _lengthen(self._folder / f"{name}.{geometry['records_number']}", int(geometry["records"]) * size)
         if table_short:
             geometry["table_number"] += 1
-            geometry["entries"] = _entries(live + puts)
+            geometry["entries"] = entries_for(live + puts)
             _make(self._folder / f"table.{geometry['table_number']}", int(geometry["entries"]) * table.ENTRY)
         grown = _Files.map(self._folder, self._layout, files.epoch, geometry, writable=True)
         if table_short:
@@ -573,13 +573,13 @@ class ArenaWriter:
                 file.unlink()
 
 
-def _capacity(items: int) -> int:
+def records_for(items: int) -> int:
     """Records for `items` rows and the updates between two growths: at most 1.15 per row from 11,703 rows on. A step of
     a share keeps growth linear in all: each lays out what it adds and maps the rest anew."""
     return items + items // SPARE + LEAST_RECORDS
 
 
-def _entries(items: int) -> int:
+def entries_for(items: int) -> int:
     """Entries of a table for `items` rows: a power of two, at least four times as many, which leaves room up to
     LOAD."""
     return 1 << max(12, (4 * items - 1).bit_length())

@@ -1,12 +1,16 @@
-"""One writer per store: a lock on a file that the kernel gives back when its process ends, however it ends."""
+"""Locks that the kernel gives back when their process ends, however it ends: one writer per store, and the folders that
+are in use.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from index.errors import StoreLockedError
+from index.errors import StoreLockedError, StoreMissingError
 
 
 class WriterLock:
@@ -23,3 +27,43 @@ class WriterLock:
 
     def release(self) -> None:
         os.close(self._file)
+
+
+class UserLock:
+    """Says that a folder is in use, from construction to `release`; any number may hold it. Raises StoreMissingError
+    where there is no such folder or it is about to be deleted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise StoreMissingError(f"there is no {folder}") from error
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._folder)
+            raise StoreMissingError(f"{folder} is being deleted") from error
+
+    def release(self) -> None:
+        os.close(self._folder)
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[None]:
+    """Keeps users out of a folder, which may be missing, in order to delete it. Raises StoreLockedError while one holds
+    a UserLock.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreLockedError(f"{folder} is in use") from error
+        yield
+    finally:
+        os.close(held)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def stop(process: Process, deadline_s: float = 15.0) -> bool:
     if recorded == process:
         process.file.unlink(missing_ok=True)
     return willing
+
+
+def stop_all(found: Sequence[Process], deadline_s: float = 15.0) -> None:
+    """`stop` of all of them at once. Raises ProcessError where one does not end."""
+    if found:
+        with ThreadPoolExecutor(len(found)) as threads:
+            list(threads.map(lambda process: stop(process, deadline_s), found))
 
 
 def _ended(process: Process, deadline_s: float) -> bool:

@@ -34,6 +34,7 @@ class Settings:
     replication: int = 1
     state: Path = Path(".local/state")  # everything this host stores
     host: str = socket.gethostname()  # names this host on `hosts` and in static member ids
+    host_gone_s: float = 3600.0  # a host that was silent for so long keeps no retired generation's topic
     hash_key: str = "forerank"  # keys the 128-bit hash of ids; the same on all hosts of a deployment
     api_host: str = "127.0.0.1"
     api_port: int = 8080

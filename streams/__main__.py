@@ -5,8 +5,9 @@ sentences.
     ingest | histories                     one job (the supervisor starts these)
     encode | replicate --generation G
     publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
-    model stage|activate|rollback [BUNDLE] --generation G      publish a model event; rollback is away from G
-    status                                 what this host serves and how its jobs are
+    model stage BUNDLE --generation G      publish a model event: make a generation of a bundle
+    model activate|rollback|retire G       serve it; serve what was served before it; delete all of it
+    status, or model status                what this host serves and how its jobs are
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.set_defaults(run=_publish)
     model = commands.add_parser("model", help="publish a model event")
-    model.add_argument("action", choices=["stage", "activate", "rollback"])
-    model.add_argument("bundle", nargs="?", type=Path, help="folder of the bundle (stage)")
-    model.add_argument("--generation", required=True)
+    model.add_argument("action", choices=["stage", "activate", "rollback", "retire", "status"])
+    model.add_argument("subject", nargs="?", help="folder of the bundle (stage), or the generation")
+    model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
@@ -135,39 +136,64 @@ def _publish(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _model(settings: Settings, options: argparse.Namespace) -> int:
+    from kafka.errors import KafkaError
+
+    from streams import models
     from streams.bundles import BundleFileError, checked_hash
     from streams.events import EventError
+    from streams.events import model as model_event
     from streams.publish import Publisher, PublishError, check
 
-    event: dict[str, object] = {"action": options.action, "generation": options.generation}
+    if options.action == "status":
+        return _status(settings, options)
+    generation = options.generation or (options.subject if options.action != "stage" else None)
+    if generation is None:
+        print(f"`model {options.action}` needs --generation.", file=sys.stderr)
+        return 2
+    event: dict[str, object] = {"action": options.action, "generation": generation}
     try:
         if options.action == "stage":
-            if options.bundle is None:
+            if options.subject is None:
                 print("`model stage` needs the folder of a bundle.", file=sys.stderr)
                 return 2
-            folder = options.bundle.resolve()
+            folder = Path(options.subject).resolve()
             event |= {"uri": folder.as_uri(), "sha256": checked_hash(folder)}
             if options.activate_when_complete:
                 event["activate_when_complete"] = True
-        check("models", event)
+        value = check("models", event).value
         with Publisher(settings) as publisher:
-            publisher.models([event])
-    except (BundleFileError, EventError, PublishError) as error:
+            refusal = models.refusal(settings, model_event(value))
+            if refusal:
+                print(f"Not published: {refusal}.", file=sys.stderr)
+                return 1
+            publisher.models([value])
+    except (BundleFileError, EventError, PublishError, models.ModelsError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(
-        f"Published: {options.action} generation {options.generation}; `python -m streams status` shows what follows."
-    )
-    if options.action == "activate" and not _known(settings, options.generation):
-        print(f"This host will refuse it: it knows no generation {options.generation}.", file=sys.stderr)
+    except KafkaError as error:
+        print(f"The broker at {settings.kafka_bootstrap} refused to work: {error}.", file=sys.stderr)
+        return 1
+    print(f"Published: {options.action} generation {generation}; `python -m streams status` shows what follows.")
+    return _activated(settings, generation) if options.action == "activate" else 0
+
+
+def _activated(settings: Settings, generation: str) -> int:
+    """Says what this host makes of it: 1 where it will not serve the generation. A machine may only publish."""
+    if not settings.serving_file.exists():
+        return 0
+    serving = rollout.read(settings.serving_file)
+    known = serving.generations.get(generation)
+    if known is None or known.state in ("staged", "filling"):
+        reason = f" ({known.reason})" if known and known.reason else ""
+        state = f"{known.state} here, {known.progress:.0%}{reason}" if known else "not staged here yet"
+        print(f"It is {state}, and is served once it is complete.")
+        return 0
+    try:
+        rollout.activate(serving, generation)
+    except Refused as error:
+        print(f"This host will not serve it: {error}.", file=sys.stderr)
         return 1
     return 0
-
-
-def _known(settings: Settings, generation: str) -> bool:
-    """Whether this host has it; also where this machine only publishes."""
-    path = settings.serving_file
-    return not path.exists() or generation in rollout.read(path).generations
 
 
 def _status(settings: Settings, _: argparse.Namespace) -> int:

@@ -44,6 +44,17 @@ def fetch(uri: str, sha256: str, target: Path) -> None:
         raise BundleFileError(f"the bundle {uri} could not be copied: {error}") from error
 
 
+def ahead(uri: str, target: Path) -> tuple[RowLayout, int]:
+    """Layout of the rows, and the bytes that `fetch` would copy, from the manifest alone. Raises BundleFileError."""
+    if target.exists():
+        return layout_of(target), 0
+    source = _folder_of(uri)
+    try:
+        return layout_of(source), sum((source / name).stat().st_size for name in (MANIFEST, TENSORS))
+    except OSError as error:
+        raise BundleFileError(f"{source} cannot be read: {error.strerror}") from error
+
+
 def layout_of(bundle: Path) -> RowLayout:
     """Layout of the rows that this bundle makes. Raises BundleFileError."""
     try:

@@ -129,7 +129,9 @@ class ModelEvent(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class HostReport(msgspec.Struct, omit_defaults=True):
-    """What a host says on `hosts` about one generation (key: host/generation). Lists have one entry per partition."""
+    """What a host says on `hosts` about one generation (key: host/generation), or, without one, that it is there (key:
+    host). Lists have one entry per partition.
+    """
 
     host: str
     generation: str

@@ -87,6 +87,20 @@ class Groups:
                 raise GroupError(f"The offsets of group {group} could not be set ({names}): is another member running?")
             time.sleep(0.2)
 
+    def delete(self, group: str) -> None:
+        """Deletes the group, and removes members that died without leaving it; done where there is none. Call it when
+        the group's jobs have ended. Raises GroupError while it has members without a static id, or the broker cannot.
+        """
+        try:
+            dead = [MemberToRemove(group_instance_id=instance) for instance in self.members(group) if instance]
+            if dead:
+                self._admin.remove_group_members(group, dead)
+            outcome = self._admin.delete_groups([group])[group]
+        except KafkaError as error:
+            outcome = type(error).__name__
+        if outcome not in ("OK", "GroupIdNotFoundError"):
+            raise GroupError(f"Consumer group {group} could not be deleted ({outcome}).")
+
     def _offsets(self, topic: str, spec: OffsetSpec) -> list[int]:
         wanted = [TopicPartition(topic, partition) for partition in range(self._partitions)]
         found = self._patiently(lambda: self._admin.list_partition_offsets(dict.fromkeys(wanted, spec)))

@@ -2,7 +2,7 @@
 
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
-    staged -> filling -> complete -> active -> former        (any -> failed)
+    staged -> filling -> complete -> active -> former        (any -> failed; any but active -> retiring -> retired)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -11,7 +11,7 @@ Kafka and no Faust.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,9 @@ import msgspec
 
 from streams.events import ModelEvent
 
-State = Literal["staged", "filling", "complete", "active", "former", "failed"]
+State = Literal["staged", "filling", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
+_TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
 class Refused(Exception):  # noqa: N818 - the outcome has a name of its own
@@ -59,23 +60,26 @@ class Staged(msgspec.Struct, frozen=True):
 
 class Desired(msgspec.Struct, frozen=True):
     """What `models` asks for in the end. `wishes`: (offset, generation) to activate, oldest first; the last one that is
-    possible wins."""
+    possible wins. `retired`: what no host may keep, but for one that still serves it."""
 
     staged: dict[str, Staged]
     wishes: list[tuple[int, str]]
+    retired: set[str]
     refused: dict[int, str]
 
 
-def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[int] = ()) -> Desired:
-    """The final state that `models` asks for. `refused`: offsets of activations this host refused when they arrived."""
+def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
+    """The final state that `models` asks for, by the log alone: all hosts agree on it, however far each of them is."""
     staged: dict[str, Staged] = {}
     wishes: list[tuple[int, str]] = []
     errors: dict[int, str] = {}
-    retired: list[str] = []
+    retired: set[str] = set()
     for offset, event in events:
         name = event.generation
         if event.action == "stage":
-            if name not in staged:
+            if name in retired:
+                errors[offset] = f"generation {name} was retired; generation names are never used twice"
+            elif name not in staged:
                 staged[name] = Staged(offset, event)
                 if event.activate_when_complete:
                     wishes.append((offset, name))
@@ -88,18 +92,21 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]], refused: Collection[
         elif event.action == "activate":
             if name in retired:
                 errors[offset] = f"generation {name} was retired"
-            elif offset not in refused:
+            else:
                 wishes.append((offset, name))
         elif event.action == "retire":
-            retired.append(name)
-            wishes = [wish for wish in wishes if wish[1] != name]
+            if why := _kept([wished for _, wished in wishes], name):
+                errors[offset] = why
+            else:
+                retired.add(name)
+                wishes = [wish for wish in wishes if wish[1] != name]
         else:
             others = [wish for wish in wishes if wish[1] != name]
             if others:
                 wishes = others
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
-    return Desired(staged, wishes, errors)
+    return Desired(staged, wishes, retired, errors)
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
@@ -116,8 +123,8 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
 
 
 def wait(serving: Serving, generation: str, reason: str) -> Serving:
-    """staged -> staged, and what it waits for."""
-    known = _expect(serving, generation, ("staged",), "prepared")
+    """The same state, and what it waits for; only of those that are prepared or deleted."""
+    known = _expect(serving, generation, ("staged", "retiring", "retired"), "prepared")
     return _with(serving, msgspec.structs.replace(known, reason=reason))
 
 
@@ -151,7 +158,7 @@ def activate(serving: Serving, generation: str) -> Serving:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
     if known.state == "former" and generation != serving.previous:
-        raise Refused(f"generation {generation} is no longer kept fresh; stage its bundle under a new name")
+        raise Refused(f"generation {generation} {_TOO_OLD}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -165,6 +172,38 @@ def fail(serving: Serving, generation: str, reason: str) -> Serving:
     return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
 
 
+def retire(serving: Serving, generation: str) -> Serving:
+    """Any state but active -> retiring: it has no jobs any more, and API processes drop it. Raises Refused."""
+    known = serving.generations[generation]
+    if known.state == "active":
+        raise Refused(f"generation {generation} is served and cannot be retired")
+    out = _with(serving, msgspec.structs.replace(known, state="retiring", reason=""))
+    previous = None if serving.previous == generation else serving.previous
+    return msgspec.structs.replace(out, previous=previous)
+
+
+def retired(serving: Serving, generation: str) -> Serving:
+    """retiring -> retired: this host keeps nothing of it but its name."""
+    known = _expect(serving, generation, ("retiring",), "called retired")
+    return _with(serving, msgspec.structs.replace(known, state="retired", reason=""))
+
+
+def retiring(desired: Desired, serving: Serving) -> list[str]:
+    """Generations that this host still has to retire. One that it serves waits until another one is ready here."""
+    return [
+        name
+        for name, known in serving.generations.items()
+        if name in desired.retired and known.state not in ("active", "retired")
+    ]
+
+
+def kept(desired: Desired, serving: Serving, generation: str) -> str:
+    """Why this host cannot do without the generation: it is served, or a rollback would go to it; empty: it can."""
+    known = (serving.generations.get(name) for _, name in desired.wishes if name != serving.active)
+    ready = [one.generation for one in known if one is not None and _possible(serving, one)]
+    return _kept([*ready, serving.active] if serving.active is not None else ready, generation)
+
+
 def try_again(serving: Serving) -> Serving:
     """Forgets why the active generation is no longer kept fresh: its jobs start anew, and say it again if need be."""
     if serving.active is None:
@@ -173,15 +212,20 @@ def try_again(serving: Serving) -> Serving:
 
 
 def wanted(desired: Desired, serving: Serving) -> list[str]:
-    """Staged generations that this host does not know yet and needs: those later than the active one, or, where none is
-    active, those from the newest wish on that has not failed."""
+    """Staged generations that this host does not know yet and needs: those later than the active one and the pending
+    one, or, where none is active, those from the newest wish on that has not failed."""
     failed = {name for name, known in serving.generations.items() if known.state == "failed"}
     if serving.active is not None:
         since = serving.generations[serving.active].offset + 1
     else:
         hopes = [desired.staged[name].offset for _, name in desired.wishes if name not in failed]
         since = hopes[-1] if hopes else 0
-    return [name for name, found in desired.staged.items() if found.offset >= since and name not in serving.generations]
+    waits = pending(desired, serving)
+    return [
+        name
+        for name, found in desired.staged.items()
+        if (found.offset >= since or name == waits) and name not in serving.generations and name not in desired.retired
+    ]
 
 
 def next_active(desired: Desired, serving: Serving) -> str | None:
@@ -190,19 +234,41 @@ def next_active(desired: Desired, serving: Serving) -> str | None:
         if name == serving.active:
             return None
         known = serving.generations.get(name)
-        if known and (known.state == "complete" or (known.state == "former" and name == serving.previous)):
+        if known and _possible(serving, known):
             return name
     return None
 
 
-def running(serving: Serving) -> list[str]:
-    """Generations that need jobs: the active one, one former, and those staged later than the active one."""
+def pending(desired: Desired, serving: Serving) -> str | None:
+    """The generation of the newest wish that can still come true, complete or not; None where that one is active."""
+    for _, name in reversed(desired.wishes):
+        if name == serving.active:
+            return None
+        known = serving.generations.get(name)
+        if known is None or known.state in ("staged", "filling") or _possible(serving, known):
+            return name
+    return None
+
+
+def explain(desired: Desired, serving: Serving) -> Serving:
+    """Notes at a former generation why the newest wish, which is for it, does not come true."""
+    name = desired.wishes[-1][1] if desired.wishes else ""
+    known = serving.generations.get(name)
+    if known is None or known.state != "former" or name == serving.previous:
+        return serving
+    return _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+
+
+def running(serving: Serving, waits: str | None = None) -> list[str]:
+    """Generations that need jobs: the active one, one former, those staged later than the active one, and that which
+    `waits` to be activated.
+    """
     since = serving.generations[serving.active].offset if serving.active else -1
     return [
         name
         for name, known in serving.generations.items()
         if name in (serving.active, serving.previous)
-        or (known.state in ("staged", "filling", "complete") and known.offset > since)
+        or (known.state in ("staged", "filling", "complete") and (known.offset > since or name == waits))
     ]
 
 
@@ -228,6 +294,22 @@ def write(path: Path, serving: Serving) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def _possible(serving: Serving, known: GenerationState) -> bool:
+    """Whether it can be activated now."""
+    return known.state == "complete" or (known.state == "former" and known.generation == serving.previous)
+
+
+def _kept(wished: list[str], generation: str) -> str:
+    """Why the generation must not be retired, by what was wished for (oldest first); empty: it may be."""
+    newest = wished[-1] if wished else ""
+    if generation == newest:
+        return f"generation {generation} is the one to be served; activate another one before it is retired"
+    if generation == next((name for name in reversed(wished) if name != newest), None):
+        what = f"generation {generation} is the one that a rollback from {newest} would go to"
+        return f"{what}; activate another one, or roll back from {generation}, before it is retired"
+    return ""
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

@@ -1,4 +1,4 @@
-"""`python -m streams status`: what one host serves, whether what it needs answers, and how its jobs are.
+"""`python -m streams status` or `model status`: what one host serves, whether what it needs answers, and its jobs.
 
 Beside the data path: reads files of the state folder, the broker's and the API's answer, and changes nothing.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import fcntl
 import http.client
 import time
+from contextlib import suppress
 
+from index.arena import ArenaReader
+from index.errors import StoreError
 from infra import processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
-from streams import rollout
+from streams import bundles, rollout
+from streams.bundles import BundleFileError
 from streams.worker import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
@@ -32,13 +36,24 @@ def status(settings: Settings) -> int:
     api = f"http://{settings.api_host}:{settings.api_port}"
     print(f"API: {api} {'answers' if _api_answers(settings) else 'does not answer'}")
     print(f"serving: {serving.active or 'no generation'}")
-    for name, known in serving.generations.items():
-        print(f"  {name}: {known.state}, {known.progress:.0%}{f' ({known.reason})' if known.reason else ''}")
+    for known in serving.generations.values():
+        print(f"  {_generation(settings, known)}")
     for offset, reason in serving.refused.items():
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
         print(f"{process.name}: pid {process.pid}{_told(settings, process)}")
     return 0 if supervised else 1
+
+
+def _generation(settings: Settings, known: rollout.GenerationState) -> str:
+    """Its state, progress, rows where it has an index, and what it waits for or why it failed."""
+    folder = settings.generation_dir(known.generation)
+    rows = ""
+    with suppress(StoreError, BundleFileError, OSError):
+        progress = ArenaReader.open(folder / "n2o", bundles.layout_of(folder / "bundle")).progress()
+        rows = f", {progress.count.sum()} rows"
+    reason = f" ({known.reason})" if known.reason else ""
+    return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{reason}"
 
 
 def _told(settings: Settings, process: processes.Process) -> str:

@@ -3,10 +3,12 @@
 Beside the data path: it reads `models` from the start, reduces it (rollout.py), and each round makes the host a little
 more like the result:
 
-    stage     fetch and check the bundle, make `rows.<generation>`, take the end offsets of `items`
+    stage     see that there is room, fetch and check the bundle, make `rows.<generation>`, take the ends of `items`
     fill      encode and replicate run; the arena reports how far this host is
     complete  all partitions reached those offsets with a proven fill; the retrieval index is built
-    activate  `serving.json` is replaced, atomically; API processes swap at their next look
+    activate  `serving.json` is replaced, atomically; API processes swap at their next look. An `activate` that comes
+              earlier waits until the generation is complete here
+    retire    everything of the generation is deleted, in the steps of retire.py
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
@@ -22,26 +24,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
+from index import room
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
+from index.room import RoomError
 from infra import processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
 from infra.kafka.wipe import DERIVED
 from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
-from streams import bundles, events, rollout
+from streams import bundles, events, retire, rollout
 from streams.bundles import BundleFileError
-from streams.events import EventError, HostReport, ModelEvent
+from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
+from streams.models import Models, ModelsError
+from streams.retire import NotYetError
 from streams.rollout import Refused, Serving
 from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
@@ -51,9 +56,12 @@ _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STAGE_AGAIN_S = 2.0
+_RETIRE_AGAIN_S = 1.0
+_CLEAN_AGAIN_S = 5.0
 _STEADY_S = 60.0  # a job that ran so long starts again without delay
 _STOP_S = 10.0
 _REPORT_S = 5.0
+_SIGN_S = 60.0  # between two life signs on `hosts`
 _SEND_S = 5
 
 
@@ -73,7 +81,7 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
             print("Nearline jobs are running; Ctrl-C or SIGTERM stops them.", flush=True)
             while not stopping:
                 supervisor.round()
-    except (SupervisorError, BrokerError, TopicError, Refused) as error:
+    except (SupervisorError, ModelsError, BrokerError, TopicError, Refused) as error:
         print(error, file=sys.stderr)
         return 1
     except KafkaError as error:  # while starting: a round outlives it
@@ -86,8 +94,11 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
 class Supervisor:
     """`round()` again and again; leaving the `with` stops all jobs."""
 
-    def __init__(self, settings: Settings, retrieval: bool) -> None:
-        self._settings, self._retrieval = settings, retrieval
+    def __init__(self, settings: Settings, retrieval: bool, step: Callable[[int], object] = int) -> None:
+        """`step(number)` is called after each step of retire.py. Raises SupervisorError, ModelsError, BrokerError,
+        TopicError, KafkaError or Refused where it cannot start.
+        """
+        self._settings, self._retrieval, self._step = settings, retrieval, step
         ensure_topics(settings)
         _check_cluster(settings)
         clear_metrics(settings)
@@ -101,8 +112,10 @@ class Supervisor:
         self._arenas: dict[str, ArenaReader] = {}
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
-        for offset in self._models.read_all():
-            self._refuse_early(offset, fresh=self.serving.decided == 0)
+        self._retire_due: dict[str, float] = {}
+        self._cleaned: set[str] = set()  # retired generations of which nothing is left in Kafka
+        self._clean_due = 0.0
+        self._models.read_all()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -115,44 +128,36 @@ class Supervisor:
     def round(self) -> None:
         """New events, then each generation one step on, then the jobs that this makes necessary."""
         try:
-            for offset in self._models.poll(_ROUND_S):
-                self._refuse_early(offset, fresh=False)
+            self._models.poll(_ROUND_S)
         except KafkaError as error:  # the jobs go on; so does this, when it can
             LOG.warning("models cannot be read now: %s", error)
             time.sleep(_ROUND_S)
-        desired = rollout.reduce_models(self._models.events, {int(offset) for offset in self.serving.refused})
+        desired = rollout.reduce_models(self._models.events)
         self._put(
             msgspec.structs.replace(
                 self.serving,
                 decided=self._bury(),
-                refused=self.serving.refused | {str(offset): reason for offset, reason in desired.refused.items()},
+                refused={str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
         self._activate(rollout.next_active(desired, self.serving))
-        waiting = [name for name in rollout.running(self.serving) if self.serving.generations[name].state == "staged"]
+        self._put(rollout.explain(desired, self.serving))
+        for name in rollout.retiring(desired, self.serving):
+            if time.monotonic() >= self._retire_due.get(name, 0.0):
+                self._retire(name)
+        waits = rollout.pending(desired, self.serving)
+        running = rollout.running(self.serving, waits)
+        waiting = [name for name in running if self.serving.generations[name].state == "staged"]
         for name in [*waiting, *rollout.wanted(desired, self.serving)]:
             if time.monotonic() >= self._stage_due.get(name, 0.0):
                 self._stage(name, desired.staged[name])
-        for name in rollout.running(self.serving):
+        running = rollout.running(self.serving, waits)
+        for name in running:
             self._advance(name)
-        self._keep_jobs()
+        self._keep_jobs(running)
         self._hosts.report(self.serving, self._progress)
-
-    def _refuse_early(self, offset: int, *, fresh: bool) -> None:
-        """An `activate` is refused when it arrives before its generation is complete, and stays so.
-
-        On a host without state the log is history: what was activated then is what is wanted now.
-        """
-        event = self._models.at(offset)
-        if fresh or event is None or event.action != "activate" or offset < self.serving.decided:
-            return
-        known = self.serving.generations.get(event.generation)
-        if known is None or known.state not in ("complete", "active", "former"):
-            state = f"{known.state}: {known.progress:.0%}" if known else "not staged here"
-            reason = f"generation {event.generation} is not complete ({state})"
-            LOG.warning("activation refused: %s", reason)
-            self._put(msgspec.structs.replace(self.serving, refused=self.serving.refused | {str(offset): reason}))
+        self._clean_up()
 
     def _bury(self) -> int:
         """Sends what is no model event, and was not acted upon before, to `models.dlq`; gives the first offset still to
@@ -160,15 +165,17 @@ class Supervisor:
         """
         refused = self._models.refused
         while refused:
-            record, error = refused[0]
-            if record.offset >= self.serving.decided:
+            found, error = refused[0]
+            if found.offset >= self.serving.decided:
+                place = (found.topic, found.partition, found.offset, found.timestamp)
+                record = Record(*place, found.key, found.value, found.headers)
                 letter = dead_letter(self._settings, record, error)
                 try:
                     sent = self._producer.send(letter.topic, letter.value, letter.key, list(letter.headers), 0)
                     sent.get(_SEND_S)
                 except KafkaError as failed:
-                    LOG.warning("models offset %d is not in the dead-letter topic yet: %s", record.offset, failed)
-                    return record.offset
+                    LOG.warning("models offset %d is not in the dead-letter topic yet: %s", found.offset, failed)
+                    return int(found.offset)
             refused.pop(0)
         return self._models.following
 
@@ -176,6 +183,7 @@ class Supervisor:
         event = staged.event
         serving = rollout.stage(self.serving, staged.offset, event)
         try:
+            self._check_room(name, event)
             bundles.fetch(event.uri or "", event.sha256 or "", self._settings.generation_dir(name) / "bundle")
             bundles.layout_of(self._settings.generation_dir(name) / "bundle")
             ensure_rows_topic(self._settings, name)
@@ -183,7 +191,7 @@ class Supervisor:
                 ends = groups.ends(self._settings.topic("items"))
             serving = rollout.fill(serving, name, ends)
             LOG.info("generation %s: staged", name)
-        except (BundleFileError, TopicError) as error:
+        except (BundleFileError, RoomError, TopicError) as error:
             LOG.error("generation %s has failed: %s", name, error)
             serving = rollout.fail(serving, name, str(error))
         except (BrokerError, GroupError) as error:  # says nothing about the generation
@@ -191,6 +199,18 @@ class Supervisor:
             serving = rollout.wait(serving, name, str(error))
             self._stage_due[name] = time.monotonic() + _STAGE_AGAIN_S
         self._put(serving)
+
+    def _check_room(self, name: str, event: ModelEvent) -> None:
+        """Before anything is copied. Raises RoomError, and what `_stage` expects besides."""
+        layout, copied = bundles.ahead(event.uri or "", self._settings.generation_dir(name) / "bundle")
+        live = self._progress(self.serving.active) if self.serving.active else None
+        if live is not None:
+            rows = int(live.count.sum())
+        else:
+            with group_admin(self._settings) as groups:  # at most so many: some are older states of the same items
+                ends, starts = (found(self._settings.topic("items")) for found in (groups.ends, groups.starts))
+            rows = sum(ends) - sum(starts)
+        room.check(room.need(layout, rows, copied), room.free(self._settings.state))
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""
@@ -224,13 +244,45 @@ class Supervisor:
         except Refused as error:
             LOG.warning("activation refused: %s", error)
 
+    def _retire(self, name: str) -> None:
+        if self.serving.generations[name].state != "retiring":
+            self._put(rollout.retire(self.serving, name))
+            LOG.info("generation %s: retiring", name)
+        self._arenas.pop(name, None)  # deleted files that are mapped keep their space
+        try:
+            retire.leave(self._settings, name, self._step)
+        except NotYetError as error:
+            LOG.warning("generation %s: not retired yet: %s", name, error)
+            self._retire_due[name] = time.monotonic() + _RETIRE_AGAIN_S
+            self._put(rollout.wait(self.serving, name, str(error)))
+            return
+        self._put(rollout.retired(self.serving, name))
+        LOG.info("generation %s: retired", name)
+        self._step(5)
+
+    def _clean_up(self) -> None:
+        """What all hosts share of retired generations, once none of them needs it."""
+        names = [name for name, known in self.serving.generations.items() if known.state == "retired"]
+        names = [name for name in names if name not in self._cleaned]
+        if not names or time.monotonic() < self._clean_due:
+            return
+        self._clean_due = time.monotonic() + _CLEAN_AGAIN_S
+        try:
+            waits = retire.clean_up(self._settings, names, self._step)
+        except NotYetError as error:
+            LOG.warning("retired generations are not deleted from Kafka yet: %s", error)
+            waits = dict.fromkeys(names, str(error))
+        self._cleaned.update(name for name in names if name not in waits)
+        for name in names:
+            self._put(rollout.wait(self.serving, name, waits.get(name, "")))
+
     def _retrieval_ready(self, name: str) -> bool:
         waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
         return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
 
-    def _keep_jobs(self) -> None:
+    def _keep_jobs(self, running: list[str]) -> None:
         needed = {"ingest": ["streams", "ingest"], "histories": ["streams", "histories"]}
-        for name in rollout.running(self.serving):
+        for name in running:
             state = self.serving.generations[name].state
             if state == "staged":
                 continue
@@ -241,7 +293,9 @@ class Supervisor:
         self._jobs.keep(needed)
 
     def _progress(self, name: str) -> Progress | None:
-        """What the arena says; None while there is none."""
+        """What the arena says; None while there is none, and when it is about to be deleted."""
+        if self.serving.generations[name].state in ("retiring", "retired"):
+            return None
         folder = self._settings.generation_dir(name)
         try:
             if name not in self._arenas:
@@ -280,7 +334,7 @@ class Jobs:
     def keep(self, needed: dict[str, list[str]]) -> None:
         """Starts those that do not run, and stops those of ours that are not needed."""
         alive = {process.name: process for process in processes.listing(self._folder)}
-        self._stop_all([process for name, process in alive.items() if name not in needed])
+        processes.stop_all([process for name, process in alive.items() if name not in needed], _STOP_S)
         for name, arguments in needed.items():
             process = alive.get(name)
             if process is not None:
@@ -297,7 +351,7 @@ class Jobs:
         return self._gave_up.get(name, "")
 
     def stop(self) -> None:
-        self._stop_all(processes.listing(self._folder))
+        processes.stop_all(processes.listing(self._folder), _STOP_S)
 
     def _start(self, name: str, arguments: list[str]) -> None:
         now = time.monotonic()
@@ -329,71 +383,22 @@ class Jobs:
             return time.time() - beat.time / 1000 > self._silent_s
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
 
-    def _stop_all(self, found: list[processes.Process]) -> None:
-        if found:
-            with ThreadPoolExecutor(len(found)) as threads:
-                list(threads.map(lambda process: processes.stop(process, _STOP_S), found))
-
-
-class Models:
-    """The `models` topic from its start."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._tp = TopicPartition(settings.topic("models"), 0)
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
-        )
-        self._consumer.assign([self._tp])
-        self._consumer.seek(self._tp, self._consumer.beginning_offsets([self._tp])[self._tp])
-        self.events: list[tuple[int, ModelEvent]] = []
-        self.refused: list[tuple[Record, EventError]] = []  # in the order of their offsets
-        self.following = 0
-
-    def read_all(self) -> list[int]:
-        """Everything up to the end as it is now. Raises SupervisorError if that takes a minute."""
-        end = self._consumer.end_offsets([self._tp])[self._tp]
-        deadline = time.monotonic() + 60
-        out: list[int] = []
-        while self._consumer.position(self._tp) < end:
-            out += self.poll(0.5)
-            if time.monotonic() > deadline:
-                raise SupervisorError(f"Topic {self._tp.topic} could not be read to its end.")
-        return out
-
-    def poll(self, wait_s: float) -> list[int]:
-        """Offsets of new events. What is no model event is among `refused`."""
-        out = []
-        for record in self._consumer.poll(timeout_ms=int(wait_s * 1000)).get(self._tp, []):
-            self.following = record.offset + 1
-            try:
-                event = events.model(record.value)
-            except EventError as error:
-                LOG.error("models offset %d is no model event: %s", record.offset, error)
-                found = (record.topic, record.partition, record.offset, record.timestamp, record.key, record.value)
-                self.refused.append((Record(*found, record.headers), error))
-                continue
-            self.events.append((record.offset, event))
-            out.append(record.offset)
-        return out
-
-    def at(self, offset: int) -> ModelEvent | None:
-        return next((event for found, event in self.events if found == offset), None)
-
-    def close(self) -> None:
-        self._consumer.close()
-
 
 class Hosts:
-    """What this host says on `hosts`: at each change of state, and every few seconds while something fills."""
+    """What this host says on `hosts`: at each change of state, every few seconds while something fills, and each minute
+    that it is there.
+    """
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
         self._settings, self._producer = settings, producer
         self._said: dict[str, tuple[str, str]] = {}
-        self._due = 0.0
+        self._due = self._sign_due = 0.0
 
     def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> None:
         now = time.monotonic()
+        if now > self._sign_due:
+            self._sign_due = now + _SIGN_S
+            self._say("", "up", "", None)
         periodic = now > self._due
         for name, known in serving.generations.items():
             said = (known.state, known.reason)
@@ -402,24 +407,27 @@ class Hosts:
             ):
                 continue
             self._said[name] = said
-            found = progress(name)
-            report = HostReport(
-                host=self._settings.host,
-                generation=name,
-                state=known.state,
-                time=time.time_ns() // 1_000_000,
-                reason=known.reason,
-                covered=found.covered.tolist() if found else [],
-                counts=found.count.tolist() if found else [],
-                digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
-            )
-            key = f"{self._settings.host}/{name}".encode()
-            try:
-                self._producer.send(self._settings.topic("hosts"), events.encode(report), key, partition=0)
-            except KafkaError as error:
-                LOG.warning("no report on hosts: %s", error)
+            self._say(name, known.state, known.reason, progress(name))
         if periodic:
             self._due = now + _REPORT_S
+
+    def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
+        host = self._settings.host
+        report = HostReport(
+            host=host,
+            generation=generation,
+            state=state,
+            time=time.time_ns() // 1_000_000,
+            reason=reason,
+            covered=found.covered.tolist() if found else [],
+            counts=found.count.tolist() if found else [],
+            digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
+        )
+        key = f"{host}/{generation}" if generation else host
+        try:
+            self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
+        except KafkaError as error:
+            LOG.warning("no report on hosts: %s", error)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
 
 from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
@@ -77,6 +77,19 @@ def ensure_rows_topic(settings: Settings, generation: str) -> Topic:
     topic = rows_topic_of(settings, generation)
     _ensure(settings, [topic])
     return topic
+
+
+def delete_rows_topic(settings: Settings, generation: str) -> None:
+    """Deletes `rows.<generation>`; done where there is none. Raises BrokerError."""
+    name = rows_topic_of(settings, generation).name
+    with admin_of(settings.kafka_bootstrap) as admin:
+        try:
+            if name in admin.list_topics():
+                admin.delete_topics([name])
+        except UnknownTopicOrPartitionError:  # another host was quicker
+            pass
+        except KafkaError as error:
+            raise BrokerError(f"Topic {name} could not be deleted: {error}.") from error
 
 
 def _ensure(settings: Settings, wanted: list[Topic]) -> None:

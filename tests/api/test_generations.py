@@ -18,6 +18,8 @@ import pytest
 from api.generations import Generations
 from api.retrieval import RetrievalView
 from api.service import Service
+from index.errors import StoreLockedError
+from index.lock import unused
 from streams import rollout
 from tests.host import HOUR, NOW, Host, Seen, catalogue
 
@@ -212,6 +214,37 @@ def test_a_generation_that_was_dropped_is_freed(own_host: Callable[..., Host]) -
     assert [one() is None for one in held] == [True, True, False, False, False, False]
     assert (generations.loaded("g1"), generations.pin().name) == (None, "g3")
     assert generations.loaded("g2") is not None
+
+
+def test_a_retired_generation_is_dropped_and_in_use_until_its_last_request_has_ended(
+    own_host: Callable[..., Host],
+) -> None:
+    """Its retrieval index goes too, which served until the next generation has its own."""
+    host = own_host()
+    generations = Service(host.settings).generations
+    try:
+        for seed, name in enumerate(("g1", "g2")):
+            filled(host, name, seed)
+            if name == "g1":
+                host.retrieval(name)
+            host.activate(name)
+            generations.poll()
+            if name == "g1":
+                request = generations.pin()
+        assert generations.retrieval is not None
+        rollout.write(host.settings.serving_file, rollout.retire(host.serving, "g1"))
+        generations.poll()
+    finally:
+        gc.unfreeze()
+    assert (generations.loaded("g1"), generations.retrieval, generations.pin().name) == (None, None, "g2")
+    folder = host.settings.generation_dir("g1")
+    assert request.rows.get(["1"])[0] is not None
+    with pytest.raises(StoreLockedError), unused(folder):
+        pass
+    del request
+    with unused(folder):
+        generations.poll()
+    assert (generations.pin().name, generations.reason) == ("g2", "")
 
 
 def test_rows_that_change_are_served_at_once(own_host: Callable[..., Host]) -> None:

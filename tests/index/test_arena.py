@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numba import njit, uint64
 
 from index import table
-from index.arena import LEAST_RECORDS, SPARE, ArenaReader, ArenaWriter, Progress, _capacity, arena_folder
+from index.arena import LEAST_RECORDS, SPARE, ArenaReader, ArenaWriter, Progress, arena_folder, records_for
 from index.errors import N2OError, StoreMissingError
 from index.layout import RowLayout
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
@@ -193,9 +193,9 @@ def test_files_hold_a_sixteenth_more_than_their_rows(
 
 @given(st.integers(0, 1 << 32))
 def test_records_per_row_by_size(rows: int) -> None:
-    assert _capacity(rows) >= rows + LEAST_RECORDS
-    assert _capacity(rows) <= (1 + 1 / SPARE) * rows + LEAST_RECORDS
-    assert rows < 11_703 or _capacity(rows) <= 1.15 * rows
+    assert records_for(rows) >= rows + LEAST_RECORDS
+    assert records_for(rows) <= (1 + 1 / SPARE) * rows + LEAST_RECORDS
+    assert rows < 11_703 or records_for(rows) <= 1.15 * rows
 
 
 def test_a_view_from_before_growth_and_updates_is_not_trusted(tmp_path: Path) -> None:

@@ -119,7 +119,6 @@ def test_reduction_of_models() -> None:
     desired = rollout.reduce_models(log)
     assert desired.wishes == [(3, "b"), (5, "c")]
     assert sorted(desired.refused) == [0, 7]
-    assert rollout.reduce_models(log, refused={3}).wishes == [(5, "c")]
 
 
 def test_a_rollback_goes_to_the_newest_other_wish_and_is_refused_where_there_is_none() -> None:
@@ -146,6 +145,117 @@ def test_a_rollback_of_what_is_not_served_only_drops_the_wish() -> None:
     assert rollout.next_active(desired, complete(serving, "b")) is None
 
 
+def test_an_activation_waits_until_its_generation_is_complete() -> None:
+    """Also of a generation staged before the active one, on a host that does not know it, and over a failure."""
+    serving = rollout.activate(complete(staged("a", "b", "c"), "b"), "b")
+    log = [(0, stage("a", when_complete=False)), (1, stage("b")), (2, stage("c")), (3, activate("a"))]
+    desired = rollout.reduce_models(log)
+    assert (rollout.pending(desired, serving), rollout.next_active(desired, serving)) == ("a", None)
+    assert rollout.running(serving) == ["b", "c"]
+    assert rollout.running(serving, "a") == ["a", "b", "c"]
+    elsewhere = rollout.activate(complete(rollout.stage(Serving(), 1, stage("b")), "b"), "b")
+    assert rollout.wanted(desired, elsewhere) == ["a", "c"]
+    assert rollout.pending(desired, rollout.fail(serving, "a", "bad")) == "c"
+    assert rollout.next_active(desired, complete(serving, "a")) == "a"
+    served = rollout.activate(complete(serving, "a"), "a")
+    assert rollout.pending(desired, served) is None
+
+
+def test_a_wish_for_what_is_no_longer_fresh_says_so() -> None:
+    serving = staged("a", "b", "c")
+    for name in "abc":
+        serving = rollout.activate(complete(serving, name), name)
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c"))]
+    assert rollout.explain(rollout.reduce_models(log), serving) == serving
+    back = rollout.reduce_models([*log, (3, ModelEvent("rollback", "b"))])
+    assert rollout.explain(back, serving) == serving
+    too_far = rollout.reduce_models([*log, (3, ModelEvent("rollback", "b")), (4, ModelEvent("rollback", "c"))])
+    assert rollout.next_active(too_far, serving) is None
+    assert "no longer kept fresh" in rollout.explain(too_far, serving).generations["a"].reason
+
+
+def retire(name: str) -> ModelEvent:
+    return ModelEvent("retire", name)
+
+
+def test_what_is_to_be_served_and_what_a_rollback_would_go_to_are_not_retired() -> None:
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, stage("d", when_complete=False))]
+    for name, said in (("c", "is the one to be served"), ("b", "a rollback from c would go to"), ("e", "never staged")):
+        desired = rollout.reduce_models([*log, (4, retire(name))])
+        assert said in desired.refused[4]
+        assert (desired.retired, desired.wishes) == (set(), [(0, "a"), (1, "b"), (2, "c")])
+    for name in ("a", "d"):
+        desired = rollout.reduce_models([*log, (4, retire(name)), (5, retire(name))])
+        assert (desired.retired, desired.refused) == ({name}, {})
+    away = rollout.reduce_models([*log, (4, ModelEvent("rollback", "c")), (5, retire("c")), (6, retire("a"))])
+    assert (away.retired, list(away.refused)) == ({"c"}, [6])
+    alone = rollout.reduce_models([(0, stage("a")), (1, retire("a"))])
+    assert "is the one to be served" in alone.refused[1]
+
+
+def test_a_retired_name_is_never_used_again() -> None:
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))]
+    desired = rollout.reduce_models([*log, (4, stage("a")), (5, activate("a")), (6, ModelEvent("rollback", "a"))])
+    assert "never used twice" in desired.refused[4]
+    assert desired.refused[5] == "generation a was retired"
+    assert desired.wishes == [(1, "b"), (2, "c")]
+    assert (
+        rollout.wanted(rollout.reduce_models([(0, stage("a", when_complete=False)), (1, retire("a"))]), Serving()) == []
+    )
+
+
+def test_each_state_but_active_is_retired() -> None:
+    """And only what the log retires; what was the one before is so no longer."""
+    new = staged("a", "b")
+    filling = rollout.fill(new, "a", [10, 0])
+    failed = rollout.fail(filling, "a", "bad")
+    former = rollout.activate(rollout.activate(complete(complete(new, "a"), "b"), "a"), "b")
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))])
+    for serving in (new, filling, complete(new, "a"), failed, former):
+        assert rollout.retiring(desired, serving) == ["a"]
+        leaving = rollout.retire(serving, "a")
+        assert (leaving.generations["a"].state, leaving.generations["a"].reason) == ("retiring", "")
+        assert (leaving.active, leaving.previous) == (serving.active, None)
+        assert "a" not in rollout.running(leaving)
+        assert rollout.retiring(desired, rollout.wait(leaving, "a", "it is used")) == ["a"]
+        gone = rollout.retired(rollout.wait(leaving, "a", "it is used"), "a")
+        assert (gone.generations["a"].state, gone.generations["a"].reason) == ("retired", "")
+        assert (rollout.retiring(desired, gone), rollout.next_active(desired, gone)) == (
+            [],
+            rollout.next_active(desired, serving),
+        )
+        with pytest.raises(Refused, match="retired and cannot be"):
+            rollout.activate(gone, "a")
+    with pytest.raises(Refused, match="cannot be called retired"):
+        rollout.retired(new, "a")
+
+
+def test_what_this_host_still_serves_is_retired_when_another_one_is_ready() -> None:
+    serving = rollout.activate(complete(staged("a", "b", "c"), "a"), "a")
+    desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, retire("a"))])
+    assert (rollout.retiring(desired, serving), rollout.pending(desired, serving)) == ([], "c")
+    with pytest.raises(Refused, match="is served and cannot be retired"):
+        rollout.retire(serving, "a")
+    serving = rollout.activate(complete(serving, "c"), "c")
+    assert rollout.retiring(desired, serving) == ["a"]
+
+
+def test_what_a_host_cannot_do_without_although_the_log_would_retire_it() -> None:
+    """The two newest wishes have failed here."""
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, stage("d"))]
+    desired = rollout.reduce_models(log)
+    serving = staged("a", "b", "c", "d")
+    for name in "ab":
+        serving = rollout.activate(complete(serving, name), name)
+    for name in "cd":
+        serving = rollout.fail(serving, name, "bad")
+    assert "is the one to be served" in rollout.kept(desired, serving, "b")
+    assert "a rollback from b would go to" in rollout.kept(desired, serving, "a")
+    assert (rollout.kept(desired, serving, "c"), rollout.kept(desired, Serving(), "a")) == ("", "")
+    back = rollout.activate(serving, "a")
+    assert rollout.kept(rollout.reduce_models([*log, (4, ModelEvent("rollback", "b"))]), back, "b") == ""
+
+
 def test_a_new_host_stages_only_what_it_will_need() -> None:
     desired = rollout.reduce_models([(0, stage("a")), (1, stage("b")), (2, stage("c", when_complete=False))])
     assert rollout.wanted(desired, Serving()) == ["b", "c"]
@@ -168,7 +278,8 @@ def test_the_newest_possible_wish_is_served() -> None:
     assert rollout.next_active(back, serving) == "a"
 
 
-NAMES = st.sampled_from(["a", "b", "c"])
+NAMES_USED = ["a", "b", "c"]
+NAMES = st.sampled_from(NAMES_USED)
 EVENTS = st.lists(
     st.one_of(
         st.builds(stage, NAMES, sha=st.sampled_from("xy"), when_complete=st.booleans()),
@@ -190,7 +301,7 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         desired = rollout.reduce_models(enumerate(log[:end]))
         for name in rollout.wanted(desired, serving):
             serving = rollout.stage(serving, desired.staged[name].offset, desired.staged[name].event)
-        for name in rollout.running(serving):
+        for name in rollout.running(serving, rollout.pending(desired, serving)):
             step = data.draw(st.sampled_from(["stay", "complete", "fail"]))
             if step == "complete" and serving.generations[name].state == "staged":
                 serving = complete(serving, name)
@@ -200,12 +311,27 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         chosen = rollout.next_active(desired, serving)
         if chosen is not None:
             serving = rollout.activate(serving, chosen)
+        for name in rollout.retiring(desired, serving):
+            serving = rollout.retire(serving, name)
+            if data.draw(st.booleans()):
+                serving = rollout.retired(serving, name)
+        assert not set(rollout.running(serving)) & desired.retired - {serving.active}
         active = [name for name, known in serving.generations.items() if known.state == "active"]
         assert active == ([serving.active] if serving.active else [])
         assert set(active) <= been_complete
         assert serving.active is None or serving.active in rollout.running(serving)
     assert rollout.next_active(desired, serving) is None
     assert rollout.reduce_models(enumerate(log)) == desired
+
+    for _ in range(len(NAMES_USED) + 1):  # where nothing fails any more, each pending wish comes true
+        waits = rollout.pending(desired, serving)
+        if waits is None:
+            break
+        assert waits in rollout.wanted(desired, serving) or waits in rollout.running(serving, waits)
+        if waits not in serving.generations:
+            serving = rollout.stage(serving, desired.staged[waits].offset, desired.staged[waits].event)
+        serving = rollout.activate(complete(serving, waits), waits)
+    assert rollout.pending(desired, serving) is None
 
 
 def test_the_file_is_replaced_whole_while_it_is_read(tmp_path: Path) -> None:

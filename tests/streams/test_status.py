@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -11,19 +12,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from index.layout import RowLayout, aligned_empty
+from index.n2o import N2OWriter
 from infra import processes
 from infra.kafka.topics import ensure_topics
 from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
+from streams.events import ModelEvent
 from streams.status import status
 from streams.worker import Heartbeat
 from tests.conftest import free_ports
+from tests.rows import batch_of
 from tests.streams.chain import ROOT
 
 
@@ -185,9 +191,63 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     assert done.stderr.strip() == f"{tmp_path / 'nowhere' / 'manifest.json'} cannot be read: No such file or directory"
     assert run(tmp_path, environ, "model", "stage", str(bundle_path), "--generation", "a").returncode == 0
 
-    activate = ("model", "activate", "--generation", "nope")
-    assert run(tmp_path, environ, *activate).returncode == 0  # this machine serves nothing: it only publishes
+    activate = ("model", "activate", "--generation")
+    assert run(tmp_path, environ, *activate, "a").returncode == 0  # this machine serves nothing: it only publishes
     rollout.write(host.serving_file, rollout.Serving())
-    done = run(tmp_path, environ, *activate)
+    for action in ("activate", "rollback"):
+        done = run(tmp_path, environ, "model", action, "--generation", "nope")
+        assert (done.returncode, done.stderr) == (1, "Not published: generation nope was never staged.\n")
+    done = run(tmp_path, environ, "model", "activate")
+    assert (done.returncode, done.stderr) == (2, "`model activate` needs --generation.\n")
+
+    staged = rollout.stage(rollout.Serving(), 0, ModelEvent("stage", "a", "file:///a", "a" * 64))
+    filling = rollout.fill(rollout.wait(staged, "a", "the broker is away"), "a", [10])
+    half = rollout.advance(filling, "a", [4], [False])
+    for serving, said in (
+        (rollout.Serving(), "It is not staged here yet, and is served once it is complete."),
+        (
+            rollout.wait(staged, "a", "no broker"),
+            "It is staged here, 0% (no broker), and is served once it is complete.",
+        ),
+        (half, "It is filling here, 50% (1 of 1 partitions are without a proven fill), and is served once"),
+    ):
+        rollout.write(host.serving_file, serving)
+        done = run(tmp_path, environ, *activate, "a")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+    rollout.write(host.serving_file, rollout.advance(filling, "a", [9], [True]))
+    done = run(tmp_path, environ, *activate, "a")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    rollout.write(host.serving_file, rollout.fail(half, "a", "bad bundle"))
+    done = run(tmp_path, environ, *activate, "a")
     assert done.returncode == 1
-    assert done.stderr.strip() == "This host will refuse it: it knows no generation nope."
+    assert done.stderr == "This host will not serve it: generation a is failed (bad bundle) and cannot be activated.\n"
+
+
+@pytest.mark.e2e
+def test_model_without_its_topic_is_one_sentence(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    host = settings()
+    environ = environment(host) | {"KAFKA_BOOTSTRAP": host.kafka_bootstrap}
+    done = run(tmp_path, environ, "model", "rollback", "--generation", "a")
+    assert done.returncode == 1
+    assert done.stderr == f"There is no topic {host.topic('models')}: `make kafka-topics` makes it.\n"
+
+
+def test_status_has_the_rows_of_each_generation_and_what_it_waits_for(
+    away: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = rollout.Serving()
+    for offset, name in enumerate("ab"):
+        serving = rollout.stage(serving, offset, ModelEvent("stage", name, f"file:///{name}", name * 64))
+    layout, folder = RowLayout(), away.generation_dir("a")
+    (folder / "bundle").mkdir(parents=True)
+    (folder / "bundle" / "manifest.json").write_text(json.dumps({"row": layout.to_json()}))
+    hot, cold = aligned_empty(3, layout.hot), aligned_empty(3, layout.cold)
+    for records in (hot, cold):
+        records.view(np.uint8)[:] = 0
+    with closing(N2OWriter(folder / "n2o", layout, 1, b"key")) as writer:
+        writer.apply([(batch_of(["1", "2", "3"], 0, hot, cold), 0)])
+    rollout.write(away.serving_file, rollout.wait(rollout.fill(serving, "a", [4]), "b", "no broker"))
+    status(away)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["  a: filling, 0%, 3 rows", "  b: staged, 0% (no broker)"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from kafka import KafkaProducer, TopicPartition
 
-from encoders.bundle import Bundle, manifest_sha256
+from encoders.bundle import Bundle, manifest_sha256, seeded_bundle
 from infra import processes
 from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
@@ -27,7 +29,7 @@ from streams import events, rollout
 from streams.publish import Publisher
 from streams.worker import read_heartbeat
 from tests.conftest import JARS, free_ports, wait_until
-from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle
+from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle
 
 pytestmark = pytest.mark.e2e
 
@@ -121,6 +123,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
                 publisher.models([event | {"sha256": sha if name != "other-manifest" else "0" * 64}])
             wait_until(lambda name=name: state_of(host, name) == "failed", f"{name} has failed")  # type: ignore[misc]
             assert reason in serving(host).generations[name].reason
+        assert chain.read("items.dlq") == []
         assert serving(host).active == "a"
         assert live.items() <= jobs(host).items()
 
@@ -132,17 +135,14 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (dead.key, dead.value) == (b"a", b'{"action": "stage"}')
         assert {"error_type": b"malformed", "ce_id": b"7"}.items() <= dict(dead.headers).items()
 
-        # an explicit activation is refused until the generation is complete, and the name is not used again
+        # an explicit activation waits until the generation is complete, and the name is not used again
         with Publisher(host) as publisher:
             stage = {"action": "stage", "generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
             publisher.models([stage, {"action": "activate", "generation": "b"}, stage | {"sha256": "1" * 64}])
-        wait_until(lambda: state_of(host, "b") == "complete", "b is complete")
-        assert serving(host).active == "a"
-        reasons = list(serving(host).refused.values())
-        assert any("b is not complete" in reason for reason in reasons)
-        assert any("never used twice" in reason for reason in reasons)
-        assert command(host, "model", "activate", "--generation", "b").returncode == 0
         wait_until(lambda: serving(host).active == "b", "b is active")
+        (reused,) = [reason for reason in serving(host).refused.values() if "generation b" in reason]
+        assert "never used twice" in reused
+        assert "  b: active, 100%, 100 rows" in command(host, "model", "status").stdout
         assert (serving(host).previous, state_of(host, "a")) == ("a", "former")
         check_rows(chain, "b", bundle, oracle(bodies))
 
@@ -152,6 +152,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (serving(host).previous, state_of(host, "b")) == ("b", "former")
         assert command(host, "model", "activate", "--generation", "b").returncode == 0
         wait_until(lambda: serving(host).active == "b", "b is active once more")
+        for name, reason in (("b", "is the one to be served"), ("a", "is the one that a rollback from b would go to")):
+            refused = command(host, "model", "retire", name)
+            assert refused.returncode == 1
+            assert f"Not published: generation {name} {reason}; activate another one" in refused.stderr
 
         # a killed job comes back; so does the supervisor, to the same jobs
         ingest = jobs(host)["ingest"]
@@ -204,7 +208,39 @@ def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     tensors_of = manifest["tensors"] | {"sha256": hashlib.sha256(raw).hexdigest()}
     (cut / "manifest.json").write_text(json.dumps(manifest | {"tensors": tensors_of}))
     out["cut-tensors"] = (cut, "bad bundle")
+    seeded_bundle(folder / "other-spec", dataclasses.replace(CONFIG, embedding_dim=9), features=FEATURES)
+    unfit = "cannot encode 100 of the first 100 items, the first: embedding has 8 values, the bundle needs 9"
+    out["other-spec"] = (folder / "other-spec", unfit)
     return out
+
+
+def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_copied(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk."""
+    host = settings(partitions=2)
+    large = tmp_path / "large"
+    shutil.copytree(bundle_path, large)
+    manifest = json.loads((large / "manifest.json").read_bytes())
+    manifest["row"]["attributes"] = [f"a{number}" for number in range(1_000_000)]
+    (large / "manifest.json").write_text(json.dumps(manifest))
+    ensure_topics(host)
+    with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap, linger_ms=20)) as producer:
+        for _ in range(shutil.disk_usage(tmp_path).free // 10_000_000):
+            producer.send(host.topic("items"), None, b"1", partition=0)
+    with supervised(host) as supervisor, Publisher(host) as publisher:
+        stage = {"action": "stage", "activate_when_complete": True}
+        publisher.models([stage | {"generation": "a", "uri": large.as_uri(), "sha256": manifest_sha256(large)}])
+        wait_until(lambda: state_of(host, "a") == "failed", "a has failed")
+        reason = serving(host).generations["a"].reason
+        assert re.fullmatch(r"needs [\d.]+ GB of disk, [\d.]+ GB free", reason)
+        assert f"a: failed, 0% ({reason})" in command(host, "status").stdout
+        assert not host.generation_dir("a").exists()
+        with admin_of(host.kafka_bootstrap) as admin:
+            assert host.topic("rows.a") not in admin.list_topics()
+        publisher.models([stage | {"generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}])
+        wait_until(lambda: serving(host).active == "b", "b, for which there is room, is active")
+        assert supervisor.poll() is None
 
 
 def test_without_a_broker_there_is_one_sentence(settings: Callable[..., Settings]) -> None:

@@ -1,0 +1,143 @@
+"""Retiring a generation: everything of it is deleted, on each host and then in Kafka.
+
+The supervisor has written `retiring` to `serving.json` before: no jobs are started for the generation, and API
+processes drop it. From there on, on each host:
+
+    1  its jobs are stopped
+    2  its folder is deleted (bundle, RocksDB, arena, retrieval index), once no request uses it any more
+    3  what its jobs left is deleted: heartbeats, logs, working folders
+    4  the consumer group of this host is deleted
+    5  the supervisor writes `retired` and says so on `hosts`
+
+and once every host has said so, on any of them:
+
+    6  the consumer group of its encoders is deleted
+    7  the topic `rows.<generation>` is deleted
+
+Each step may be repeated, so after a kill all of them are, from the first.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import closing, suppress
+from pathlib import Path
+
+import msgspec
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from index.errors import StoreLockedError
+from index.lock import unused
+from infra import processes
+from infra.kafka.broker import BrokerError
+from infra.kafka.topics import delete_rows_topic
+from infra.processes import ProcessError
+from infra.settings import Settings
+from streams.events import HostReport
+from streams.groups import GroupError, group_admin
+
+Step = Callable[[int], object]
+_JOBS = ("encode", "replicate", "retrieval")
+_LOGS = (".json", ".log", ".log.1")
+_STOP_S = 10.0
+_READ_S = 10.0
+
+
+class NotYetError(Exception):
+    """Something has to end first, or the broker is away: trying again is right. The message is one sentence."""
+
+
+def leave(settings: Settings, generation: str, step: Step = int) -> None:
+    """Steps 1 to 4 on this host; `step(number)` is called after each. Raises NotYetError."""
+    jobs = [f"{job}-{generation}" for job in _JOBS]
+    logs, folder = settings.state / "logs", settings.generation_dir(generation)
+    try:
+        found = (processes.find(name, logs) for name in jobs)
+        processes.stop_all([process for process in found if process is not None], _STOP_S)  # 1
+        step(1)
+        with unused(folder):
+            _delete(folder)  # 2
+        step(2)
+        for name in jobs:  # 3
+            _delete(settings.state / "faust" / name)
+            for path in (settings.heartbeat_dir / f"{name}.json", *(logs / f"{name}{end}" for end in _LOGS)):
+                path.unlink(missing_ok=True)
+        step(3)
+        with group_admin(settings) as groups:
+            groups.delete(settings.topic(f"replicate-{settings.host}-{generation}"))  # 4
+        step(4)
+    except StoreLockedError:
+        raise NotYetError("a request, or an API process that could not load its successor, still uses it") from None
+    except (ProcessError, BrokerError, GroupError) as error:
+        raise NotYetError(str(error)) from error
+    except OSError as error:
+        raise NotYetError(f"{error.filename or folder} could not be deleted: {error.strerror}") from error
+
+
+def clean_up(settings: Settings, generations: Collection[str], step: Step = int) -> dict[str, str]:
+    """Steps 6 and 7 of those that no host keeps; gives why the others have to wait. Raises NotYetError."""
+    waits = {}
+    try:
+        reports, now = _reports(settings), now_ms()
+        for generation in generations:
+            if hosts := keepers(reports, generation, now, settings.host_gone_s):
+                waits[generation] = f"its topic is kept until {', '.join(hosts)} has retired it"
+                continue
+            with group_admin(settings) as groups:
+                groups.delete(settings.topic(f"encode-{generation}"))  # 6
+            step(6)
+            delete_rows_topic(settings, generation)  # 7
+            step(7)
+    except (BrokerError, GroupError) as error:
+        raise NotYetError(str(error)) from error
+    return waits
+
+
+def keepers(reports: Iterable[HostReport], generation: str, now: int, gone_s: float) -> list[str]:
+    """Hosts that have said something else of the generation than that they retired it, and were heard of since
+    `gone_s`. Times in ms.
+    """
+    states: dict[str, str] = {}
+    heard: dict[str, int] = {}
+    for report in reports:
+        heard[report.host] = max(report.time, heard.get(report.host, 0))
+        if report.generation == generation:
+            states[report.host] = report.state
+    return sorted(host for host, state in states.items() if state != "retired" and now - heard[host] < 1000 * gone_s)
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _reports(settings: Settings) -> list[HostReport]:
+    """All of `hosts` up to its end as it is now. Raises NotYetError."""
+    place, out = TopicPartition(settings.topic("hosts"), 0), []
+    try:
+        with closing(
+            KafkaConsumer(
+                bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
+            )
+        ) as consumer:
+            consumer.assign([place])
+            consumer.seek_to_beginning(place)
+            end, deadline = consumer.end_offsets([place])[place], time.monotonic() + _READ_S
+            while consumer.position(place) < end:
+                found = consumer.poll(timeout_ms=200).get(place, [])
+                out += [msgspec.json.decode(record.value, type=HostReport) for record in found]
+                if time.monotonic() > deadline:
+                    raise NotYetError(f"topic {place.topic} could not be read to its end")
+    except KafkaError as error:
+        raise NotYetError(f"topic {place.topic} cannot be read: {error}") from error
+    except msgspec.DecodeError as error:
+        raise NotYetError(f"topic {place.topic} holds what is no report: {error}") from error
+    return out
+
+
+def _delete(folder: Path) -> None:
+    while folder.exists():
+        with suppress(FileNotFoundError):  # of what a process was just removing itself
+            shutil.rmtree(folder)
