@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from encoders.bundle import Bundle, seeded_bundle
 from encoders.fold import Behaviours, ItemFold, reference_scores
+from encoders.model import ModelConfig
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
@@ -88,8 +89,11 @@ class Host:
 
     # what the jobs do
 
-    def bundle(self, generation: str, seed: int = 0, precision: Any = "fp32") -> Bundle:
-        made = seeded_bundle(self.settings.generation_dir(generation) / "bundle", seed=seed, precision=precision)
+    def bundle(
+        self, generation: str, seed: int = 0, precision: Any = "fp32", config: ModelConfig | None = None
+    ) -> Bundle:
+        folder = self.settings.generation_dir(generation) / "bundle"
+        made = seeded_bundle(folder, config, seed, precision=precision)
         self.bundles[generation] = made
         layout = RowLayout.from_json(made.manifest.row)
         path = self.settings.generation_dir(generation) / "n2o"
