@@ -8,7 +8,9 @@ becomes a 500.
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,7 +58,10 @@ def application() -> ASGIApp:
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, "api")
     sys.setswitchinterval(1e-4)  # a thread that holds the GIL gives it up within 0.1 ms, not 5
-    return create_app(Service(settings))
+    service = Service(settings)
+    # in a thread: the interrupted one may hold what forgetting needs
+    signal.signal(signal.SIGUSR1, lambda *_: threading.Thread(target=service.users.forget).start())
+    return create_app(service)
 
 
 def create_app(service: Service) -> ASGIApp:

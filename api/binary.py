@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from api.prerank import Answer
 from api.problems import ProblemError, decode, integer, invalid
-from api.schemas import Comparison, ScoreOptions
+from api.schemas import DEADLINE_MAX_MS, Comparison, ScoreOptions
 from api.users import moment_text
 
 ANSWER = (
@@ -29,6 +29,7 @@ PARAMETERS = {
     "as_of": "milliseconds since the epoch, or RFC 3339",
     "order": "as in the JSON form",
     "filters": "as in the JSON form, as JSON",
+    "deadline_ms": "as in the JSON form",
 }
 _FILTERS = msgspec.json.Decoder(dict[str, Comparison])
 
@@ -50,6 +51,8 @@ def options_of(parameters: Mapping[str, str]) -> ScoreOptions:
     )
     if (as_of := parameters.get("as_of")) is not None:
         options.as_of = moment_text(as_of)
+    if (deadline := parameters.get("deadline_ms")) is not None:
+        options.deadline_ms = _deadline(deadline)
     if "filters" in parameters:
         try:
             options.filters = decode(_FILTERS, parameters["filters"].encode())
@@ -79,6 +82,16 @@ def answer_of(answer: Answer, ids: NDArray[np.uint64], ranked: bool) -> tuple[by
     out: NDArray[Any] = np.full(len(ids), np.nan, "<f4")
     out[answer.places] = scores
     return out.tobytes(), headers
+
+
+def _deadline(text: str) -> float:
+    try:
+        deadline = float(text)
+    except ValueError:
+        deadline = 0.0
+    if not 0 < deadline <= DEADLINE_MAX_MS:
+        raise invalid("deadline_ms", f"expected milliseconds above 0 and up to {DEADLINE_MAX_MS}")
+    return deadline
 
 
 def _count(text: str | None) -> int | None:

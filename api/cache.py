@@ -7,6 +7,7 @@ computation itself may need.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -17,6 +18,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Generic, Literal, TypeVar
 
+from api.admission import FullError
 from infra import telemetry
 
 K = TypeVar("K", bound=Hashable)
@@ -71,9 +73,13 @@ class FutureCache(Generic[K, S, V]):
         same: Callable[[S, S], bool],
         metrics: CacheMetrics,
         clock: Callable[[], float] = time.monotonic,
+        refresh_at: float = _REFRESH_AT,
+        refresh_hits: int = _REFRESH_HITS,
     ) -> None:
+        """`refresh_at`, `refresh_hits`: at what share of the TTL, and used how often, an entry is computed anew in the
+        background."""
         self._limit, self._ttl, self._size_of, self._same, self._clock = bytes_limit, ttl_s, size_of, same, clock
-        self._metrics = metrics
+        self._metrics, self._refresh_at, self._refresh_hits = metrics, refresh_at, refresh_hits
         self._entries: OrderedDict[K, _Entry[S, V]] = OrderedDict()
         self._nbytes = 0
         self._swept = clock()
@@ -87,7 +93,8 @@ class FutureCache(Generic[K, S, V]):
 
         `instead_of`: one that was given before and that the caller knows to be outdated; the first who says so has it
         replaced (renewed). A hot entry near its end is also started anew, but its old value is given until the new one
-        is there.
+        is there. Raises FullError where `submit` does, which leaves all as it was; an entry that would be started
+        anew ahead of its end serves on.
         """
         with self._lock:
             entry = self._fresh(key)
@@ -97,7 +104,9 @@ class FutureCache(Generic[K, S, V]):
                 future, started = entry.future, None
                 found: Found = "hit" if future.done() and not _failed(future) else "joined"
                 if self._hit(entry):
-                    started = submit()
+                    with contextlib.suppress(FullError):
+                        started = submit()
+                if started is not None:
                     entry.next = _Entry(started, state, self._clock(), entry.hits + entry.earlier)
             else:
                 future = started = submit()
@@ -110,6 +119,13 @@ class FutureCache(Generic[K, S, V]):
         if started is not future and started is not None:
             self._metrics.refreshes.inc()
         return future, found
+
+    def clear(self) -> None:
+        """Forgets everything; what is being computed reaches those who wait for it, and nobody else."""
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0
+        self._metrics.nbytes.set(0)
 
     def hottest(self, count: int) -> list[K]:
         """The keys with most hits, most first."""
@@ -138,8 +154,8 @@ class FutureCache(Generic[K, S, V]):
     def _hit(self, entry: _Entry[S, V]) -> bool:
         """Counts it; whether the entry is to be made anew, which is said once."""
         entry.hits += 1
-        old = self._clock() - entry.born > _REFRESH_AT * self._ttl
-        return old and entry.next is None and entry.hits >= _REFRESH_HITS and entry.future.done()
+        old = self._clock() - entry.born > self._refresh_at * self._ttl
+        return old and entry.next is None and entry.hits >= self._refresh_hits and entry.future.done()
 
     def _put(self, key: K, new: _Entry[S, V]) -> None:
         """In the place of whatever is there."""
@@ -149,11 +165,14 @@ class FutureCache(Generic[K, S, V]):
     def _finished(self, key: K, future: Future[V]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.next is not None and entry.next.future is future and not _failed(future):
+            if entry is not None and entry.next is not None and entry.next.future is future:
+                if _failed(future):
+                    entry.next = None  # the old value goes on until it ends, and the next hit may try again
+                    return
                 entry = entry.next
                 self._put(key, entry)
             if entry is None or entry.future is not future:
-                return  # replaced or gone meanwhile, or a refresh that failed: the old value goes on until it ends
+                return  # replaced or gone meanwhile
             if _failed(future):
                 self._remove(key)
                 return

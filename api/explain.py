@@ -39,6 +39,7 @@ def explain(generation: Generation, side: UserSide, item_id: str, hot: NDArray[A
         crosses=_cross_names(generation, hot[0]["crosses"]),
         row_version=version,
         user=side.seen(),
+        degraded=list(side.degraded),
     )
 
 

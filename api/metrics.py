@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Any
 
+from api.crosses import MISSING, OLD
 from api.prerank import Answer
 from api.schemas import Stages
 from infra import telemetry
@@ -32,6 +33,8 @@ class RequestMetrics:
         }
         self._asked = {route: asked.labels(route) for route in ROUTES}
         self._missing = {route: missing.labels(route) for route in ROUTES}
+        degraded = telemetry.counter("forerank_degraded", "Requests served with less, by what was less", ("what",))
+        self._degraded = {what: degraded.labels(what) for what in (MISSING, OLD)}
         self._pauses = _Pauses()
 
     def observe(self, route: str, answer: Answer) -> None:
@@ -39,6 +42,9 @@ class RequestMetrics:
             seconds.observe(getattr(answer.stages, stage) / 1e3)
         self._asked[route].inc(len(answer.candidates))
         self._missing[route].inc(len(answer.rows.missing))
+        for what in answer.degraded:
+            if what in self._degraded:
+                self._degraded[what].inc()
         self._pauses.observe()
 
     def start(self) -> None:

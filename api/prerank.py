@@ -27,6 +27,7 @@ from index.keys import keys_of, keys_of_ints
 from infra.settings import Settings
 
 ATTRIBUTES_MAX = 1_000  # items whose full attributes one request may ask for: each is a read of RocksDB
+CROSSES_SHARE = 0.4  # of a request's deadline: until when it waits for crosses that come from elsewhere
 RETRIEVED = 2_000  # candidates of a recommendation that does not say how many
 Names = list[Any] | NDArray[Any]
 Ids = Sequence[Id] | NDArray[np.integer[Any]]
@@ -100,6 +101,10 @@ class Clock:
         took, self._last = (now - self._last) * 1e3, now
         return took
 
+    def at(self, ms: float) -> float:
+        """The moment so long after the beginning, as `time.perf_counter` gives it."""
+        return self._began + ms / 1e3
+
     def total(self) -> float:
         return (time.perf_counter() - self._began) * 1e3
 
@@ -137,7 +142,8 @@ class Merger:
         rows = gather(generation, candidates, query, cold=weight is not None or "trace" in query.include)
         gather_ms = clock.lap()
 
-        side = user.result()
+        deadline_ms = query.deadline_ms or self._settings.deadline_ms
+        side = user.result(until=clock.at(CROSSES_SHARE * deadline_ms))
         clock.lap()
         scores = rtp.score(generation, side, rows.hot)
         score_ms = clock.lap()

@@ -21,7 +21,7 @@ _TITLES = {
     415: "Unsupported media type",
     422: "Invalid request",
     500: "Internal error",
-    503: "Not ready",
+    503: "Not available now",
     504: "Not in time",
 }
 _INTEGER = re.compile(r"-?[0-9]{1,18}")

@@ -23,6 +23,16 @@ Numbers = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"typ
 Integers = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"type": "integer"}})]
 Ids = Annotated[Raw, Meta(extra_json_schema={"type": "array", "items": {"type": ["integer", "string"]}})]
 Include = Literal["trace", "attributes"]
+DEADLINE_MAX_MS = 60_000
+Deadline = Annotated[
+    float,
+    Meta(
+        gt=0,
+        le=DEADLINE_MAX_MS,
+        description="what the request may take; decides how long crosses of a feature service are waited for; "
+        "default: the setting of the service",
+    ),
+]
 
 
 def column(values: np.ndarray[Any, Any] | list[Any]) -> Raw:
@@ -78,6 +88,7 @@ class Query(Struct, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = "score"
     include: list[Include] = field(default_factory=list)
+    deadline_ms: Deadline | None = None
 
 
 class ScoreOptions(Query, kw_only=True):
@@ -106,6 +117,11 @@ class PrefetchRequest(Struct, forbid_unknown_fields=True):
 
 
 # ---- responses
+
+_DEGRADED = Meta(
+    description="what was served with less than it should have: `crosses` = without cross features, `old crosses` = "
+    "with some past their time, anything else in words"
+)
 
 
 class Stages(Struct):
@@ -162,7 +178,7 @@ class Ranked(Struct, omit_defaults=True):
     missing: Annotated[Ids, Meta(description="candidates without a row, as the request named them")]
     filtered: Annotated[int, Meta(description="candidates left out by `filters`")]
     candidates: int
-    degraded: Annotated[list[str], Meta(description="what was served with less than it should have, in words")]
+    degraded: Annotated[list[str], _DEGRADED]
     user: UserSeen
     stages_ms: Stages
     attributes: Annotated[list[dict[str, Any]] | None, Meta(description="with include=attributes")] = None
@@ -211,6 +227,7 @@ class Explanation(Struct):
     crosses: list[str]
     row_version: int
     user: UserSeen
+    degraded: Annotated[list[str], _DEGRADED]
 
 
 class ItemRow(Struct):

@@ -7,7 +7,8 @@ user's block there.
 SIGTERM or Ctrl-C ends all of them, SIGHUP exchanges them: new processes start, and once all are ready the old ones end.
 A process that ends by itself is replaced. A process that is to end answers what it was asked, and tells callers with
 each answer to come on another connection, before it closes those that are idle; whoever asks again within two seconds
-loses no request to an exchange. When all end, new connections are refused at once.
+loses no request to an exchange. When all end, new connections are refused at once. SIGUSR1 makes the processes forget
+the user blocks and crosses that they keep.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class _Processes:
         self._signals, self._raised = multiprocessing.Pipe(duplex=False)
 
     def run(self) -> None:
-        handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         for number in handled:
             signal.signal(number, lambda number, _: self._raised.send(number))
         try:
@@ -121,6 +122,8 @@ class _Processes:
                         return
                     case signal.SIGHUP:
                         self._exchange()
+                    case signal.SIGUSR1:
+                        self._forget()
                     case _:
                         self._replace_dead()
             raise ServeError("The API's processes end before they serve; the log has the reason.")
@@ -175,6 +178,12 @@ class _Processes:
             LOG.info("processes exchanged", extra={"seconds": round(time.monotonic() - began, 1)})
         elif self._serving:
             LOG.error("the new processes do not start; the old ones go on")
+
+    def _forget(self) -> None:
+        """Tells those that serve; the others have nothing yet."""
+        for child in self._serving:
+            if child.process.pid is not None and (child.served or (child.ready.poll() and child.heard())):
+                os.kill(child.process.pid, signal.SIGUSR1)
 
     def _replace_dead(self) -> None:
         self._ending = [child for child in self._ending if child.process.is_alive()]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from api import items
+from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
 from api.metrics import RequestMetrics
@@ -39,7 +40,8 @@ class Service:
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
         self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
         self.generations = Generations(settings, self._warm_up)
-        self.users = Users(settings, lambda: self.generations.histories, self.inferences)
+        crosses = crosses_of(settings)
+        self.users = Users(settings, lambda: self.generations.histories, self.inferences, crosses)
         self.merger = Merger(settings, self.generations, self.users)
         self.feed = Feed(settings)
         self.waiters = Waiters(self.generations.pin)
@@ -53,6 +55,8 @@ class Service:
         self.generations.close()
         self.requests.shutdown()
         self.inferences.shutdown()
+        if self.users.crosses is not None:
+            self.users.crosses.close()
         self.feed.close()
         self.metrics.stop()
 

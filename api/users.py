@@ -4,14 +4,18 @@ Runs beside retrieval and must not wait for it. Reads the history and the profil
 items *from the pinned generation*, and folds. A user of whom nothing is known is a cold user and is served; behaviours
 whose items have no row are left out and counted. The blocks of stored users are kept and shared by requests for the
 same user, generation and `as_of`, while the user's profile, history and its items' rows are what they were made from.
+
+Where crosses come from a feature service, blocks are made without them, and they are fetched at the same time
+(api/crosses.py): a request that cannot wait for them is served without, and says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -19,12 +23,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from api.admission import Admission, FullError
 from api.cache import CacheMetrics, Found, FutureCache
+from api.crosses import CrossCache, HostHistories, Key, Past, SourceError, UserCrosses, Wanted, behaviours_of
 from api.generations import Generation
-from api.problems import integer, invalid
+from api.problems import ProblemError, integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
-from encoders.fold import Behaviours, UserBlock
+from encoders.fold import UserBlock
 from index.arena import ArenaReader
 from index.histories import HistoriesReader
 from index.kernels import UserTables, user_tables
@@ -35,7 +41,7 @@ from streams import events
 LOG = logging.getLogger(__name__)
 State = Literal["started", "in flight", "ready"]
 Origin = Literal["store", "prefetched", "cached"]
-Key = tuple[str, str, int | str | None]  # user, generation, `as_of` as it was given
+_WARM_S = 5.0  # for crosses of a generation that is about to be served
 INLINE = -2  # history position of a user who was sent along; -1 is that of one without behaviours
 
 
@@ -52,6 +58,10 @@ class UserSource:
     position: int
     as_of: int
     degraded: tuple[str, ...] = ()
+
+    @property
+    def past(self) -> Past:
+        return Past(self.keys, self.actions, self.times, self.action_names, self.position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,15 @@ class UserSide:
         """This one for another request than the one it was inferred for, which it took `ms`."""
         return dataclasses.replace(self, origin="cached" if self.origin == "store" else self.origin, ms=ms)
 
+    def with_crosses(self, found: UserCrosses | None, said: tuple[str, ...], ms: float) -> UserSide:
+        """This one for a request whose crosses were made apart, within `ms`; without any where none were found."""
+        degraded = (*self.degraded, *said)
+        if found is None:
+            return dataclasses.replace(self, degraded=degraded, ms=ms)
+        tables = dataclasses.replace(self.tables, G=found.table, cross_slots=found.crosses.slots)
+        block = self.block.with_crosses(found.crosses)
+        return dataclasses.replace(self, block=block, tables=tables, degraded=degraded, ms=ms)
+
     def seen(self) -> UserSeen:
         source = self.source
         return UserSeen(
@@ -126,15 +145,25 @@ class Inference:
     found: Found
     began: float
     renewed: Callable[[UserSide], Inference | None] = lambda _: None  # another one, where the side is outdated by now
+    crosses: Wanted | None = None  # None: the block has them
 
-    def result(self) -> UserSide:
-        """Raises what the inference raised, also where another request began it."""
+    def result(self, until: float | None = None) -> UserSide:
+        """Raises what the inference raised, also where another request began it. `until` (`time.perf_counter`): how
+        long crosses are waited for that come from elsewhere; None: as long as their fetch takes."""
+        side = self._side()
+        if self.crosses is None:
+            return side
+        found, said = self.crosses.result(until)
+        ready = time.perf_counter() if found is None else found.finished
+        return side.with_crosses(found, said, max(side.ms, (ready - self.began) * 1e3))
+
+    def _side(self) -> UserSide:
         side = self.future.result()
         if self.found in ("miss", "renewed"):
             return side
         # who joined did so when the rows may have been read already
         if self.found == "joined" and (other := self.renewed(side)) is not None:
-            return other.result()
+            return other._side()
         return side.shared(max(0.0, side.finished - self.began) * 1e3)
 
 
@@ -170,9 +199,16 @@ class Users:
     """User sides for requests. `pool` runs the inferences; NumPy, Torch and LMDB release the GIL in it."""
 
     def __init__(
-        self, settings: Settings, histories: Callable[[], HistoriesReader | None], pool: ThreadPoolExecutor
+        self,
+        settings: Settings,
+        histories: Callable[[], HistoriesReader | None],
+        pool: ThreadPoolExecutor,
+        crosses: CrossCache | None = None,
     ) -> None:
+        """`crosses`: None for those of the histories, which the blocks have."""
         self._settings, self._histories, self._pool = settings, histories, pool
+        self.crosses = crosses
+        self._admission = Admission("users", settings.user_misses)
         self._hash_key = settings.hash_key.encode()
         self.blocks: FutureCache[Key, UserSource, UserSide] = FutureCache(
             settings.prefetch_bytes,
@@ -201,25 +237,41 @@ class Users:
     def prefetch(self, generation: Generation, user_id: str, as_of: int | str | None) -> State:
         """Starts the inference unless a right one of this user, generation and `as_of` is there."""
         source = self.stored(user_id, moment(as_of, "as_of"))
-        inference = self._shared(generation, (user_id, generation.name, as_of), source, "prefetched")
+        inference = self._begun(generation, (user_id, generation.name, as_of), source, "prefetched")
         return "started" if inference.found == "miss" else "ready" if inference.future.done() else "in flight"
 
     def begin(self, generation: Generation, query: Query, source: UserSource) -> Inference:
-        """The user's side, made in the pool; that of a stored user is shared with all who ask for the same."""
+        """The user's side, made in the pool; that of a stored user is shared with all who ask for the same. Raises
+        ProblemError `overloaded` where it is not there and as many inferences run as may."""
         if query.user is not None:
-            return Inference(self._pool.submit(infer, generation, source), "miss", time.perf_counter())
-        return self._shared(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
+            with _overloaded():
+                future = self._admission.submit(self._pool, infer, generation, source)
+            return Inference(future, "miss", time.perf_counter())
+        return self._begun(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
+
+    def forget(self) -> None:
+        """All kept blocks and crosses."""
+        self.blocks.clear()
+        if self.crosses is not None:
+            self.crosses.kept.clear()
 
     def warm(self, generation: Generation, count: int) -> None:
         """Infers the users of the `count` most used blocks for a generation that is about to be served, one after the
-        other. One who cannot be inferred now is left to the requests."""
+        other, and lets their crosses be fetched meanwhile. One who cannot be inferred now is left to the requests."""
+        until = time.perf_counter() + _WARM_S
         asked = dict.fromkeys((user_id, as_of) for user_id, _, as_of in self.blocks.hottest(count))
         for user_id, as_of in asked:
             try:
                 source = self.stored(user_id, moment(as_of, "as_of"))
-                self._shared(generation, (user_id, generation.name, as_of), source, "store").result()
+                self._begun(generation, (user_id, generation.name, as_of), source, "store").result(until)
             except Exception:
                 LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
+
+    def _begun(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
+        """Block and crosses. Raises ProblemError `overloaded`."""
+        crosses = None if self.crosses is None else self.crosses.begin(generation, key, source.as_of)
+        with _overloaded():
+            return dataclasses.replace(self._shared(generation, key, source, origin), crosses=crosses)
 
     def _shared(
         self,
@@ -232,10 +284,13 @@ class Users:
         began = time.perf_counter()
 
         def submit() -> Future[UserSide]:
-            return self._pool.submit(infer, generation, source, origin)
+            return self._admission.submit(self._pool, infer, generation, source, origin, self.crosses is None)
 
         def renewed(side: UserSide) -> Inference | None:
-            return None if side.current(generation.arena) else self._shared(generation, key, source, origin, future)
+            if side.current(generation.arena):
+                return None
+            with _overloaded():
+                return self._shared(generation, key, source, origin, future)
 
         future, found = self.blocks.start(key, source, submit, instead_of)
         while found == "hit" and not future.result().current(generation.arena):
@@ -244,14 +299,15 @@ class Users:
 
     def stored(self, user_id: str, as_of: int) -> UserSource:
         """Profile and history of the stores; empty ones for a user they do not know."""
+        degraded: tuple[str, ...] = ()
+        try:
+            past = HostHistories(self._histories).past(user_id, as_of)
+        except SourceError as error:
+            past, degraded = Past.nothing(), (str(error),)
         histories = self._histories()
-        if histories is None:
-            nothing = np.zeros((0, 2), np.uint64), np.zeros(0, np.uint8), np.zeros(0, np.int64)
-            return UserSource(user_id, None, *nothing, (), -1, as_of, ("histories are not available yet",))
-        history = histories.history(user_id, as_of)
-        profile = histories.profile(user_id)
+        profile = None if degraded or histories is None else histories.profile(user_id)
         return UserSource(
-            user_id, profile, history.keys, history.actions, history.times, histories.actions(), history.position, as_of
+            user_id, profile, past.keys, past.actions, past.times, past.action_names, past.position, as_of, degraded
         )
 
     def inline(self, user: InlineUser, as_of: int) -> UserSource:
@@ -276,35 +332,35 @@ class Users:
         )
 
 
-def infer(generation: Generation, source: UserSource, origin: Origin = "store") -> UserSide:
-    """Behaviours' rows -> user block, all of `generation`. A stored profile that it cannot read counts as none."""
+def infer(generation: Generation, source: UserSource, origin: Origin = "store", crosses: bool = True) -> UserSide:
+    """Behaviours' rows -> user block, all of `generation`, with or without `crosses`. A stored profile that it cannot
+    read counts as none."""
     began = time.perf_counter()
     hot, cold, there = generation.arena.gather_both(source.keys)
     rows = HistoryRows.of(cold, there)
-    actions, times = source.actions, source.times
-    if not there.all():
-        hot, cold, actions, times = hot[there], cold[there], actions[there], times[there]
-    codes = generation.bundle.manifest.features.action_codes(source.action_names)
-    behaviours = Behaviours(
-        vectors=cold["vector"],
-        signatures=hot["signature"],
-        crosses=hot["crosses"],
-        actions=codes[actions] if len(codes) else np.zeros(0, np.uint8),
-        times=times,
-    )
+    behaviours = behaviours_of(generation, source.past, hot, cold, there)
     degraded = source.degraded
     try:
-        block = generation.user_fold.block(source.profile, behaviours, source.as_of)
+        block = generation.user_fold.block(source.profile, behaviours, source.as_of, crosses=crosses)
     except FeatureError as error:
         if source.position == INLINE:
             raise invalid("user.features", str(error)) from error
-        block = generation.user_fold.block(None, behaviours, source.as_of)
+        block = generation.user_fold.block(None, behaviours, source.as_of, crosses=crosses)
         degraded = (*degraded, f"the profile cannot be read by this generation: {error}")
     narrow = generation.layout.precision == "fp16"
     tables = user_tables(*block.arrays, narrow=narrow)
-    used = min(len(times), generation.bundle.manifest.config.longest)
+    used = min(len(behaviours), generation.bundle.manifest.config.longest)
     now = time.perf_counter()
     return UserSide(block, tables, source, rows, degraded, used, (now - began) * 1e3, now, origin)
+
+
+@contextlib.contextmanager
+def _overloaded() -> Iterator[None]:
+    """What a caller is told where as many inferences run as may."""
+    try:
+        yield
+    except FullError as error:
+        raise ProblemError(503, "overloaded", "as many users are being inferred as may be; try again") from error
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:

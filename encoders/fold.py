@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,16 @@ class Behaviours:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crosses:
+    """A user's SIM cross features, folded; valid for one generation and one point in time."""
+
+    G: F4  # [c + 1, h]; row 0 = a cross that the user never met, and an item without crosses
+    slots: U2  # [c], by kind; slot k belongs to row k + 1 of G
+    generation: str
+    as_of: int
+
+
+@dataclasses.dataclass(frozen=True)
 class UserBlock:
     """The folded user side of the first layer, valid for one generation and one point in time."""
 
@@ -95,6 +105,12 @@ class UserBlock:
     def arrays(self) -> tuple[Any, ...]:
         """What `index.kernels.user_tables` takes."""
         return self.P, self.C, self.D, self.G, self.cross_slots, self.window, self.lengths, self.weight
+
+    def with_crosses(self, crosses: Crosses) -> UserBlock:
+        """This block with crosses that were made apart from it. Raises ValueError for those of another generation."""
+        if crosses.generation != self.generation:
+            raise ValueError(f"crosses of generation {crosses.generation} met a block of generation {self.generation}")
+        return dataclasses.replace(self, G=crosses.G, cross_slots=crosses.slots)
 
     def histograms(self, signatures: U1, edges: npt.NDArray[np.int32]) -> list[npt.NDArray[np.int32]]:
         """SimTier's counts [n, tiers] of items with these signatures [n, b / 8]: those of each window."""
@@ -193,47 +209,26 @@ class UserFold:
         self._alone = _array(alone)
         self._rooms = threading.local()
 
-    def block(self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int) -> UserBlock:
+    def block(
+        self, profile: Mapping[str, Any] | None, behaviours: Behaviours, as_of: int, *, crosses: bool = True
+    ) -> UserBlock:
         """The block of a user at `as_of` (ms); later behaviours do not enter, nor any before the config's `longest`. A
         profile without features is none. Raises FeatureError for a bad profile, ValueError for columns of other shapes.
 
-        The behaviours' columns may be views with strides, and vectors fp16.
+        The behaviours' columns may be views with strides, and vectors fp16. Without `crosses` it is that of a user who
+        never met any, for `UserBlock.with_crosses`.
         """
         config, past = self._config, behaviours.until(as_of, self._config.longest)
-        L, h = len(past), config.width
-        _checked(past, config)
-        vectors = _by_row(past.vectors, np.float32, np.float16)
-        signatures, crosses = _by_row(past.signatures, np.uint8), _by_row(past.crosses, np.uint16)
-        sizes, room = self._sizes[vectors.dtype == np.float16], self._room()
-        P, C, D = (
-            np.empty(h, np.float32),
-            np.empty((config.bridges, h), np.float32),
-            np.empty((config.bits, h), np.float32),
-        )
-        columns = [part for array in (vectors, signatures, crosses) for part in (array.ctypes.data, array.strides[0])]
-        actions, times = np.ascontiguousarray(past.actions, np.uint8), np.ascontiguousarray(past.times, np.int64)
-        mine = self._profile(profile)
-        user_ir.user(sizes, RECENCY_EDGES)(
-            self._weights.ctypes.data,
-            room.scratch.ctypes.data,
-            L,
-            *columns,
-            actions.ctypes.data,
-            times.ctypes.data,
-            as_of,
-            mine.ctypes.data,
-            *(array.ctypes.data for array in (room.places, P, C, D)),
-            *(array.ctypes.data for array in (room.slots, room.counts, room.newest, room.sums, room.found)),
-        )
-        if not L:
-            P += self._alone
+        folded = self._folded(past, as_of, self._profile(profile))
+        P = folded.P if len(past) else folded.P + self._alone
         size = config.window if config.has("simtier") else 0
-        window, weight = lsh.thinned(np.ascontiguousarray(signatures[max(0, L - size) :]), config.short_window)
-        slots, G = self._sim(room, sizes, as_of, times) if config.has("sim") else (_NO_SLOTS, self._absent[None, :])
+        recent = np.ascontiguousarray(folded.signatures[max(0, len(past) - size) :])
+        window, weight = lsh.thinned(recent, config.short_window)
+        slots, G = self._sim(folded, as_of) if crosses else (_NO_SLOTS, self._absent[None, :])
         return UserBlock(
             P=P,
-            C=C,
-            D=D,
+            C=folded.C,
+            D=folded.D,
             G=G,
             cross_slots=slots,
             window=window,
@@ -242,6 +237,40 @@ class UserFold:
             generation=self._generation,
             as_of=as_of,
         )
+
+    def crosses(self, behaviours: Behaviours, as_of: int) -> Crosses:
+        """What `block` has of these behaviours' crosses, alone. Raises ValueError for columns of other shapes."""
+        past = behaviours.until(as_of, self._config.longest)
+        slots, G = self._sim(self._folded(past, as_of, self._no_profile), as_of)
+        return Crosses(G, slots, self._generation, as_of)
+
+    def _folded(self, past: Behaviours, as_of: int, profile: F4) -> _Folded:
+        """Runs the generated code. What it says of crosses stands in this thread's room until its next run."""
+        config = self._config
+        _checked(past, config)
+        vectors = _by_row(past.vectors, np.float32, np.float16)
+        signatures, crosses = _by_row(past.signatures, np.uint8), _by_row(past.crosses, np.uint16)
+        sizes, room = self._sizes[vectors.dtype == np.float16], self._room()
+        P, C, D = (
+            np.empty(config.width, np.float32),
+            np.empty((config.bridges, config.width), np.float32),
+            np.empty((config.bits, config.width), np.float32),
+        )
+        columns = [part for array in (vectors, signatures, crosses) for part in (array.ctypes.data, array.strides[0])]
+        actions, times = np.ascontiguousarray(past.actions, np.uint8), np.ascontiguousarray(past.times, np.int64)
+        user_ir.user(sizes, RECENCY_EDGES)(
+            self._weights.ctypes.data,
+            room.scratch.ctypes.data,
+            len(past),
+            *columns,
+            actions.ctypes.data,
+            times.ctypes.data,
+            as_of,
+            profile.ctypes.data,
+            *(array.ctypes.data for array in (room.places, P, C, D)),
+            *(array.ctypes.data for array in (room.slots, room.counts, room.newest, room.sums, room.found)),
+        )
+        return _Folded(P, C, D, signatures, times, room, sizes)
 
     def _room(self) -> _Room:
         """This thread's."""
@@ -265,8 +294,11 @@ class UserFold:
         out: F4 = tower["outer.weight"] @ hidden + tower["outer.bias"]
         return out
 
-    def _sim(self, room: _Room, sizes: user_ir.Sizes, as_of: int, times: I8) -> tuple[U2, F4]:
+    def _sim(self, folded: _Folded, as_of: int) -> tuple[U2, F4]:
         """Slots of the user's crosses that are kept [c] and G [c + 1, h]: W1s SIM(u, c) of each, the default first."""
+        if not self._config.has("sim"):
+            return _NO_SLOTS, self._absent[None, :]
+        room, sizes = folded.room, folded.sizes
         found = int(room.found[0])
         slots, counts, newest = room.slots[:found], room.counts[:found], room.newest[:found]
         kept = _kept(slots, counts, newest, self._config)
@@ -274,7 +306,7 @@ class UserFold:
         kinds = self._kinds[np.where(slots < len(self._kinds), slots, 0)]
         order = np.argsort((kinds << 16) | slots)
         ends = np.cumsum(np.bincount(kinds, minlength=sizes.kinds))
-        days = (as_of - times[newest]).astype(np.float32) / np.float32(DAY)
+        days = (as_of - folded.times[newest]).astype(np.float32) / np.float32(DAY)
         numbers = np.zeros((found, 2), np.float32)
         shares = np.zeros(found, np.float32)
         numbers[kept, 0], numbers[kept, 1], shares[kept] = (
@@ -303,6 +335,18 @@ class _Room:
         self.counts, self.newest = np.empty(most, np.int32), np.empty(most, np.int32)
         self.sums = np.empty((most, sizes.dim), np.float32)
         self.found = np.zeros(1, np.int64)
+
+
+class _Folded(NamedTuple):
+    """What the generated code has made of a user, and of which columns."""
+
+    P: F4
+    C: F4
+    D: F4
+    signatures: U1
+    times: I8
+    room: _Room
+    sizes: user_ir.Sizes
 
 
 def _checked(past: Behaviours, config: ModelConfig) -> None:

@@ -98,11 +98,16 @@ def user_tables(
         _aligned(C),
         fours,
         steps,
-        np.concatenate([G, np.zeros((1, width))], out=_aligned_f4(len(G) + 1, width)),
+        cross_table(G),
         np.ascontiguousarray(cross_slots, np.uint16),
         popcount_ir.blocks_of(window, lengths, weight),
         np.log1p(np.arange(exact + math.ceil(max(1.0, weight) * (len(window) - exact)) + 2, dtype=np.float32)),
     )
+
+
+def cross_table(G: F4) -> F4:
+    """`UserTables.G` [c+2, h] of G [c+1, h]."""
+    return np.concatenate([G, np.zeros((1, G.shape[1]))], out=_aligned_f4(len(G) + 1, G.shape[1]))
 
 
 def head_tables(T: F4, edges: NDArray[Any], weights: Sequence[F4], biases: Sequence[F4]) -> HeadTables:

@@ -48,6 +48,13 @@ class Settings:
     session_timeout_ms: int = 6_000  # after a kill a group waits this long before it is given away
     prefetch_ttl_s: float = 30.0  # how long a user block may be used, prefetched or not
     prefetch_bytes: int = 256 << 20  # memory for user blocks, per process
+    user_misses: int = 32  # user inferences at once, per process; more are refused
+    cross_source: str = ""  # URL of a feature service that SIM cross features come from; "" = this host's histories
+    cross_ttl_s: float = 300.0  # how long a user's crosses of a feature service are good; after twice that they go
+    cross_bytes: int = 64 << 20  # memory for them, per process
+    cross_misses: int = 16  # fetches of them at once, per process; others are served without
+    cross_timeout_s: float = 1.0  # of a fetch
+    deadline_ms: float = 50.0  # of a request that names none; crosses are waited for during 0.4 of it
     candidates_max: int = 20_000  # per request
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
     log_level: str = "info"
@@ -115,12 +122,16 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         ("api_processes", 1),
         ("history_length", 1),
         ("take_max", 1),
+        ("user_misses", 1),
+        ("cross_misses", 1),
     ):
         if getattr(settings, name) < low:
             raise SettingsError(f"{variable(name)}={getattr(settings, name)} must be at least {low}")
     for name in ("kafka_port", "kafka_controller_port", "api_port"):
         if not 1 <= getattr(settings, name) <= 65_535:
             raise SettingsError(f"{variable(name)}={getattr(settings, name)} is not a port (1 to 65535)")
+    if settings.cross_source and not settings.cross_source.startswith(("http://", "https://")):
+        raise SettingsError(f"{variable('cross_source')}={settings.cross_source!r} is not an http or https URL")
     if settings.log_level.lower() not in _LEVELS:
         raise SettingsError(f"{variable('log_level')}={settings.log_level!r} is none of {', '.join(_LEVELS)}")
     return settings

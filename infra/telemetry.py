@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge, Histogram
 
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
-_TALKATIVE = ("kafka", "aiokafka", "faust", "mode", "numba")  # quiet below warning unless debugging
+_TALKATIVE = ("kafka", "aiokafka", "faust", "mode", "numba", "httpx", "httpcore")  # quiet unless debugging
 
 
 def configure_logging(settings: Settings, job: str) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoders.bundle import Bundle, seeded_bundle
+from encoders.config import ModelConfig
 from encoders.fold import Behaviours, ItemFold, reference_scores
-from index.histories import HistoriesWriter, StoredBehaviour, StoredProfile
+from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
 from infra.settings import Settings, environment
@@ -88,8 +89,11 @@ class Host:
 
     # what the jobs do
 
-    def bundle(self, generation: str, seed: int = 0, precision: Any = "fp32") -> Bundle:
-        made = seeded_bundle(self.settings.generation_dir(generation) / "bundle", seed=seed, precision=precision)
+    def bundle(
+        self, generation: str, seed: int = 0, precision: Any = "fp32", config: ModelConfig | None = None
+    ) -> Bundle:
+        folder = self.settings.generation_dir(generation) / "bundle"
+        made = seeded_bundle(folder, config, seed, precision=precision)
         self.bundles[generation] = made
         layout = RowLayout.from_json(made.manifest.row)
         path = self.settings.generation_dir(generation) / "n2o"
@@ -190,6 +194,13 @@ class Host:
         erasure = StoredProfile(user_id, None, NOW, NOW, 0, self._profiles)
         self._profiles += 1
         self._histories.apply([], [erasure], {("users", 0): self._profiles})
+
+    def reader(self) -> HistoriesReader:
+        """Of the histories in this process: LMDB opens an environment once, so this one has the writer's."""
+        writer, reader = self._histories, HistoriesReader.__new__(HistoriesReader)
+        assert writer is not None
+        reader._env, reader._tables = writer._env, writer._tables
+        return reader
 
     def retrieval(self, generation: str) -> None:
         """One build by the command itself."""

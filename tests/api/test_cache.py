@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api.admission import FullError
 from api.cache import CacheMetrics, FutureCache
 from tests.conftest import wait_until
 
@@ -236,12 +237,48 @@ def test_what_is_seldom_used_or_young_is_not_made_anew(hits: int, now: float, re
     assert ask(cache, "u", 0) == (6 if refreshed else 5, "hit")
 
 
-def test_a_refresh_that_fails_leaves_the_old_value_to_its_end() -> None:
+def no_place() -> Future[int]:
+    raise FullError
+
+
+@pytest.mark.parametrize("refresh", [lambda: failed("no"), no_place])
+def test_a_refresh_that_fails_leaves_the_old_value_to_its_end(refresh: Callable[[], Future[int]]) -> None:
+    clock = Clock()
+    cache = aged(clock, 2)
+    for _ in range(3):
+        future, found = cache.start("u", 0, refresh)
+        assert (future.result(0), found) == (5, "hit")
+    clock.now = 10.1
+    assert ask(cache, "u", 6) == (6, "miss")
+
+
+def test_a_refresh_that_failed_is_tried_again() -> None:
     clock = Clock()
     cache = aged(clock, 2)
     cache.start("u", 0, lambda: failed("no"))
-    assert ask(cache, "u", 0) == (5, "hit")
-    clock.now = 10.1
+    assert ask(cache, "u", 6) == (5, "hit")
+    assert ask(cache, "u", 7) == (6, "hit")
+
+
+def test_what_finds_no_place_changes_nothing() -> None:
+    cache = cache_of()
+    ask(cache, "u", 5)
+    old, _ = cache.start("u", 0, no_place)
+    for key, state, instead_of in (("v", 0, None), ("u", 1, None), ("u", 0, old)):
+        with pytest.raises(FullError):
+            cache.start(key, state, no_place, instead_of)
+    assert (ask(cache, "u", 6), len(cache), cache.nbytes) == ((5, "hit"), 1, 5)
+
+
+def test_what_is_forgotten_is_made_anew_and_what_is_being_made_is_not_kept() -> None:
+    cache = cache_of()
+    late: Future[int] = Future()
+    ask(cache, "u", 5)
+    waits, _ = cache.start("v", 0, lambda: late)
+    cache.clear()
+    assert (len(cache), cache.nbytes, count("test", "bytes")) == (0, 0, 0)
+    late.set_result(7)
+    assert (waits.result(0), len(cache), cache.nbytes) == (7, 0, 0)
     assert ask(cache, "u", 6) == (6, "miss")
 
 

@@ -18,7 +18,6 @@ from api.generations import Generation, load
 from api.schemas import Query
 from api.users import INLINE, Users, UserSide, UserSource, infer
 from index.errors import StoreError
-from index.histories import HistoriesReader
 from index.keys import keys_of
 from tests.conftest import wait_until
 from tests.host import HOUR, NOW, Host, Seen, catalogue
@@ -88,7 +87,7 @@ class Shared:
             host.write(name, ITEMS)
         host.behave(PAST, {"u": {"segment": "s1", "age": 50}})
         self.generations = [load(host.settings, name, host.bundles[name].sha256) for name in ("g1", "g2")]
-        histories = reader_of(host)
+        histories = host.reader()
         self.pool = ThreadPoolExecutor(1)
         self.users = Users(host.settings, lambda: histories, self.pool)
         self.may_run.set()
@@ -103,14 +102,6 @@ class Shared:
     def ask(self, generation: int = 0, user: str = "u", as_of: int | str | None = NOW) -> UserSide:
         query = Query(user_id=user, as_of=as_of)
         return self.users.begin(self.generations[generation], query, self.users.find(query)).result()
-
-
-def reader_of(host: Host) -> HistoriesReader:
-    """LMDB opens an environment once per process, so this one has the writer's."""
-    writer, reader = host._histories, HistoriesReader.__new__(HistoriesReader)
-    assert writer is not None
-    reader._env, reader._tables = writer._env, writer._tables
-    return reader
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ _BY_NAME = {field.name: _BY_TYPE[type(field.default)] for field in dataclasses.f
     "kafka_port": _PORT,
     "kafka_controller_port": _PORT,
     "api_port": _PORT,
+    "cross_source": st.sampled_from(["", "http://features:9000", "https://features"]),
     "log_level": st.sampled_from(["debug", "info", "warning", "error", "INFO"]),
 }
 
@@ -51,6 +52,9 @@ def test_environment_and_back(settings: Settings) -> None:
         ("FORERANK_KAFKA_PORT", "65536"),
         ("FORERANK_KAFKA_CONTROLLER_PORT", "-1"),
         ("FORERANK_LOG_LEVEL", "foo"),
+        ("FORERANK_CROSS_SOURCE", "features:9000"),
+        ("FORERANK_CROSS_MISSES", "0"),
+        ("FORERANK_USER_MISSES", "0"),
     ],
 )
 def test_an_unusable_value_names_its_variable(name: str, text: str) -> None:

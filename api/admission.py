@@ -1,0 +1,43 @@
+"""How many computations of a kind may run at once. Who comes when all places are taken is told so at once and never
+waits: a queue in front of something slow only makes it slower for everyone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from infra import telemetry
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class FullError(Exception):
+    """As many run as may."""
+
+
+class Admission:
+    """At most `places` at once. Thread safe; made before the process' threads start."""
+
+    def __init__(self, kind: str, places: int) -> None:
+        self._free = threading.Semaphore(places)
+        refused = telemetry.counter("forerank_refused", "Computations that found no free place, by kind", ("kind",))
+        self._refused = refused.labels(kind)
+
+    def submit(
+        self, pool: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **named: P.kwargs
+    ) -> Future[T]:
+        """Starts `work` in the pool; its place is free again when it has ended. Raises FullError."""
+        if not self._free.acquire(blocking=False):
+            self._refused.inc()
+            raise FullError
+        try:
+            future = pool.submit(work, *arguments, **named)
+        except BaseException:
+            self._free.release()
+            raise
+        future.add_done_callback(lambda _: self._free.release())
+        return future
