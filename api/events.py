@@ -120,8 +120,10 @@ def _record(settings: Settings, partition: int, offset: int) -> dict[str, Any] |
 
 
 def shown(value: bytes) -> dict[str, Any]:
-    """A record of `items` as its publisher wrote it, embedding included: fit to be published again."""
+    """A record of `items` as its publisher wrote it, embedding included: fit to be published again, as a whole."""
     record: dict[str, Any] = msgspec.json.decode(value)
+    for name in ("base", "versions"):  # which versions patches of it had
+        record.pop(name, None)
     packed = item(value).embedding
     if isinstance(packed, bytes):  # the shortest decimals of 32-bit floats, which is what publishers send
         record["embedding"] = [float(str(number)) for number in np.frombuffer(packed, "<f4")]

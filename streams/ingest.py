@@ -1,15 +1,17 @@
 """Ingest: makes `items` out of `item-updates`, in the order of versions. The only writer of `items`.
 
 First hop of an item event. Compaction of `items` keeps the last record of an item, not the newest version, so ingest
-remembers version and deletion of every item and lets only newer ones through: in `items`, log order is version order.
+remembers the newest record of every item, merges patches into it (merge.py), and lets only what is newer through: in
+`items`, log order is version order.
 
 The order of its writes, for each batch (tests crash it between the numbers):
 
     1  produce the accepted records to `items`, the refused ones to `item-updates.dlq`, and wait for all
-    acknowledgements 2  remember versions and source offsets in its store, in one WriteBatch 3  return, which lets
-    Faust commit the source offsets
+       acknowledgements
+    2  remember the records and source offsets in its store, in one WriteBatch
+    3  return, which lets Faust commit the source offsets
 
-A crash after 1 repeats records with the version they had: harmless. The other order would lose them.
+A crash after 1 repeats records as they were: harmless. The other order would lose them.
 
 A deletion is remembered for `tombstone_days`; then (1) the tombstone is produced and acknowledged, (2) the item is
 forgotten. After that an old update of the item would be taken for a new one.
@@ -17,8 +19,8 @@ forgotten. After that an old update of the item would be taken for a new one.
 One host's ingest runs; those of other hosts stand by until its membership of the group has ended (a store knows only
 what its own process accepted), and then take what they missed from `items`.
 
-The store can always be made again from `items`: same key, same partition, and the record's time is when it was
-accepted.
+The store can always be made again from `items`, byte by byte: same key, same partition, and the record's time is when
+it was accepted.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 from kafka.errors import KafkaError
 from rocksdict import Options, Rdict, WriteBatch
 
@@ -40,35 +41,36 @@ from infra.settings import Settings
 from infra.telemetry import counter
 from streams import events
 from streams.bulk import open_reader
-from streams.events import EventError, Header, Item
+from streams.events import EventError, Header, Item, ItemPatch
 from streams.groups import GroupError, group_admin
+from streams.merge import Known, merged, of_record
 from streams.worker import Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 LOG = logging.getLogger(__name__)
-FORMAT = b"ingest-1"
+FORMAT = b"ingest-2"
 _DAY_MS = 86_400_000
 _EXPIRY_S = 1.0  # how often due deletions are looked for
 _EXPIRY_BATCH = 1000
 _LOOK_S = 2.0  # how often the group's members are asked for
 _HEADER_BYTES = 4096  # of an event that may go to `items` with it: a body leaves room for no more than some
-_VALUE = struct.Struct("<QQ")  # version, deleted_at (0 = live)
+_KNOWN = struct.Struct("<QQQ")  # version, base, deleted_at
 _OFFSET = struct.Struct("<q")
 
 
-class Known(NamedTuple):
-    """What is remembered of an item. `deleted_at`: ms since the epoch at which ingest accepted the deletion, 0 =
-    live.
-    """
+class _Accepted(NamedTuple):
+    """A well-formed event, and its id as bytes."""
 
-    version: int
-    deleted_at: int
+    record: Record
+    raw: bytes
+    event: Item | ItemPatch
 
 
 class IngestStore:
     """item id (UTF-8) -> Known, source offset per partition, and the deletions by their time, in one RocksDB.
 
     Keys: `i<id>`; `d<deleted_at, 8 bytes big-endian><id>`; `o<partition, 4 bytes big-endian>`; `format`; `whole` (its
-    state was taken from `items` to the end, or began with it). Raises an error of rocksdict if another process has it.
+    state was taken from `items` to the end, or began with it). A store of another format is emptied: it is made again.
+    Raises an error of rocksdict if another process has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,23 +80,22 @@ class IngestStore:
         options.increase_parallelism(1)
         options.set_write_buffer_size(16 << 20)
         self._db = Rdict(str(path), options)
-        found = self._db.get(b"format")
-        if found not in (None, FORMAT):
-            raise RuntimeError(f"{path} was written by another version ({found!r}); delete it: it is made again")
+        if self._db.get(b"format") != FORMAT:
+            batch = WriteBatch(raw_mode=True)
+            batch.delete_range(b"", b"\xff")
+            batch.put(b"format", FORMAT)
+            self._db.write(batch)
 
     @property
     def whole(self) -> bool:
         return self._db.get(b"whole") is not None
 
     def mark_whole(self) -> None:
-        batch = WriteBatch(raw_mode=True)
-        batch.put(b"format", FORMAT)
-        batch.put(b"whole", b"1")
-        self._db.write(batch)
+        self._db.put(b"whole", b"1")
 
     def get(self, ids: Sequence[bytes]) -> list[Known | None]:
         found = self._db.get([b"i" + raw for raw in ids]) or []
-        return [None if value is None else Known(*_VALUE.unpack(value)) for value in found]
+        return [None if one is None else _known(one) for one in found]
 
     def source_offsets(self, partitions: int) -> list[int]:
         """Next offset of `item-updates` per partition; -1: none remembered."""
@@ -112,7 +113,7 @@ class IngestStore:
             if after is None:
                 batch.delete(b"i" + raw)
                 continue
-            batch.put(b"i" + raw, _VALUE.pack(*after))
+            batch.put(b"i" + raw, _KNOWN.pack(*after[:3]) + after.value)
             if after.deleted_at:
                 batch.put(_deletion_key(after.deleted_at, raw), b"")
         for partition, offset in source_offsets.items():
@@ -137,6 +138,11 @@ class IngestStore:
         self._db.close()
 
 
+def _known(stored: bytes) -> Known:
+    version, base, deleted_at = _KNOWN.unpack_from(stored)
+    return Known(version, base, deleted_at, stored[_KNOWN.size :])
+
+
 def _source_key(partition: int) -> bytes:
     return b"o" + partition.to_bytes(4, "big")
 
@@ -155,41 +161,42 @@ class Ingest:
         self._writing = asyncio.Lock()  # a tombstone must not overtake an update of its item
 
     async def batch(self, records: Sequence[Record]) -> None:
-        accepted: list[tuple[Record, bytes, Item]] = []
+        accepted: list[_Accepted] = []
         refused: list[tuple[Record, EventError]] = []
         for record in records:
             try:
-                accepted.append((record, *_accept(record, self.settings.partitions)))
+                accepted.append(_accept(record, self.settings.partitions))
             except EventError as error:
                 refused.append((record, error))
         async with self._writing:
             now = time.time_ns() // 1_000_000
-            newer, changes = self._newer(accepted, now)
-            out = [
-                Outgoing(self._items, record.partition, raw, events.encode(item), _cloud_headers(record), now)
-                for record, raw, item in newer
-            ]
-            await self.send(out + [dead_letter(self.settings, *pair) for pair in refused])  # 1
+            out, changes, unfit = self._merge(accepted, now)
+            await self.send(out + [dead_letter(self.settings, *pair) for pair in refused + unfit])  # 1
             self.store.remember(changes, {record.partition: record.offset + 1 for record in records})  # 2
-        stale = len(accepted) - len(newer)
+        stale = len(accepted) - len(out) - len(unfit)
         self.stale += stale  # 3: Faust commits after the return
         if stale:
-            counter("forerank_stale_updates", "Item updates that were not newer than what ingest knew").inc(stale)
+            counter("forerank_stale_updates", "Item updates and patches that ingest knew, or knew better").inc(stale)
 
-    def _newer(
-        self, accepted: Sequence[tuple[Record, bytes, Item]], now: int
-    ) -> tuple[list[tuple[Record, bytes, Item]], dict[bytes, tuple[Known | None, Known | None]]]:
-        """Those with a higher version than all before them, in this batch too; and what they change."""
+    def _merge(
+        self, accepted: Sequence[_Accepted], now: int
+    ) -> tuple[list[Outgoing], dict[bytes, tuple[Known | None, Known | None]], list[tuple[Record, EventError]]]:
+        """One after the other, in this batch too: the records for `items`, what they change, and what meets no item."""
         ids = list(dict.fromkeys(raw for _, raw, _ in accepted))
         before = dict(zip(ids, self.store.get(ids), strict=True)) if ids else {}
         current = dict(before)
-        newer = []
-        for record, raw, item in accepted:
-            known = current[raw]
-            if known is None or item.version > known.version:
-                newer.append((record, raw, item))
-                current[raw] = Known(item.version, now if item.deleted else 0)
-        return newer, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}
+        out, unfit = [], []
+        for record, raw, event in accepted:
+            try:
+                found = merged(current[raw], event, now)
+            except EventError as error:
+                unfit.append((record, error))
+                continue
+            if found is not None:
+                current[raw] = found.known
+                headers = _cloud_headers(record)
+                out.append(Outgoing(self._items, record.partition, raw, found.known.value, headers, now))
+        return out, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}, unfit
 
     async def expire(self, now: int) -> int:
         """Writes the tombstones that are due at `now` (ms), at most a batch of them; returns how many."""
@@ -216,11 +223,11 @@ class Ingest:
         self.store.close()
 
 
-def _accept(record: Record, partitions: int) -> tuple[bytes, Item]:
-    item = events.item_update(record.value, record.headers, record.timestamp)
-    raw = item.item_id.encode()
+def _accept(record: Record, partitions: int) -> _Accepted:
+    event = events.item_update(record.value, record.headers, record.timestamp)
+    raw = event.item_id.encode()
     events.check_key(record.key, raw, record.partition, partitions)
-    return raw, item
+    return _Accepted(record, raw, event)
 
 
 def _cloud_headers(record: Record) -> list[Header]:
@@ -229,25 +236,11 @@ def _cloud_headers(record: Record) -> list[Header]:
     return events.fitting_headers(own, _HEADER_BYTES)
 
 
-class _ItemHead(msgspec.Struct):
-    """The part of a record of `items` that ingest remembers."""
-
-    version: int
-    deleted: bool = False
-
-
-_HEAD = msgspec.json.Decoder(_ItemHead)
-
-
 def replay(store: IngestStore, records: Iterable[tuple[bytes, int, bytes | None]]) -> None:
     """Takes records of `items` over, (id, record time, value) in log order. What the store knows better, it keeps."""
     found: dict[bytes, Known | None] = {}
     for raw, timestamp, value in records:
-        if value is None:
-            found[raw] = None
-        else:
-            head = _HEAD.decode(value)
-            found[raw] = Known(head.version, timestamp if head.deleted else 0)
+        found[raw] = None if value is None else of_record(value, timestamp)
     ids = list(found)
     changes = {
         raw: (before, found[raw])
