@@ -43,7 +43,7 @@ from streams import events
 from streams.bulk import open_reader
 from streams.events import EventError, Header, Item, ItemPatch
 from streams.groups import GroupError, group_admin
-from streams.merge import Known, merged, of_record
+from streams.merge import ATTRIBUTES_ONLY, Known, merged, of_record
 from streams.worker import Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 LOG = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class Ingest:
                 continue
             if found is not None:
                 current[raw] = found.known
-                headers = _cloud_headers(record)
+                headers = _cloud_headers(record) + ([ATTRIBUTES_ONLY] if found.attributes_only else [])
                 out.append(Outgoing(self._items, record.partition, raw, found.known.value, headers, now))
         return out, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}, unfit
 

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from streams import events
-from streams.events import EventError, Item, ItemPatch
+from streams.events import EventError, Header, Item, ItemPatch
+
+ATTRIBUTES_ONLY: Header = ("changed", b"attributes")  # of a record on `items` that differs in nothing else
 
 
 class Known(NamedTuple):
@@ -36,7 +38,7 @@ class Merged(NamedTuple):
     """A record for `items`. `attributes_only`: nothing else differs from the item's record before."""
 
     known: Known
-    attributes_only: bool = False  # encode can keep the row's hot record and vector
+    attributes_only: bool = False
 
 
 def merged(known: Known | None, event: Item | ItemPatch, now: int) -> Merged | None:
