@@ -45,7 +45,7 @@ class Feed:
     async def publish(self, kind: Kind, rows: list[bytes]) -> Accepted:
         """Events that `checked` has seen. Raises ProblemError 503 where the broker is away."""
         if rows:
-            await self._with_broker(lambda: self._connected().publish(kind, rows))
+            await self._with_broker(lambda: self._connected().publish(kind, rows, bulk=True))
         return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
 
     async def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:

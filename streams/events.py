@@ -14,13 +14,15 @@ import datetime
 import re
 import struct
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 ID_BYTES = 128  # of a user, item or event id, in UTF-8
 MAX_EVENT_BYTES = 256 << 10  # written again it may be 2.7 times as long ("1," becomes 5.3 bytes); a message has 1 MB
+PACK = "forerank-pack"  # header of a message of `item-updates` that holds several events: how many
+MAX_PACK = 512  # events
 MAX_ITEM_BYTES = 704 << 10  # of a record of `items` that patches have grown
 _MAX_CROSSES = 256
 _SKEW_MS = 300_000  # by how much a publisher's clock may be ahead
@@ -176,6 +178,7 @@ class HostReport(msgspec.Struct, omit_defaults=True):
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in (ItemUpdate, Item, BehaviourBody, UserBody, ModelEvent)
 }
+_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
 encode = _ENCODER.encode
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
@@ -223,6 +226,27 @@ def _resolve(
     time: datetime.datetime | None, headers: Mapping[str, bytes] | Iterable[Header] | None, default: int
 ) -> int:
     return to_ms(time) if time is not None else cloud_time(headers, default)
+
+
+def pack(values: Sequence[bytes]) -> bytes:
+    """One body of several, which are JSON objects."""
+    return b"[" + b",".join(values) + b"]"
+
+
+def unpacked(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None) -> list[bytes] | None:
+    """The bodies of a pack; None of a message without the header. Raises EventError where it is not what that says."""
+    said = header(headers, PACK)
+    if said is None:
+        return None
+    try:
+        found = _RAW_LIST.decode(value or b"")
+    except (ValueError, RecursionError) as error:
+        raise EventError("malformed", f"a pack that is no JSON array: {error}") from None
+    if len(found) > MAX_PACK:
+        raise EventError("too_large", f"a pack of {len(found)} events; at most {MAX_PACK} are accepted")
+    if str(len(found)).encode() != said:
+        raise EventError("malformed", f"a pack of {len(found)} events whose header `{PACK}` says {said[:20]!r}")
+    return [bytes(raw) for raw in found]
 
 
 def item_update(

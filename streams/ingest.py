@@ -4,7 +4,10 @@ First hop of an item event. Compaction of `items` keeps the last record of an it
 remembers the newest record of every item, merges patches into it (merge.py), and lets only what is newer through: in
 `items`, log order is version order.
 
-The order of its writes, for each batch (tests crash it between the numbers):
+A message may be a pack of events, all of its partition; one that is bad is a dead letter by itself, with its place in
+the header `index`.
+
+The order of its writes, for each part of a batch, which is whole messages (tests crash it between the numbers):
 
     1  produce the accepted records to `items`, the refused ones to `item-updates.dlq`, and wait for all
        acknowledgements
@@ -29,7 +32,7 @@ import asyncio
 import logging
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +55,17 @@ _DAY_MS = 86_400_000
 _EXPIRY_S = 1.0  # how often due deletions are looked for
 _EXPIRY_BATCH = 1000
 _LOOK_S = 2.0  # how often the group's members are asked for
+_PART = 4096  # events that are merged and written at once, if one message has no more
 _HEADER_BYTES = 4096  # of an event that may go to `items` with it: a body leaves room for no more than some
 _KNOWN = struct.Struct("<QQQ")  # version, base, deleted_at
 _OFFSET = struct.Struct("<q")
+
+
+class _Arrived(NamedTuple):
+    """One event. `packed`: `record` is the part of a pack that it is, and has no key."""
+
+    record: Record
+    packed: bool
 
 
 class _Accepted(NamedTuple):
@@ -154,25 +165,44 @@ def _deletion_key(deleted_at: int, raw: bytes) -> bytes:
 class Ingest:
     """The handler of `item-updates`."""
 
-    def __init__(self, settings: Settings, store: IngestStore, send: Send) -> None:
-        self.settings, self.store, self.send = settings, store, send
+    def __init__(self, settings: Settings, store: IngestStore, send: Send, moved: Callable[[], object] = int) -> None:
+        """`moved` is called when a part of a batch is done."""
+        self.settings, self.store, self.send, self._moved = settings, store, send, moved
         self.stale = 0
         self._items = settings.topic("items")
         self._writing = asyncio.Lock()  # a tombstone must not overtake an update of its item
 
     async def batch(self, records: Sequence[Record]) -> None:
-        accepted: list[_Accepted] = []
+        arrived: list[_Arrived] = []
         refused: list[tuple[Record, EventError]] = []
+        following: dict[int, int] = {}
         for record in records:
             try:
-                accepted.append(_accept(record, self.settings.partitions))
+                arrived += _arrivals(record)
             except EventError as error:
                 refused.append((record, error))
+            following[record.partition] = record.offset + 1
+            if len(arrived) >= _PART:
+                await self._take(arrived, refused, following)
+                arrived, refused, following = [], [], {}
+        await self._take(arrived, refused, following)
+
+    async def _take(
+        self, arrived: Sequence[_Arrived], refused: list[tuple[Record, EventError]], following: Mapping[int, int]
+    ) -> None:
+        """All events of some messages, and those of them that are refused; `following`: the messages' next offsets."""
+        accepted: list[_Accepted] = []
+        for one in arrived:
+            try:
+                accepted.append(_accept(one, self.settings.partitions))
+            except EventError as error:
+                refused.append((one.record, error))
         async with self._writing:
             now = time.time_ns() // 1_000_000
             out, changes, unfit = self._merge(accepted, now)
             await self.send(out + [dead_letter(self.settings, *pair) for pair in refused + unfit])  # 1
-            self.store.remember(changes, {record.partition: record.offset + 1 for record in records})  # 2
+            self.store.remember(changes, following)  # 2
+        self._moved()
         stale = len(accepted) - len(out) - len(unfit)
         self.stale += stale  # 3: Faust commits after the return
         if stale:
@@ -223,10 +253,26 @@ class Ingest:
         self.store.close()
 
 
-def _accept(record: Record, partitions: int) -> _Accepted:
+def _arrivals(record: Record) -> list[_Arrived]:
+    """The events of a message. Raises EventError where a pack is none."""
+    bodies = events.unpacked(record.value, record.headers)
+    if bodies is None:
+        return [_Arrived(record, False)]
+    shared = [pair for pair in events.header_list(record.headers) if pair[0] not in (events.PACK, "ce_id", "index")]
+    ce_id = events.header(record.headers, "ce_id") or b""
+    out = []
+    for at, body in enumerate(bodies):
+        place = str(at).encode()
+        own = [("index", place), ("ce_id", ce_id + b"/" + place)]
+        out.append(_Arrived(record._replace(key=None, value=body, headers=[*own, *shared]), True))
+    return out
+
+
+def _accept(arrived: _Arrived, partitions: int) -> _Accepted:
+    record, packed = arrived
     event = events.item_update(record.value, record.headers, record.timestamp)
     raw = event.item_id.encode()
-    events.check_key(record.key, raw, record.partition, partitions)
+    events.check_key(raw if packed else record.key, raw, record.partition, partitions)
     return _Accepted(record, raw, event)
 
 
@@ -331,7 +377,7 @@ async def prepare(job: Job) -> Plan:
         _report_lost(job, source, lost)
     if others := await _others(job):
         raise JobError(f"{', '.join(sorted(others))} was quicker; ingest starts again, to stand by")
-    ingest = Ingest(settings, store, job.send)
+    ingest = Ingest(settings, store, job.send, lambda: job.handled(0))
     job.background(ingest.keep_expiring())
     job.background(keep_alone(job))
     return Plan({source: [max(pair) for pair in zip(following, starts, strict=True)]}, ingest)

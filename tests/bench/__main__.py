@@ -15,6 +15,7 @@ BENCHES = {
     "staleness": "what fresh item vectors are worth, per turnover speed (hours, in parts of MINUTES=; quick 2 min)",
     "marketplace": "what each term of the synthetic marketplace is worth to its oracle (6 min; quick 1)",
     "rtp": "10,000 candidates against the machine's limits, in process and through HTTP; growth (6 min; quick 1)",
+    "ingest": "packs against single events, and how long ingest is away after a loss, 1M items (10 min; quick 2)",
     "main_path": "freshness, pipeline throughput, recommend latency by stage, parity, set-up time (6 min; quick 2)",
 }
 

@@ -122,9 +122,9 @@ class Chain:
         beat = read_heartbeat(self.settings.heartbeat_dir, job.replace(":", "-"))
         return beat is not None and beat.pid == process.pid and beat.state == "running"
 
-    def publish(self, bodies: Sequence[Mapping[str, object] | bytes]) -> None:
+    def publish(self, bodies: Sequence[Mapping[str, object] | bytes], bulk: bool = False) -> None:
         with Publisher(self.settings) as publisher:
-            result = publisher.items(bodies)
+            result = publisher.publish("items", bodies, bulk=bulk)
         assert result.rejected == 0, result.errors
 
     def read(self, topic: str) -> list[Any]:
