@@ -14,7 +14,8 @@ The order of its writes, for each part of a batch, which is whole messages (test
     2  remember the records and source offsets in its store, in one WriteBatch
     3  return, which lets Faust commit the source offsets
 
-A crash after 1 repeats records as they were: harmless. The other order would lose them.
+A crash after 1 repeats records as they were: harmless. The other order would lose them. What is remembered is not taken
+again, though Faust's commits lag behind: a patch that was refused might meet an item that was made since.
 
 A deletion is remembered for `tombstone_days`; then (1) the tombstone is produced and acknowledged, (2) the item is
 forgotten. After that an old update of the item would be taken for a new one.
@@ -165,9 +166,17 @@ def _deletion_key(deleted_at: int, raw: bytes) -> bytes:
 class Ingest:
     """The handler of `item-updates`."""
 
-    def __init__(self, settings: Settings, store: IngestStore, send: Send, moved: Callable[[], object] = int) -> None:
-        """`moved` is called when a part of a batch is done."""
+    def __init__(
+        self,
+        settings: Settings,
+        store: IngestStore,
+        send: Send,
+        moved: Callable[[], object] = int,
+        following: Sequence[int] = (),
+    ) -> None:
+        """`moved` is called when a part of a batch is done. Records before `following`, per partition, were taken."""
         self.settings, self.store, self.send, self._moved = settings, store, send, moved
+        self._following = list(following)
         self.stale = 0
         self._items = settings.topic("items")
         self._writing = asyncio.Lock()  # a tombstone must not overtake an update of its item
@@ -177,6 +186,8 @@ class Ingest:
         refused: list[tuple[Record, EventError]] = []
         following: dict[int, int] = {}
         for record in records:
+            if self._following and record.offset < self._following[record.partition]:
+                continue
             try:
                 arrived += _arrivals(record)
             except EventError as error:
@@ -202,6 +213,9 @@ class Ingest:
             out, changes, unfit = self._merge(accepted, now)
             await self.send(out + [dead_letter(self.settings, *pair) for pair in refused + unfit])  # 1
             self.store.remember(changes, following)  # 2
+        for partition, offset in following.items():
+            if self._following:
+                self._following[partition] = offset
         self._moved()
         stale = len(accepted) - len(out) - len(unfit)
         self.stale += stale  # 3: Faust commits after the return
@@ -354,13 +368,14 @@ async def prepare(job: Job) -> Plan:
     """Waits for its turn, opens the store, makes it whole, and moves the group where the two disagree."""
     settings, source = job.settings, job.settings.topic("item-updates")
     waited = await stand_by(job)
-    store, committed, starts = await asyncio.to_thread(_open, job, source)
+    store, committed, starts, ends = await asyncio.to_thread(_open, job, source)
     stored = store.source_offsets(settings.partitions)
     behind = any(
         known < done for known, done in zip(stored, committed, strict=True)
     )  # as when another host's ingest ran
     # what the store never saw is read again
-    following = [known if -1 < known < done else done for known, done in zip(stored, committed, strict=True)]
+    # and what it saw is not, unless the topic was made anew
+    following = [known if -1 < known <= end else done for known, done, end in zip(stored, committed, ends, strict=True)]
     if waited or behind or not store.whole:
         await rebuild(job, store)
         seen = {p: done for p, (known, done) in enumerate(zip(stored, committed, strict=True)) if known < 0 <= done}
@@ -377,17 +392,18 @@ async def prepare(job: Job) -> Plan:
         _report_lost(job, source, lost)
     if others := await _others(job):
         raise JobError(f"{', '.join(sorted(others))} was quicker; ingest starts again, to stand by")
-    ingest = Ingest(settings, store, job.send, lambda: job.handled(0))
+    begin = [max(pair) for pair in zip(following, starts, strict=True)]
+    ingest = Ingest(settings, store, job.send, lambda: job.handled(0), begin)
     job.background(ingest.keep_expiring())
     job.background(keep_alone(job))
-    return Plan({source: [max(pair) for pair in zip(following, starts, strict=True)]}, ingest)
+    return Plan({source: begin}, ingest)
 
 
-def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int]]:
-    """The store, and the offsets of `item-updates`: those that the group committed, the first there are."""
+def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int], list[int]]:
+    """The store, and the offsets of `item-updates`: those that the group committed, the first there are, the ends."""
     with group_admin(job.settings) as groups:
-        committed, starts = groups.committed(job.group, source), groups.starts(source)
-    return IngestStore(job.settings.ingest_dir), committed, starts
+        committed, starts, ends = groups.committed(job.group, source), groups.starts(source), groups.ends(source)
+    return IngestStore(job.settings.ingest_dir), committed, starts, ends
 
 
 def _commit(job: Job, source: str, offsets: list[int]) -> None:

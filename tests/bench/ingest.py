@@ -133,8 +133,6 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
             report.figure(name, time.perf_counter() - began, "s")
             report.figure(name.replace("_s", "_cpu_s"), cpu_us(process) / 1e6, "s")
             print(f"{name} {time.perf_counter() - began:.1f}", flush=True)
-        size = sum(file.stat().st_size for file in settings.ingest_dir.rglob("*") if file.is_file())
-        report.figure("ingest_store_bytes_per_item", size / count, "B")
         second = two.start()
         two.until(second, "standby", 300)
         began = time.perf_counter()
@@ -148,15 +146,17 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
 
 
 async def _write(settings: Settings, world: World, count: int) -> None:
-    """Records as ingest writes them, all of the same content."""
-    value = events.encode(events.item_update(world.event(0, 1), None, 1_767_225_600_000))
-    head, tail = value.split(b'"0"', 1)
+    """Records as ingest writes them, of a few hundred contents, which are made beforehand."""
+    contents = [
+        events.encode(events.item_update(world.event(0, version), None, 1_767_225_600_000)).split(b'"0"', 1)
+        for version in range(256)
+    ]
     producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, max_batch_size=256 << 10)
     await producer.start()
     batches = [producer.create_batch() for _ in range(settings.partitions)]
     acks = []
     for number in range(count):
-        key = str(number).encode()
+        key, (head, tail) = str(number).encode(), contents[number % 256]
         place = events.partition_of(key, settings.partitions)
         while batches[place].append(timestamp=None, key=key, value=b'%b"%b"%b' % (head, key, tail)) is None:
             acks.append(await producer.send_batch(batches[place], settings.topic("items"), partition=place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 
 from streams import events
 from streams.events import Item
-from streams.ingest import replay
+from streams.ingest import Ingest, replay
 from streams.merge import of_record
-from tests.streams.test_ingest import PARTITIONS, Crash, Log, opened, patch, record, run, states, update
+from tests.streams.test_ingest import PARTITIONS, SETTINGS, Crash, Log, opened, patch, record, run, states, update
 
 Body = dict[str, Any]
 
@@ -219,6 +220,20 @@ def test_patches_of_unknown_and_deleted_items_are_dead_letters_and_late_ones_are
     item = last(log)
     assert item is not None
     assert content(item) == (7, False, {"attributes.note": 1})
+
+
+def test_what_was_remembered_is_not_taken_again_when_it_is_delivered_again(tmp_path: Path) -> None:
+    """Faust commits once a second: the refused patch would meet the item that was made after it."""
+    log = Log()
+    bodies = [update("a", 1, deleted=True), patch("a", 6, attributes={"x": 1}), update("a", 5)]
+    records = [record(k, raw) for k, raw in enumerate(bodies)]
+    with opened(tmp_path) as store:
+        ingest = Ingest(SETTINGS, store, log.send, following=[0] * PARTITIONS)
+        for given_ in (records, records, [*records, record(3, update("a", 7))]):
+            asyncio.run(ingest.batch(given_))
+        assert ingest.stale == 0
+    assert [events.item(value).version for _, _, value in log.items()] == [1, 5, 7]
+    assert len(log.topics["item-updates.dlq"]) == 1
 
 
 def test_a_deletion_keeps_what_a_newer_patch_wrote_for_an_update_between(tmp_path: Path) -> None:
