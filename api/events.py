@@ -45,7 +45,7 @@ class Feed:
     async def publish(self, kind: Kind, rows: list[bytes]) -> Accepted:
         """Events that `checked` has seen. Raises ProblemError 503 where the broker is away."""
         if rows:
-            await self._with_broker(lambda: self._connected().publish(kind, rows))
+            await self._with_broker(lambda: self._connected().publish(kind, rows, bulk=True))
         return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
 
     async def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:
@@ -120,8 +120,10 @@ def _record(settings: Settings, partition: int, offset: int) -> dict[str, Any] |
 
 
 def shown(value: bytes) -> dict[str, Any]:
-    """A record of `items` as its publisher wrote it, embedding included: fit to be published again."""
+    """A record of `items` as its publisher wrote it, embedding included: fit to be published again, as a whole."""
     record: dict[str, Any] = msgspec.json.decode(value)
+    for name in ("base", "versions"):  # which versions patches of it had
+        record.pop(name, None)
     packed = item(value).embedding
     if isinstance(packed, bytes):  # the shortest decimals of 32-bit floats, which is what publishers send
         record["embedding"] = [float(str(number)) for number in np.frombuffer(packed, "<f4")]

@@ -197,14 +197,23 @@ class ItemEncoder:
             embeddings.append(embedding)
         packed = np.frombuffer(b"".join(embeddings), np.float32).reshape(n, self._embedding_dim)
         narrow = _narrow(packed, np.isfinite, errors, "embedding holds a value that is not finite in 32 bits")
-        numbers = np.array(attributes, dtype=np.float64).reshape(n, len(self._attributes))
         return ItemColumns(
             features=batch.features(narrow),
             embedding=narrow,
             crosses=np.array(crosses, dtype=np.uint16).reshape(n, self._crosses),
-            attributes=_narrow(numbers, lambda a: ~np.isinf(a), errors, "an attribute does not fit 32 bits"),
+            attributes=self._narrow_attributes(attributes, errors),
             errors=errors,
         )
+
+    def attributes(self, items: Sequence[Item]) -> tuple[npt.NDArray[np.float32], list[str | None]]:
+        """The column `attributes` alone, and why an item cannot be a row for their sake."""
+        errors: list[str | None] = [None] * len(items)
+        found = [number for item in items for number in self._numbers_of(item.attributes)]
+        return self._narrow_attributes(found, errors), errors
+
+    def _narrow_attributes(self, found: list[float], errors: list[str | None]) -> npt.NDArray[np.float32]:
+        numbers = np.array(found, dtype=np.float64).reshape(len(errors), len(self._attributes))
+        return _narrow(numbers, lambda a: ~np.isinf(a), errors, "an attribute does not fit 32 bits")
 
     def _embedding_of(self, values: Any) -> bytes:
         """As 32-bit floats; infinite where a value does not fit them. Raises FeatureError."""

@@ -151,6 +151,10 @@ class ItemFold:
         self._encoder = ItemEncoder(bundle.manifest.features, config.embedding_dim, config.crosses)
         self._precision = bundle.manifest.precision
 
+    def attributes(self, items: Sequence[Item]) -> tuple[F4, list[str | None]]:
+        """f4[n, A] and `errors` as `encode` gives them for items of which nothing else has changed."""
+        return self._encoder.attributes(items)
+
     def encode(self, items: Sequence[Item]) -> EncodedItems:
         """Rows of a batch; never raises for what an item holds: `errors[k]` says why item k has no row."""
         columns = self._encoder.columns(items)

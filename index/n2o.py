@@ -42,6 +42,7 @@ LAST = b"last"  # ids of the last batch, separated by newlines (ids have no cont
 ROW = b"r"  # + the id's UTF-8: a row (row_codec)
 AFTER_ROWS = b"s"
 STATE_HEAD = np.dtype([("store", "<u8"), ("batch", "<u8")])
+WHOLE, DELETED, PATCHED = 0, 1, 2  # kinds of a block's rows; of a patched one only version, times and attributes count
 REBUILD_ROWS = 16384  # rows per step when the arena is built anew
 
 
@@ -55,23 +56,29 @@ class FillProof:
 
 @dataclasses.dataclass(frozen=True)
 class RowBatch:
-    """The columns of one block: n rows of one `items` partition. For a deleted row the other columns hold zeros."""
+    """The columns of one block: n rows of one `items` partition. For a deleted row the other columns hold zeros, and a
+    patched one has no hot record and no vector: it keeps those that the item's row had.
+    """
 
     partition: int
     covered: int  # last `items` offset covered by this and all earlier blocks of the partition
     ids: list[str]
     versions: NDArray[np.uint64]
     offsets: NDArray[np.int64]  # in `items`
-    deleted: NDArray[np.bool_]
+    kinds: NDArray[np.uint8]  # WHOLE, DELETED or PATCHED
     hot: NDArray[Any]  # layout.hot [n]; slot_version is the arena's and ignored
     cold: NDArray[Any]  # layout.cold [n]; visible_time is the host's and ignored (N2OWriter.apply sets it)
     attributes: list[bytes]  # JSON objects
     fill: FillProof | None = None
 
+    @property
+    def deleted(self) -> NDArray[np.bool_]:
+        return np.equal(self.kinds, DELETED)
+
 
 class N2OWriter:
     """The only writer of an index (StoreLockedError otherwise). `step(number)` is called after each write of
-    `apply`."""
+    `apply`. `without_row` counts the patched rows that were skipped because the item had none to keep."""
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class N2OWriter:
         self._hash_key = hash_key
         self._step = step
         self._store, self._batch, self._progress = 0, 0, Progress.empty(partitions)
+        self.without_row = 0
         with contextlib.ExitStack() as undo:
             self._lock = WriterLock(path)
             undo.callback(self._lock.release)
@@ -115,7 +123,9 @@ class N2OWriter:
         cold["version"] = np.concatenate([batch.versions for batch, _ in batches])
         keys = keys_of(ids, self._hash_key)
         progress = self._progress.copy()
-        kinds = self._plan(batches, keys, offsets, cold["version"].copy(), progress)
+        deleted = np.concatenate([batch.deleted for batch, _ in batches])
+        deleted[self._inherit(batches, hot, cold)] = True  # what never was does not become a row
+        kinds = self._plan(batches, keys, offsets, cold["version"].copy(), deleted, progress)
 
         self._arena.make_room(len(keys))  # a full disk stops here, before anything is written
         cold["visible_time"] = _now()
@@ -169,7 +179,7 @@ class N2OWriter:
         self._lock.release()
 
     def _check(self, batch: RowBatch) -> None:
-        sizes = {len(batch.ids), len(batch.versions), len(batch.offsets), len(batch.deleted), len(batch.hot)}
+        sizes = {len(batch.ids), len(batch.versions), len(batch.offsets), len(batch.kinds), len(batch.hot)}
         sizes |= {len(batch.cold), len(batch.attributes)}
         if len(sizes) != 1:
             raise ValueError("the columns of a block differ in length")
@@ -180,12 +190,45 @@ class N2OWriter:
         if len(batch.offsets) and int(batch.offsets.max()) > batch.covered:
             raise ValueError("a row of the block lies beyond the offset that the block covers")
 
+    def _inherit(self, batches: Sequence[tuple[RowBatch, int]], hot: NDArray[Any], cold: NDArray[Any]) -> list[int]:
+        """Gives patched rows the hot record and the vector of the item's row before them, in these blocks or in the
+        index, and counts those without. Their places.
+        """
+        wanted = {batch.ids[row] for batch, _ in batches for row in np.flatnonzero(batch.kinds == PATCHED)}
+        if not wanted:
+            return []
+        latest = self._records(sorted(wanted))
+        covered, place, without = self._progress.covered.tolist(), 0, []
+        for batch, _ in batches:
+            for name, offset, kind in zip(batch.ids, batch.offsets.tolist(), batch.kinds.tolist(), strict=True):
+                if name in wanted and offset > covered[batch.partition]:
+                    before = latest.pop(name, None)
+                    if kind == PATCHED and before is not None:
+                        hot[place], cold["vector"][place] = before
+                    elif kind == PATCHED:
+                        without.append(place)
+                    if kind == WHOLE or (kind == PATCHED and before is not None):
+                        latest[name] = hot[place], cold["vector"][place]
+                place += 1
+            covered[batch.partition] = max(covered[batch.partition], batch.covered)
+        self.without_row += len(without)
+        return without
+
+    def _records(self, names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """Hot record and vector of the stored rows of ids."""
+        found = zip(names, _values(self._rocks, [name.encode() for name in names]), strict=True)
+        values = {name: value for name, value in found if value is not None}
+        hot, cold = _zeros(len(values), self._layout.hot), _zeros(len(values), self._layout.cold)
+        decode_records(list(values.values()), hot, cold)
+        return {name: (hot[at], cold["vector"][at]) for at, name in enumerate(values)}
+
     def _plan(
         self,
         batches: Sequence[tuple[RowBatch, int]],
         keys: NDArray[np.uint64],
         offsets: NDArray[np.int64],
         versions: NDArray[np.uint64],
+        deleted: NDArray[np.bool_],
         progress: Progress,
     ) -> NDArray[np.uint8]:
         """kinds u1[n]; changes `progress`."""
@@ -203,7 +246,7 @@ class N2OWriter:
             keys,
             versions,
             offsets,
-            np.concatenate([batch.deleted for batch, _ in batches]).astype(np.bool_),
+            deleted,
             digest_of(keys, versions),
             stored,
             stored_versions,

@@ -1,10 +1,10 @@
 """The binary form of one block of rows: what encode writes to `rows.<generation>` and replicate reads.
 
-A pure codec, RowBatch <-> bytes, little-endian. Version 1:
+A pure codec, RowBatch <-> bytes, little-endian. Version 2 (version 1, which is read too, has no patched rows):
 
     bytes  field
     4      magic "FRBK"
-    2      version, 1
+    2      version, 2
     2      flags: bit 0 = a fill proof is present
     8      fingerprint of the row layout (RowLayout.fingerprint)
     4      partition of `items`
@@ -16,7 +16,7 @@ A pure codec, RowBatch <-> bytes, little-endian. Version 1:
     8n     offsets in `items`, i8
     4n     lengths of the attributes, u4
     n      lengths of the ids, u1
-    n      deleted, u1 (0 or 1)
+    n      kinds, u1: 0 a row, 1 deleted, 2 patched: version, times and attributes alone count
     n*hot  hot records
     n*cold cold records
     ...    ids, UTF-8, one after the other
@@ -34,9 +34,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from index.layout import RowLayout
-from index.n2o import FillProof, RowBatch
+from index.n2o import DELETED, PATCHED, FillProof, RowBatch
 
-MAGIC, VERSION = b"FRBK", 1
+MAGIC, VERSION = b"FRBK", 2
+_LAST_KIND = {1: DELETED, 2: PATCHED}  # by version
 MAX_BLOCK_BYTES = 512 << 10  # well below the 1 MB at which brokers refuse a message
 _HEAD = struct.Struct("<4sHHQiIqQQ")
 _FILL = 1
@@ -51,7 +52,7 @@ def encode(batch: RowBatch, layout: RowLayout) -> bytes:
     """One block. Raises BlockError on columns that do not fit together (a defect of the caller, not of its input)."""
     n = len(batch.ids)
     ids = [text.encode() for text in batch.ids]
-    columns = (batch.versions, batch.offsets, batch.deleted, batch.hot, batch.cold, batch.attributes)
+    columns = (batch.versions, batch.offsets, batch.kinds, batch.hot, batch.cold, batch.attributes)
     if any(len(column) != n for column in columns):
         raise BlockError("the columns of the block differ in length")
     if batch.hot.dtype != layout.hot or batch.cold.dtype != layout.cold:
@@ -69,7 +70,7 @@ def encode(batch: RowBatch, layout: RowLayout) -> bytes:
             np.asarray(batch.offsets, "<i8").tobytes(),
             np.array([len(raw) for raw in batch.attributes], "<u4").tobytes(),
             bytes(map(len, ids)),
-            np.asarray(batch.deleted, "u1").tobytes(),
+            np.asarray(batch.kinds, "u1").tobytes(),
             batch.hot.tobytes(),
             batch.cold.tobytes(),
             *ids,
@@ -85,8 +86,8 @@ def decode(block: bytes, layout: RowLayout) -> RowBatch:
     magic, version, flags, fingerprint, partition, n, covered, count, digest = _HEAD.unpack_from(block)
     if magic != MAGIC:
         raise BlockError(f"not a block of rows: it begins with {magic!r}")
-    if version != VERSION:
-        raise BlockError(f"block version {version}; this program reads version {VERSION}")
+    if version not in _LAST_KIND:
+        raise BlockError(f"block version {version}; this program reads versions 1 to {VERSION}")
     if flags & ~_FILL or (not flags & _FILL and (count or digest)):
         raise BlockError(f"unknown flags {flags:#x}")
     if fingerprint != layout.fingerprint():
@@ -101,21 +102,21 @@ def decode(block: bytes, layout: RowLayout) -> RowBatch:
     for dtype in ("<u8", "<i8", "<u4", "u1", "u1", layout.hot, layout.cold):
         columns.append(np.frombuffer(block, dtype, n, at) if n else np.empty(0, dtype))
         at += columns[-1].nbytes
-    versions, offsets, attribute_lengths, id_lengths, deleted, hot, cold = columns
+    versions, offsets, attribute_lengths, id_lengths, kinds, hot, cold = columns
     expected = fixed + int(attribute_lengths.sum(dtype=np.int64)) + int(id_lengths.sum(dtype=np.int64))
     if len(block) != expected:
         raise BlockError(
             f"{'truncated' if len(block) < expected else 'trailing bytes'}: {len(block)} of {expected} bytes"
         )
-    if deleted.max(initial=0) > 1 or id_lengths.min(initial=1) < 1:
-        raise BlockError("a deleted mark or the length of an id is out of range")
+    if kinds.max(initial=0) > _LAST_KIND[version] or id_lengths.min(initial=1) < 1:
+        raise BlockError("the kind of a row or the length of an id is out of range")
     try:
         ids = [raw.decode() for raw in _cut(block, at, id_lengths)]
     except UnicodeDecodeError as error:
         raise BlockError(f"an id is not UTF-8: {error}") from None
     attributes = list(_cut(block, at + int(id_lengths.sum(dtype=np.int64)), attribute_lengths))
     fill = FillProof(count, digest) if flags & _FILL else None
-    return RowBatch(partition, covered, ids, versions, offsets, deleted.view(np.bool_), hot, cold, attributes, fill)
+    return RowBatch(partition, covered, ids, versions, offsets, kinds, hot, cold, attributes, fill)
 
 
 def split(batch: RowBatch, layout: RowLayout, max_bytes: int = MAX_BLOCK_BYTES) -> Iterator[RowBatch]:
@@ -143,7 +144,7 @@ def _piece(batch: RowBatch, start: int, end: int) -> RowBatch:
         ids=batch.ids[start:end],
         versions=batch.versions[start:end],
         offsets=batch.offsets[start:end],
-        deleted=batch.deleted[start:end],
+        kinds=batch.kinds[start:end],
         hot=batch.hot[start:end],
         cold=batch.cold[start:end],
         attributes=batch.attributes[start:end],

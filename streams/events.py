@@ -14,13 +14,16 @@ import datetime
 import re
 import struct
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 ID_BYTES = 128  # of a user, item or event id, in UTF-8
 MAX_EVENT_BYTES = 256 << 10  # written again it may be 2.7 times as long ("1," becomes 5.3 bytes); a message has 1 MB
+PACK = "forerank-pack"  # header of a message of `item-updates` that holds several events: how many
+MAX_PACK = 512  # events
+MAX_ITEM_BYTES = 704 << 10  # of a record of `items` that patches have grown
 _MAX_CROSSES = 256
 _SKEW_MS = 300_000  # by how much a publisher's clock may be ahead
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -28,7 +31,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MS = datetime.timedelta(milliseconds=1)
 
 Header = tuple[str, bytes]
-ErrorKind = Literal["malformed", "key_mismatch", "wrong_partition", "too_large", "not_encodable"]
+ErrorKind = Literal["malformed", "key_mismatch", "wrong_partition", "too_large", "not_encodable", "no_such_item"]
 
 Time = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_BYTES)]
@@ -36,6 +39,7 @@ Version = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Generation = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Crosses = Annotated[list[Text], msgspec.Meta(max_length=_MAX_CROSSES)]
 Features = dict[str, str | float | list[str]]
 Attributes = dict[str, str | bool | Whole | float | list[str] | None]
 
@@ -50,17 +54,28 @@ class EventError(ValueError):
         self.field = field
 
 
+class PatchBody(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a patch writes: each named feature and attribute by itself, crosses and embedding as a whole."""
+
+    crosses: Crosses | None = None
+    features: Features = {}
+    embedding: list[float] | None = None
+    attributes: Attributes = {}
+
+
 class ItemUpdate(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """An item as published. With `deleted` only id, version and time count; the rest is dropped."""
+    """An item as published. With `deleted` only id, version and time count; the rest is dropped. With `patch`, which
+    has only these beside it, what the patch does not name stays as it is."""
 
     item_id: Text
     version: Version
     event_time: Time | None = None  # absent: `ce_time`, else the record's time
-    crosses: Annotated[list[Text], msgspec.Meta(max_length=_MAX_CROSSES)] = []
+    crosses: Crosses = []
     features: Features = {}
     embedding: list[float] | None = None
     attributes: Attributes = {}
     deleted: bool = False
+    patch: PatchBody | None = None
 
 
 class Item(msgspec.Struct, omit_defaults=True):
@@ -68,6 +83,10 @@ class Item(msgspec.Struct, omit_defaults=True):
 
     `embedding` is 32-bit little-endian floats, in JSON their base64, which is read five times as fast as numbers.
     What is no finite float in 32 bits is infinite, which the encoder refuses. Lists were written formerly.
+
+    `version` is the newest that anything of the item has. Where that is a patch's, `base` is the version of the last
+    whole update, or of the deletion, and `versions` those of the leaves that patches wrote since: `crosses`,
+    `embedding`, `features.<name>`, `attributes.<name>`. A deleted item keeps these leaves, for an update between.
     """
 
     item_id: str
@@ -79,6 +98,21 @@ class Item(msgspec.Struct, omit_defaults=True):
     features: Features = {}
     embedding: bytes | list[float] | None = None
     attributes: Attributes = {}
+    base: int | None = None
+    versions: dict[str, int] = {}
+
+
+class ItemPatch(msgspec.Struct):
+    """A patch as ingest takes it; times are ms since the epoch. None and absent names: no change."""
+
+    item_id: str
+    version: int
+    event_time: int
+    publish_time: int
+    crosses: list[str] | None
+    features: Features
+    embedding: bytes | None
+    attributes: Attributes
 
 
 class BehaviourBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -146,6 +180,7 @@ class HostReport(msgspec.Struct, omit_defaults=True):
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in (ItemUpdate, Item, BehaviourBody, UserBody, ModelEvent)
 }
+_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
 encode = _ENCODER.encode
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
@@ -195,11 +230,36 @@ def _resolve(
     return to_ms(time) if time is not None else cloud_time(headers, default)
 
 
-def item_update(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None, publish_time: int) -> Item:
-    """What `items` will hold for this body. `publish_time`: the record's time, ms."""
+def pack(values: Sequence[bytes]) -> bytes:
+    """One body of several, which are JSON objects."""
+    return b"[" + b",".join(values) + b"]"
+
+
+def unpacked(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None) -> list[bytes] | None:
+    """The bodies of a pack; None of a message without the header. Raises EventError where it is not what that says."""
+    said = header(headers, PACK)
+    if said is None:
+        return None
+    try:
+        found = _RAW_LIST.decode(value or b"")
+    except (ValueError, RecursionError) as error:
+        raise EventError("malformed", f"a pack that is no JSON array: {error}") from None
+    if len(found) > MAX_PACK:
+        raise EventError("too_large", f"a pack of {len(found)} events; at most {MAX_PACK} are accepted")
+    if str(len(found)).encode() != said:
+        raise EventError("malformed", f"a pack of {len(found)} events whose header `{PACK}` says {said[:20]!r}")
+    return [bytes(raw) for raw in found]
+
+
+def item_update(
+    value: bytes | None, headers: Mapping[str, bytes] | Iterable[Header] | None, publish_time: int
+) -> Item | ItemPatch:
+    """What `items` will hold for this body, or the patch that it is. `publish_time`: the record's time, ms."""
     body: ItemUpdate = _decode(ItemUpdate, value)
     check_id(body.item_id, "item_id")
     event_time = _resolve(body.event_time, headers, publish_time)
+    if body.patch is not None:
+        return _patch(body, body.patch, event_time, publish_time)
     if body.deleted:
         return Item(body.item_id, body.version, event_time, publish_time, True)
     return Item(
@@ -210,9 +270,30 @@ def item_update(value: bytes | None, headers: Mapping[str, bytes] | Iterable[Hea
         False,
         body.crosses,
         body.features,
-        None if body.embedding is None else array.array("f", body.embedding).tobytes(),
+        _floats(body.embedding),
         body.attributes,
     )
+
+
+def _patch(body: ItemUpdate, patch: PatchBody, event_time: int, publish_time: int) -> ItemPatch:
+    if body.deleted or body.crosses or body.features or body.embedding is not None or body.attributes:
+        raise EventError("malformed", "beside `patch` only item_id, version and event_time may stand", "patch")
+    if patch == PatchBody():
+        raise EventError("malformed", "`patch` names nothing to change", "patch")
+    return ItemPatch(
+        body.item_id,
+        body.version,
+        event_time,
+        publish_time,
+        patch.crosses,
+        patch.features,
+        _floats(patch.embedding),
+        patch.attributes,
+    )
+
+
+def _floats(embedding: list[float] | None) -> bytes | None:
+    return None if embedding is None else array.array("f", embedding).tobytes()
 
 
 def item(value: bytes | None) -> Item:

@@ -160,9 +160,9 @@ class _Proof:
         """The empty last block of a partition."""
         none = np.empty(0, np.int64)
         hot, cold = np.empty(0, layout.hot), np.empty(0, layout.cold)
-        gone = none.astype(np.bool_)
+        kinds = none.astype(np.uint8)
         proof = self._of(partition)
-        return RowBatch(partition, covered, [], none.astype(np.uint64), none, gone, hot, cold, [], proof)
+        return RowBatch(partition, covered, [], none.astype(np.uint64), none, kinds, hot, cold, [], proof)
 
     def _of(self, partition: int) -> FillProof:
         if not self._keys[partition]:

@@ -1,15 +1,21 @@
 """Ingest: makes `items` out of `item-updates`, in the order of versions. The only writer of `items`.
 
 First hop of an item event. Compaction of `items` keeps the last record of an item, not the newest version, so ingest
-remembers version and deletion of every item and lets only newer ones through: in `items`, log order is version order.
+remembers the newest record of every item, merges patches into it (merge.py), and lets only what is newer through: in
+`items`, log order is version order.
 
-The order of its writes, for each batch (tests crash it between the numbers):
+A message may be a pack of events, all of its partition; one that is bad is a dead letter by itself, with its place in
+the header `index`.
+
+The order of its writes, for each part of a batch, which is whole messages (tests crash it between the numbers):
 
     1  produce the accepted records to `items`, the refused ones to `item-updates.dlq`, and wait for all
-    acknowledgements 2  remember versions and source offsets in its store, in one WriteBatch 3  return, which lets
-    Faust commit the source offsets
+       acknowledgements
+    2  remember the records and source offsets in its store, in one WriteBatch
+    3  return, which lets Faust commit the source offsets
 
-A crash after 1 repeats records with the version they had: harmless. The other order would lose them.
+A crash after 1 repeats records as they were: harmless. The other order would lose them. What is remembered is not taken
+again, though Faust's commits lag behind: a patch that was refused might meet an item that was made since.
 
 A deletion is remembered for `tombstone_days`; then (1) the tombstone is produced and acknowledged, (2) the item is
 forgotten. After that an old update of the item would be taken for a new one.
@@ -17,8 +23,8 @@ forgotten. After that an old update of the item would be taken for a new one.
 One host's ingest runs; those of other hosts stand by until its membership of the group has ended (a store knows only
 what its own process accepted), and then take what they missed from `items`.
 
-The store can always be made again from `items`: same key, same partition, and the record's time is when it was
-accepted.
+The store can always be made again from `items`, byte by byte: same key, same partition, and the record's time is when
+it was accepted.
 """
 
 from __future__ import annotations
@@ -27,11 +33,10 @@ import asyncio
 import logging
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 from kafka.errors import KafkaError
 from rocksdict import Options, Rdict, WriteBatch
 
@@ -40,35 +45,44 @@ from infra.settings import Settings
 from infra.telemetry import counter
 from streams import events
 from streams.bulk import open_reader
-from streams.events import EventError, Header, Item
+from streams.events import EventError, Header, Item, ItemPatch
 from streams.groups import GroupError, group_admin
+from streams.merge import ATTRIBUTES_ONLY, Known, merged, of_record
 from streams.worker import Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 LOG = logging.getLogger(__name__)
-FORMAT = b"ingest-1"
+FORMAT = b"ingest-2"
 _DAY_MS = 86_400_000
 _EXPIRY_S = 1.0  # how often due deletions are looked for
 _EXPIRY_BATCH = 1000
 _LOOK_S = 2.0  # how often the group's members are asked for
+_PART = 4096  # events that are merged and written at once, if one message has no more
 _HEADER_BYTES = 4096  # of an event that may go to `items` with it: a body leaves room for no more than some
-_VALUE = struct.Struct("<QQ")  # version, deleted_at (0 = live)
+_KNOWN = struct.Struct("<QQQ")  # version, base, deleted_at
 _OFFSET = struct.Struct("<q")
 
 
-class Known(NamedTuple):
-    """What is remembered of an item. `deleted_at`: ms since the epoch at which ingest accepted the deletion, 0 =
-    live.
-    """
+class _Arrived(NamedTuple):
+    """One event. `packed`: `record` is the part of a pack that it is, and has no key."""
 
-    version: int
-    deleted_at: int
+    record: Record
+    packed: bool
+
+
+class _Accepted(NamedTuple):
+    """A well-formed event, and its id as bytes."""
+
+    record: Record
+    raw: bytes
+    event: Item | ItemPatch
 
 
 class IngestStore:
     """item id (UTF-8) -> Known, source offset per partition, and the deletions by their time, in one RocksDB.
 
     Keys: `i<id>`; `d<deleted_at, 8 bytes big-endian><id>`; `o<partition, 4 bytes big-endian>`; `format`; `whole` (its
-    state was taken from `items` to the end, or began with it). Raises an error of rocksdict if another process has it.
+    state was taken from `items` to the end, or began with it). A store of another format is emptied: it is made again.
+    Raises an error of rocksdict if another process has it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,23 +92,22 @@ class IngestStore:
         options.increase_parallelism(1)
         options.set_write_buffer_size(16 << 20)
         self._db = Rdict(str(path), options)
-        found = self._db.get(b"format")
-        if found not in (None, FORMAT):
-            raise RuntimeError(f"{path} was written by another version ({found!r}); delete it: it is made again")
+        if self._db.get(b"format") != FORMAT:
+            batch = WriteBatch(raw_mode=True)
+            batch.delete_range(b"", b"\xff")
+            batch.put(b"format", FORMAT)
+            self._db.write(batch)
 
     @property
     def whole(self) -> bool:
         return self._db.get(b"whole") is not None
 
     def mark_whole(self) -> None:
-        batch = WriteBatch(raw_mode=True)
-        batch.put(b"format", FORMAT)
-        batch.put(b"whole", b"1")
-        self._db.write(batch)
+        self._db.put(b"whole", b"1")
 
     def get(self, ids: Sequence[bytes]) -> list[Known | None]:
         found = self._db.get([b"i" + raw for raw in ids]) or []
-        return [None if value is None else Known(*_VALUE.unpack(value)) for value in found]
+        return [None if one is None else _known(one) for one in found]
 
     def source_offsets(self, partitions: int) -> list[int]:
         """Next offset of `item-updates` per partition; -1: none remembered."""
@@ -112,7 +125,7 @@ class IngestStore:
             if after is None:
                 batch.delete(b"i" + raw)
                 continue
-            batch.put(b"i" + raw, _VALUE.pack(*after))
+            batch.put(b"i" + raw, _KNOWN.pack(*after[:3]) + after.value)
             if after.deleted_at:
                 batch.put(_deletion_key(after.deleted_at, raw), b"")
         for partition, offset in source_offsets.items():
@@ -137,6 +150,11 @@ class IngestStore:
         self._db.close()
 
 
+def _known(stored: bytes) -> Known:
+    version, base, deleted_at = _KNOWN.unpack_from(stored)
+    return Known(version, base, deleted_at, stored[_KNOWN.size :])
+
+
 def _source_key(partition: int) -> bytes:
     return b"o" + partition.to_bytes(4, "big")
 
@@ -148,48 +166,81 @@ def _deletion_key(deleted_at: int, raw: bytes) -> bytes:
 class Ingest:
     """The handler of `item-updates`."""
 
-    def __init__(self, settings: Settings, store: IngestStore, send: Send) -> None:
-        self.settings, self.store, self.send = settings, store, send
+    def __init__(
+        self,
+        settings: Settings,
+        store: IngestStore,
+        send: Send,
+        moved: Callable[[], object] = int,
+        following: Sequence[int] = (),
+    ) -> None:
+        """`moved` is called when a part of a batch is done. Records before `following`, per partition, were taken."""
+        self.settings, self.store, self.send, self._moved = settings, store, send, moved
+        self._following = list(following)
         self.stale = 0
         self._items = settings.topic("items")
         self._writing = asyncio.Lock()  # a tombstone must not overtake an update of its item
 
     async def batch(self, records: Sequence[Record]) -> None:
-        accepted: list[tuple[Record, bytes, Item]] = []
+        arrived: list[_Arrived] = []
         refused: list[tuple[Record, EventError]] = []
+        following: dict[int, int] = {}
         for record in records:
+            if self._following and record.offset < self._following[record.partition]:
+                continue
             try:
-                accepted.append((record, *_accept(record, self.settings.partitions)))
+                arrived += _arrivals(record)
             except EventError as error:
                 refused.append((record, error))
+            following[record.partition] = record.offset + 1
+            if len(arrived) >= _PART:
+                await self._take(arrived, refused, following)
+                arrived, refused, following = [], [], {}
+        await self._take(arrived, refused, following)
+
+    async def _take(
+        self, arrived: Sequence[_Arrived], refused: list[tuple[Record, EventError]], following: Mapping[int, int]
+    ) -> None:
+        """All events of some messages, and those of them that are refused; `following`: the messages' next offsets."""
+        accepted: list[_Accepted] = []
+        for one in arrived:
+            try:
+                accepted.append(_accept(one, self.settings.partitions))
+            except EventError as error:
+                refused.append((one.record, error))
         async with self._writing:
             now = time.time_ns() // 1_000_000
-            newer, changes = self._newer(accepted, now)
-            out = [
-                Outgoing(self._items, record.partition, raw, events.encode(item), _cloud_headers(record), now)
-                for record, raw, item in newer
-            ]
-            await self.send(out + [dead_letter(self.settings, *pair) for pair in refused])  # 1
-            self.store.remember(changes, {record.partition: record.offset + 1 for record in records})  # 2
-        stale = len(accepted) - len(newer)
+            out, changes, unfit = self._merge(accepted, now)
+            await self.send(out + [dead_letter(self.settings, *pair) for pair in refused + unfit])  # 1
+            self.store.remember(changes, following)  # 2
+        for partition, offset in following.items():
+            if self._following:
+                self._following[partition] = offset
+        self._moved()
+        stale = len(accepted) - len(out) - len(unfit)
         self.stale += stale  # 3: Faust commits after the return
         if stale:
-            counter("forerank_stale_updates", "Item updates that were not newer than what ingest knew").inc(stale)
+            counter("forerank_stale_updates", "Item updates and patches that ingest knew, or knew better").inc(stale)
 
-    def _newer(
-        self, accepted: Sequence[tuple[Record, bytes, Item]], now: int
-    ) -> tuple[list[tuple[Record, bytes, Item]], dict[bytes, tuple[Known | None, Known | None]]]:
-        """Those with a higher version than all before them, in this batch too; and what they change."""
+    def _merge(
+        self, accepted: Sequence[_Accepted], now: int
+    ) -> tuple[list[Outgoing], dict[bytes, tuple[Known | None, Known | None]], list[tuple[Record, EventError]]]:
+        """One after the other, in this batch too: the records for `items`, what they change, and what meets no item."""
         ids = list(dict.fromkeys(raw for _, raw, _ in accepted))
         before = dict(zip(ids, self.store.get(ids), strict=True)) if ids else {}
         current = dict(before)
-        newer = []
-        for record, raw, item in accepted:
-            known = current[raw]
-            if known is None or item.version > known.version:
-                newer.append((record, raw, item))
-                current[raw] = Known(item.version, now if item.deleted else 0)
-        return newer, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}
+        out, unfit = [], []
+        for record, raw, event in accepted:
+            try:
+                found = merged(current[raw], event, now)
+            except EventError as error:
+                unfit.append((record, error))
+                continue
+            if found is not None:
+                current[raw] = found.known
+                headers = _cloud_headers(record) + ([ATTRIBUTES_ONLY] if found.attributes_only else [])
+                out.append(Outgoing(self._items, record.partition, raw, found.known.value, headers, now))
+        return out, {raw: (before[raw], after) for raw, after in current.items() if after is not before[raw]}, unfit
 
     async def expire(self, now: int) -> int:
         """Writes the tombstones that are due at `now` (ms), at most a batch of them; returns how many."""
@@ -216,11 +267,27 @@ class Ingest:
         self.store.close()
 
 
-def _accept(record: Record, partitions: int) -> tuple[bytes, Item]:
-    item = events.item_update(record.value, record.headers, record.timestamp)
-    raw = item.item_id.encode()
-    events.check_key(record.key, raw, record.partition, partitions)
-    return raw, item
+def _arrivals(record: Record) -> list[_Arrived]:
+    """The events of a message. Raises EventError where a pack is none."""
+    bodies = events.unpacked(record.value, record.headers)
+    if bodies is None:
+        return [_Arrived(record, False)]
+    shared = [pair for pair in events.header_list(record.headers) if pair[0] not in (events.PACK, "ce_id", "index")]
+    ce_id = events.header(record.headers, "ce_id") or b""
+    out = []
+    for at, body in enumerate(bodies):
+        place = str(at).encode()
+        own = [("index", place), ("ce_id", ce_id + b"/" + place)]
+        out.append(_Arrived(record._replace(key=None, value=body, headers=[*own, *shared]), True))
+    return out
+
+
+def _accept(arrived: _Arrived, partitions: int) -> _Accepted:
+    record, packed = arrived
+    event = events.item_update(record.value, record.headers, record.timestamp)
+    raw = event.item_id.encode()
+    events.check_key(raw if packed else record.key, raw, record.partition, partitions)
+    return _Accepted(record, raw, event)
 
 
 def _cloud_headers(record: Record) -> list[Header]:
@@ -229,25 +296,11 @@ def _cloud_headers(record: Record) -> list[Header]:
     return events.fitting_headers(own, _HEADER_BYTES)
 
 
-class _ItemHead(msgspec.Struct):
-    """The part of a record of `items` that ingest remembers."""
-
-    version: int
-    deleted: bool = False
-
-
-_HEAD = msgspec.json.Decoder(_ItemHead)
-
-
 def replay(store: IngestStore, records: Iterable[tuple[bytes, int, bytes | None]]) -> None:
     """Takes records of `items` over, (id, record time, value) in log order. What the store knows better, it keeps."""
     found: dict[bytes, Known | None] = {}
     for raw, timestamp, value in records:
-        if value is None:
-            found[raw] = None
-        else:
-            head = _HEAD.decode(value)
-            found[raw] = Known(head.version, timestamp if head.deleted else 0)
+        found[raw] = None if value is None else of_record(value, timestamp)
     ids = list(found)
     changes = {
         raw: (before, found[raw])
@@ -315,13 +368,14 @@ async def prepare(job: Job) -> Plan:
     """Waits for its turn, opens the store, makes it whole, and moves the group where the two disagree."""
     settings, source = job.settings, job.settings.topic("item-updates")
     waited = await stand_by(job)
-    store, committed, starts = await asyncio.to_thread(_open, job, source)
+    store, committed, starts, ends = await asyncio.to_thread(_open, job, source)
     stored = store.source_offsets(settings.partitions)
     behind = any(
         known < done for known, done in zip(stored, committed, strict=True)
     )  # as when another host's ingest ran
     # what the store never saw is read again
-    following = [known if -1 < known < done else done for known, done in zip(stored, committed, strict=True)]
+    # and what it saw is not, unless the topic was made anew
+    following = [known if -1 < known <= end else done for known, done, end in zip(stored, committed, ends, strict=True)]
     if waited or behind or not store.whole:
         await rebuild(job, store)
         seen = {p: done for p, (known, done) in enumerate(zip(stored, committed, strict=True)) if known < 0 <= done}
@@ -338,17 +392,18 @@ async def prepare(job: Job) -> Plan:
         _report_lost(job, source, lost)
     if others := await _others(job):
         raise JobError(f"{', '.join(sorted(others))} was quicker; ingest starts again, to stand by")
-    ingest = Ingest(settings, store, job.send)
+    begin = [max(pair) for pair in zip(following, starts, strict=True)]
+    ingest = Ingest(settings, store, job.send, lambda: job.handled(0), begin)
     job.background(ingest.keep_expiring())
     job.background(keep_alone(job))
-    return Plan({source: [max(pair) for pair in zip(following, starts, strict=True)]}, ingest)
+    return Plan({source: begin}, ingest)
 
 
-def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int]]:
-    """The store, and the offsets of `item-updates`: those that the group committed, the first there are."""
+def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int], list[int]]:
+    """The store, and the offsets of `item-updates`: those that the group committed, the first there are, the ends."""
     with group_admin(job.settings) as groups:
-        committed, starts = groups.committed(job.group, source), groups.starts(source)
-    return IngestStore(job.settings.ingest_dir), committed, starts
+        committed, starts, ends = groups.committed(job.group, source), groups.starts(source), groups.ends(source)
+    return IngestStore(job.settings.ingest_dir), committed, starts, ends
 
 
 def _commit(job: Job, source: str, offsets: list[int]) -> None:

@@ -31,6 +31,8 @@ Row = bytes | Mapping[str, Any]  # JSON, or an object that JSON can hold
 TOPICS: Mapping[Kind, str] = {"items": "item-updates", "users": "users", "behaviours": "behaviours", "models": "models"}
 REPORTED = 100  # rejected rows that are kept with their reason
 _UNREACHABLE_MS = 10_000
+_PACK_LEAST = 8  # events of a partition from which on they go in one message
+_PACK_BYTES = 64 << 10  # ingest keeps up to 8,192 messages in memory
 _IN_FLIGHT = 10_000  # events that may wait for the broker: the client's buffer has no bound of its own
 
 
@@ -123,40 +125,78 @@ class Publisher:
     def models(self, rows: Iterable[Row]) -> Published:
         return self.publish("models", rows)
 
-    def publish(self, kind: Kind, rows: Iterable[Row], progress: Callable[[], object] | None = None) -> Published:
-        """The same for any kind; `progress` is called after each row."""
+    def publish(
+        self, kind: Kind, rows: Iterable[Row], progress: Callable[[], object] | None = None, *, bulk: bool = False
+    ) -> Published:
+        """The same for any kind; `progress` is called after each row. `bulk`: the rows are all there, not to be waited
+        for, and where a message may hold many items, which costs ingest a fraction, it does.
+        """
         out, acks = Published(), _Acks()
+        packs: dict[int, _Pack] = {}
         for place, row in enumerate(rows, 1):
             try:
                 checked = check(kind, row)
             except EventError as error:
                 out.reject(place, error)
             else:
-                self._send(kind, checked, acks)
+                if bulk and kind == "items":
+                    self._pack(checked, packs, acks)
+                else:
+                    self._send(kind, checked, acks)
                 out.sent += 1
                 if out.sent % _IN_FLIGHT == 0:
                     self._finish(acks)
             if progress is not None:
                 progress()
+        for partition, pack in packs.items():
+            self._send_pack(partition, pack, acks)
         self._finish(acks)
         return out
+
+    def _pack(self, event: _Checked, packs: dict[int, _Pack], acks: _Acks) -> None:
+        """Holds the event back, in the pack of its partition, until that is full."""
+        partition = events.partition_of(event.key.encode(), self._settings.partitions)
+        pack = packs.setdefault(partition, _Pack())
+        if pack.events and (len(pack.events) == events.MAX_PACK or pack.size + len(event.value) > _PACK_BYTES):
+            self._send_pack(partition, pack, acks)
+            pack = packs[partition] = _Pack()
+        pack.events.append(event)
+        pack.size += len(event.value) + 1
+
+    def _send_pack(self, partition: int, pack: _Pack, acks: _Acks) -> None:
+        if len(pack.events) < _PACK_LEAST:
+            for event in pack.events:
+                self._send("items", event, acks)
+            return
+        count = len(pack.events)
+        value = events.pack([event.value for event in pack.events])
+        headers = [(events.PACK, str(count).encode())]
+        self._produce("items", value, None, partition, events.new_event_id(), headers, acks, count)
 
     def _send(self, kind: Kind, event: _Checked, acks: _Acks) -> None:
         key = event.key.encode()
         partition = 0 if kind == "models" else events.partition_of(key, self._settings.partitions)
+        self._produce(kind, event.value, key, partition, event.event_id, [], acks)
+
+    def _produce(
+        self,
+        kind: Kind,
+        value: bytes,
+        key: bytes | None,
+        partition: int,
+        event_id: str,
+        headers: list[events.Header],
+        acks: _Acks,
+        count: int = 1,
+    ) -> None:
         now = time.time_ns() // 1_000_000
+        cloud = events.cloud_headers(TOPICS[kind], event_id, self._source, now)
         try:
-            future = self._producer.send(
-                self._settings.topic(TOPICS[kind]),
-                event.value,
-                key,
-                events.cloud_headers(TOPICS[kind], event.event_id, self._source, now),
-                partition,
-                now,
-            )
+            topic = self._settings.topic(TOPICS[kind])
+            future = self._producer.send(topic, value, key, [*cloud, *headers], partition, now)
         except KafkaError as error:
             raise PublishError(f"The Kafka broker did not take an event: {error}.") from error
-        future.add_errback(acks.failed)
+        future.add_errback(acks.failed, count)
 
     def _finish(self, acks: _Acks) -> None:
         try:
@@ -177,15 +217,23 @@ class Publisher:
         self.close()
 
 
+@dataclasses.dataclass
+class _Pack:
+    """Events of one partition, to be sent together. `size`: bytes."""
+
+    events: list[_Checked] = dataclasses.field(default_factory=list)
+    size: int = 0
+
+
 class _Acks:
     """Failed sends of one call; the producer's thread reports them."""
 
     def __init__(self) -> None:
         self._lock, self._count, self._first = threading.Lock(), 0, ""
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, count: int, error: BaseException) -> None:
         with self._lock:
-            self._count += 1
+            self._count += count
             self._first = self._first or f"{type(error).__name__}: {error}"
 
     def check(self) -> None:
@@ -282,7 +330,7 @@ def publish_files(settings: Settings, kind: Kind, paths: Iterable[Path], *, stri
     with Publisher(settings) as publisher:
         for path, rows in files:
             with tqdm(desc=str(path), unit=" rows", file=sys.stderr, mininterval=0.5, miniters=500) as bar:
-                result = publisher.publish(kind, rows, bar.update)
+                result = publisher.publish(kind, rows, bar.update, bulk=str(path) != "-")  # a pipe may trickle
             sent += result.sent
             bad += _report(path, result)
     print(

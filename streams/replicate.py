@@ -22,6 +22,7 @@ from index.errors import StoreError
 from index.layout import RowLayout
 from index.n2o import N2OWriter
 from infra.settings import Settings
+from infra.telemetry import counter
 from streams import blocks
 from streams.blocks import BlockError
 from streams.bundles import BundleFileError, layout_of
@@ -54,7 +55,11 @@ class Replicate:
                 raise JobError(f"{place} is not a block of this generation: {error}") from error
         if batches:
             before = self._writer.progress()
+            without_row = self._writer.without_row
             self._writer.apply(batches)  # 2
+            if without_row < self._writer.without_row:
+                meaning = "Patches of attributes whose item had no row, because it could not be encoded"
+                counter("forerank_patches_without_row", meaning).inc(self._writer.without_row - without_row)
             self._hops.observe([batch for batch, _ in batches], before, time.time_ns() // 1_000_000)
 
     def close(self) -> None:

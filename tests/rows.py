@@ -28,7 +28,7 @@ def batch_of(
         ids=list(ids),
         versions=np.array(versions or [1] * n, np.uint64),
         offsets=np.arange(start, start + n, dtype=np.int64),
-        deleted=np.arange(n) >= n - deleted,
+        kinds=(np.arange(n) >= n - deleted).astype(np.uint8),
         hot=hot,
         cold=cold,
         attributes=list(attributes or [b"{}"] * n),

@@ -56,7 +56,7 @@ def block(partition: int, changes: list[Change], covered: int, fill: FillProof |
         ids,
         versions,
         np.array([change.offset for change in changes], np.int64),
-        np.array([change.deleted for change in changes], np.bool_),
+        np.array([change.deleted for change in changes], np.uint8),
         hot,
         cold,
         [json.dumps({"version": change.version}).encode() for change in changes],
@@ -466,3 +466,68 @@ def _abandon(writer: N2OWriter) -> Any:
     """Gives back the locks only: the arena stays as after a kill."""
     writer._rocks.close()
     writer._lock.release()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_patched_rows_keep_the_hot_record_and_the_vector_of_the_row_before(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """However the log is cut into blocks and calls, and whatever is sent again."""
+    kinds = st.sampled_from([n2o.WHOLE, n2o.PATCHED, n2o.PATCHED, n2o.DELETED])
+    log = data.draw(st.lists(st.tuples(st.integers(0, 3), kinds), min_size=1, max_size=20))
+    path = tmp_path_factory.mktemp("patched")
+    rows: dict[str, tuple[int, int]] = {}  # id -> version, version of its last whole row
+    without = at = sent = 0
+    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY)
+    try:
+        while at < len(log):
+            call = []
+            for _ in range(data.draw(st.integers(1, 3))):
+                start = data.draw(st.integers(max(0, at - 4), at))
+                end = min(len(log), at + data.draw(st.integers(1, 4)))
+                call.append((_patched_block(log, start, end), sent))
+                for offset in range(at, end):
+                    name, kind = str(log[offset][0]), log[offset][1]
+                    if kind == n2o.WHOLE:
+                        rows[name] = (offset, offset)
+                    elif kind == n2o.PATCHED and name in rows:
+                        rows[name] = (offset, rows[name][1])
+                    else:
+                        without += kind == n2o.PATCHED
+                        rows.pop(name, None)
+                at, sent = max(at, end), sent + 1
+            writer.apply(call)
+        assert writer.without_row == without
+    finally:
+        writer.close()
+    for _ in range(2):  # and once more from an arena that is made anew
+        arena = ArenaReader.open(path, LAYOUT)
+        names = [str(item) for item in range(4)]
+        keys = keys_of(names, KEY)
+        hot, cold, found = arena.gather_both(keys)
+        assert found.tolist() == [name in rows for name in names]
+        assert cold["version"][found].tolist() == [rows[name][0] for name in names if name in rows]
+        bases = np.array([rows[name][1] for name in names if name in rows], np.uint64)
+        assert hot.view(np.uint64).reshape(len(hot), 24)[found, 0].tolist() == bases.tolist()
+        assert hot_faults(keys[found], hot[found]) == 0
+        cold["version"][found] = bases
+        assert cold_faults(keys[found], cold[found]) == 0
+        shutil.rmtree(path / "arena")
+        N2OWriter(path, LAYOUT, PARTITIONS, KEY).close()
+
+
+def _patched_block(log: list[tuple[int, int]], start: int, end: int) -> RowBatch:
+    part = log[start:end]
+    changes = [Change(3 * item, offset, offset, False) for offset, (item, _) in enumerate(part, start)]
+    found = block(0, changes, end - 1)
+    kinds = np.array([kind for _, kind in part], np.uint8)
+    found.hot[kinds != n2o.WHOLE] = np.zeros(1, LAYOUT.hot)
+    found.cold["vector"][kinds != n2o.WHOLE] = 0
+    ids = [str(item) for item, _ in part]
+    if ids:
+        keys = keys_of(ids, KEY)
+        hot, cold = made(keys, found.versions)
+        whole = kinds == n2o.WHOLE
+        found.hot[whole], found.cold[whole] = hot[whole], cold[whole]
+    return dataclasses.replace(found, ids=ids, kinds=kinds)

@@ -30,7 +30,7 @@ from index.n2o import N2OReader
 from infra.kafka.topics import ensure_rows_topic, ensure_topics
 from infra.settings import Settings, environment
 from streams import events
-from streams.events import Item
+from streams.events import Item, ItemPatch
 from streams.publish import Publisher
 from streams.worker import read_heartbeat
 from tests.conftest import wait_until
@@ -60,6 +60,17 @@ def item_body(item_id: str, version: int, random: np.random.Generator, **changes
         "attributes": {"bid": round(float(random.random()), 3), "title": f"{item_id} v{version}"},
     }
     return body | changes
+
+
+def patch_body(item_id: str, version: int, random: np.random.Generator) -> dict[str, object]:
+    """Mostly of attributes alone, as prices and stock come."""
+    patch: dict[str, object] = {"attributes": {"bid": round(float(random.random()), 3), "stock": version}}
+    if random.random() < 0.2:
+        patch["features"] = {"price": round(float(random.normal(10, 5)), 3)}
+    elif random.random() < 0.1:
+        patch = {"crosses": ["blue"], "attributes": {"title": f"{item_id} patched"}}
+    time_ = f"2026-01-01T00:01:{version % 60:02d}Z"
+    return {"item_id": item_id, "version": version, "event_time": time_, "patch": patch}
 
 
 class Chain:
@@ -111,9 +122,9 @@ class Chain:
         beat = read_heartbeat(self.settings.heartbeat_dir, job.replace(":", "-"))
         return beat is not None and beat.pid == process.pid and beat.state == "running"
 
-    def publish(self, bodies: Sequence[Mapping[str, object] | bytes]) -> None:
+    def publish(self, bodies: Sequence[Mapping[str, object] | bytes], bulk: bool = False) -> None:
         with Publisher(self.settings) as publisher:
-            result = publisher.items(bodies)
+            result = publisher.publish("items", bodies, bulk=bulk)
         assert result.rejected == 0, result.errors
 
     def read(self, topic: str) -> list[Any]:
@@ -211,25 +222,85 @@ def make_bundle(path: Path) -> Bundle:
 
 @dataclasses.dataclass
 class Expected:
-    """What the rows must be. `items`: live items; `gone`: ids that must have no row."""
+    """What the rows must be. `items`: live items; `gone`: ids that must have no row; `refused`: ids of patches that met
+    no item.
+    """
 
     items: dict[str, Item]
     gone: set[str]
+    refused: set[str]
+
+
+class _Leaves:
+    """An item as (version, value) per leaf, and the newest whole update or deletion."""
+
+    def __init__(self, item: Item) -> None:
+        self.base, self.newest, self.deleted = -1, (-1, 0), False
+        self.leaves: dict[str, tuple[int, Any]] = {}
+        self.take(item)
+
+    def take(self, item: Item) -> None:
+        if item.version <= self.base:
+            return
+        self.base, self.deleted = item.version, item.deleted
+        self.newest = max(self.newest, (item.version, item.event_time), key=lambda pair: pair[0])
+        newer = {leaf: found for leaf, found in self.leaves.items() if found[0] > item.version}
+        self.leaves = {leaf: (item.version, value) for leaf, value in _named(item).items()} | newer
+
+    def patch(self, patch: ItemPatch) -> bool:
+        """Whether it was acceptable."""
+        late = {leaf for leaf, (version, _) in self.leaves.items() if version >= patch.version}
+        named = {leaf: (patch.version, value) for leaf, value in _named(patch).items() if leaf not in late}
+        if patch.version <= self.base or not named:
+            return True
+        if self.deleted:
+            return False
+        self.leaves |= named
+        self.newest = max(self.newest, (patch.version, patch.event_time), key=lambda pair: pair[0])
+        return True
+
+    def item(self, name: str) -> Item:
+        version, time_ = self.newest
+        groups: dict[str, Any] = {"features": {}, "attributes": {}}
+        for leaf, (_, value) in self.leaves.items():
+            group, dot, inner = leaf.partition(".")
+            if dot:
+                groups[group][inner] = value
+            else:
+                groups[group] = value
+        return Item(name, version, time_, 0, self.deleted, **groups)
+
+
+def _named(event: Item | ItemPatch) -> dict[str, Any]:
+    found = {f"features.{name}": value for name, value in event.features.items()}
+    found |= {f"attributes.{name}": value for name, value in event.attributes.items()}
+    found |= {name: getattr(event, name) for name in ("crosses", "embedding") if getattr(event, name) is not None}
+    return found
 
 
 def oracle(bodies: Sequence[Mapping[str, object] | bytes]) -> Expected:
-    """One thread, one dict: the newest version wins, the first of equal ones; what cannot be encoded has no row."""
-    newest: dict[str, Item] = {}
+    """One thread, one dict: of every leaf the newest version, the first of equal ones; what cannot be encoded has no
+    row.
+    """
+    known: dict[str, _Leaves] = {}
+    refused: set[str] = set()
     for body in bodies:
-        item = events.item_update(body if isinstance(body, bytes) else json.dumps(body).encode(), None, 0)
-        if item.item_id not in newest or item.version > newest[item.item_id].version:
-            newest[item.item_id] = item
+        event = events.item_update(body if isinstance(body, bytes) else json.dumps(body).encode(), None, 0)
+        before = known.get(event.item_id)
+        if isinstance(event, ItemPatch):
+            if before is None or not before.patch(event):
+                refused.add(event.item_id)
+        elif before is None:
+            known[event.item_id] = _Leaves(event)
+        else:
+            before.take(event)
+    newest = {name: leaves.item(name) for name, leaves in known.items()}
     live = {
         name: item
         for name, item in newest.items()
         if not item.deleted and item.embedding is not None and len(item.embedding) == 4 * EMBEDDING
     }
-    return Expected(live, set(newest) - set(live))
+    return Expected(live, set(newest) - set(live), refused)
 
 
 def check_rows(chain: Chain, generation: str, bundle: Bundle, expected: Expected) -> None:

@@ -17,7 +17,7 @@ from streams import blocks
 from streams.blocks import BlockError
 
 LAYOUT = RowLayout(width=8, bridges=2, bits=16, dim=4, crosses=2, precision="fp16", attributes=("bid",))
-GOLDEN = Path(__file__).parent / "golden" / "block-1.bin"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def batch(n: int, *, layout: RowLayout = LAYOUT, fill: FillProof | None = None, seed: int = 0) -> RowBatch:
@@ -35,7 +35,7 @@ def batch(n: int, *, layout: RowLayout = LAYOUT, fill: FillProof | None = None, 
         ids=[f"ütem-{k}" for k in range(n)],
         versions=np.arange(n, dtype=np.uint64) + np.uint64(2**63),
         offsets=np.arange(n, dtype=np.int64) + 100,
-        deleted=np.arange(n) % 3 == 1,
+        kinds=(np.arange(n) % 3).astype(np.uint8),
         hot=hot,
         cold=cold,
         attributes=[b"{}" if k % 2 else b'{"bid":1.5}' for k in range(n)],
@@ -59,7 +59,7 @@ def assert_equal(left: RowBatch, right: RowBatch) -> None:
             st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30),
             st.integers(0, 2**64 - 1),
             st.integers(0, 2**62),
-            st.booleans(),
+            st.integers(0, 2),
             st.binary(max_size=30),
         ),
         max_size=20,
@@ -67,7 +67,7 @@ def assert_equal(left: RowBatch, right: RowBatch) -> None:
     st.none() | st.builds(FillProof, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)),
     st.integers(-1, 2**62),
 )
-def test_round_trip(rows: list[tuple[str, int, int, bool, bytes]], fill: FillProof | None, covered: int) -> None:
+def test_round_trip(rows: list[tuple[str, int, int, int, bytes]], fill: FillProof | None, covered: int) -> None:
     columns = batch(len(rows), fill=fill)
     given_ = dataclasses.replace(
         columns,
@@ -75,19 +75,25 @@ def test_round_trip(rows: list[tuple[str, int, int, bool, bytes]], fill: FillPro
         ids=[row[0] for row in rows],
         versions=np.array([row[1] for row in rows], np.uint64),
         offsets=np.array([row[2] for row in rows], np.int64),
-        deleted=np.array([row[3] for row in rows], np.bool_),
+        kinds=np.array([row[3] for row in rows], np.uint8),
         attributes=[row[4] for row in rows],
     )
     assert_equal(blocks.decode(blocks.encode(given_, LAYOUT), LAYOUT), given_)
 
 
 def test_golden_bytes() -> None:
-    """Written once by version 1. If this fails, the format has changed: a new version and a new file, not a new
+    """Written once by each version. If this fails, the format has changed: a new version and a new file, not a new
     golden.
     """
     given_ = batch(4, fill=FillProof(3, 0x1122334455667788))
-    assert blocks.encode(given_, LAYOUT) == GOLDEN.read_bytes()
-    assert_equal(blocks.decode(GOLDEN.read_bytes(), LAYOUT), given_)
+    assert blocks.encode(given_, LAYOUT) == (GOLDEN / "block-2.bin").read_bytes()
+    assert_equal(blocks.decode((GOLDEN / "block-2.bin").read_bytes(), LAYOUT), given_)
+    older = blocks.decode((GOLDEN / "block-1.bin").read_bytes(), LAYOUT)
+    assert_equal(older, dataclasses.replace(given_, kinds=np.array([0, 1, 0, 0], np.uint8)))
+    patched = bytearray(blocks.encode(given_, LAYOUT))
+    patched[4] = 1
+    with pytest.raises(BlockError, match="kind"):
+        blocks.decode(bytes(patched), LAYOUT)
 
 
 def test_every_truncation_and_any_trailing_byte_is_refused() -> None:
@@ -103,7 +109,7 @@ def test_every_truncation_and_any_trailing_byte_is_refused() -> None:
     ("place", "bytes_", "reason"),
     [
         (0, b"FRBL", "not a block"),
-        (4, struct.pack("<H", 2), "version 2"),
+        (4, struct.pack("<H", 3), "version 3"),
         (4, struct.pack("<H", 0), "version 0"),
         (6, struct.pack("<H", 2), "flags"),
         (6, struct.pack("<H", 0), "flags"),  # a proof without the flag that announces it
@@ -147,7 +153,7 @@ def test_pieces_make_the_whole_and_keep_to_the_size(n: int, max_bytes: int) -> N
     whole = batch(n, fill=FillProof(1, 2))
     pieces = list(blocks.split(whole, LAYOUT, max_bytes))
     assert [text for piece in pieces for text in piece.ids] == whole.ids
-    for name in ("versions", "offsets", "deleted", "hot", "cold"):
+    for name in ("versions", "offsets", "kinds", "hot", "cold"):
         assert b"".join(getattr(piece, name).tobytes() for piece in pieces) == getattr(whole, name).tobytes()
     for piece in pieces[:-1]:
         assert piece.covered == piece.offsets[-1]

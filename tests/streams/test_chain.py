@@ -13,8 +13,9 @@ import pytest
 from prometheus_client import CollectorRegistry, multiprocess
 
 from encoders.bundle import Bundle
+from index.n2o import PATCHED
 from infra.settings import Settings
-from streams import events
+from streams import blocks, events
 from streams.freshness import HOPS
 from streams.worker import read_heartbeat
 from tests.conftest import wait_until
@@ -74,6 +75,60 @@ def test_items_become_rows_through_a_fill_and_then_live(
         (cold,), _ = chain.arena("one").gather_cold(_keys(chain.settings, ["new"]))
         assert cold["event_time"] == events.to_ms(_time(second[2]))
         assert cold["publish_time"] <= cold["encode_time"] <= cold["visible_time"]
+
+
+def test_patches_keep_what_they_do_not_name_and_attributes_alone_need_no_encoding(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    random = np.random.default_rng(3)
+    first: list[dict[str, object]] = [item_body(f"{k}", 10, random) for k in range(20)]
+    first += [item_body("unfit", 10, random, embedding=[1.0]), {"item_id": "gone", "version": 10, "deleted": True}]
+    time_ = "2026-01-02T00:00:00Z"
+
+    def patch(item_id: str, version: int, **groups: object) -> dict[str, object]:
+        return {"item_id": item_id, "version": version, "event_time": time_, "patch": groups}
+
+    with running_chain(settings(partitions=2), bundle_path) as chain:
+        chain.add_generation("one")
+        chain.start("ingest", "encode:one", "replicate:one")
+        wait_until(lambda: chain.running("encode:one"), "encode is in its group")
+        published = list(first)
+        chain.publish(first)
+        chain.settle("one")
+        for version in range(12, 16):  # the first after encode's start asks for the log's end, the others need not
+            second = [patch(f"{k}", version, attributes={"bid": version / 100, "stock": k}) for k in range(20)]
+            published += second
+            chain.publish(second)
+            chain.settle("one")
+        check_rows(chain, "one", bundle, oracle(published))
+        rows = [blocks.decode(record.value, chain.layout()) for record in chain.read("rows.one")]
+        assert sum(int((batch.kinds == PATCHED).sum()) for batch in rows) >= 60
+
+        third = [
+            patch("1", 20, attributes={"bid": 0.7}),
+            patch("1", 21, features={"price": 3.5}),
+            patch("1", 19, attributes={"title": "late"}),
+            patch("2", 20, crosses=["blue"], embedding=[0.25] * 8),
+            item_body("3", 14, random),  # between the patches of its attributes and of nothing else
+            patch("unfit", 20, attributes={"bid": 0.7}),
+            patch("gone", 20, attributes={"bid": 0.7}),
+            patch("unknown", 20, attributes={"bid": 0.7}),
+            {"item_id": "4", "version": 20, "deleted": True},
+            patch("4", 16, attributes={"bid": 0.7}),
+        ]
+        published += third
+        chain.publish(third)
+        chain.settle("one")
+        expected = oracle(published)
+        check_rows(chain, "one", bundle, expected)
+        dead = chain.read("item-updates.dlq")
+        assert {record.key.decode() for record in dead} == expected.refused == {"gone", "unknown"}
+        assert {dict(record.headers)["error_type"] for record in dead} == {b"no_such_item"}
+
+        chain.add_generation("two")  # a fill encodes everything in full
+        chain.start("encode:two", "replicate:two")
+        wait_until(lambda: chain.filled("two"), "the fill is proven")
+        check_rows(chain, "two", bundle, expected)
 
 
 def test_an_empty_catalogue_is_filled_at_once(

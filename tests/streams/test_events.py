@@ -90,6 +90,24 @@ def test_a_deletion_keeps_only_what_counts() -> None:
     assert bare == events.Item("i1", 3, NOW, NOW, True)
 
 
+def test_a_patch_names_what_it_changes() -> None:
+    named = {"crosses": ["a"], "features": {"price": 1}, "embedding": [0.5], "attributes": {"stock": 3, "note": None}}
+    found = events.item_update(body({"item_id": "i1", "version": 4, "patch": named}), None, NOW)
+    floats = np.array([0.5], "<f4").tobytes()
+    assert found == events.ItemPatch("i1", 4, NOW, NOW, ["a"], {"price": 1.0}, floats, {"stock": 3, "note": None})
+    found = events.item_update(body({"item_id": "i1", "version": 4, "patch": {"attributes": {"stock": 3}}}), None, NOW)
+    assert found == events.ItemPatch("i1", 4, NOW, NOW, None, {}, None, {"stock": 3})
+
+
+def test_the_golden_record_of_a_patched_item() -> None:
+    item = events.Item("i1", 9, 5, 6, attributes={"stock": 3}, base=7, versions={"attributes.stock": 9})
+    assert events.encode(item) == (
+        b'{"item_id":"i1","version":9,"event_time":5,"publish_time":6,"attributes":{"stock":3},"base":7,'
+        b'"versions":{"attributes.stock":9}}'
+    )
+    assert events.item(events.encode(item)) == item
+
+
 @pytest.mark.parametrize(
     ("value", "field"),
     [
@@ -114,6 +132,12 @@ def test_a_deletion_keeps_only_what_counts() -> None:
         (body(ITEM, features={"a": {"b": 1}}), "features[...]"),
         (body(ITEM, features={"a": [1]}), "features[...][0]"),
         (body(ITEM, embedding=["a"]), "embedding[0]"),
+        (body(ITEM, patch={"attributes": {"bid": 1}}), "patch"),
+        (body({"item_id": "i", "version": 1, "deleted": True}, patch={"attributes": {"bid": 1}}), "patch"),
+        (body({"item_id": "i", "version": 1}, patch={}), "patch"),
+        (body({"item_id": "i", "version": 1}, patch={"features": {}}), "patch"),
+        (body({"item_id": "i", "version": 1}, patch={"title": "x"}), "patch"),
+        (body({"item_id": "i", "version": 1}, patch={"features": {"a": None}}), "patch.features[...]"),
         (body(ITEM, attributes={"a": 10**30}), "attributes[...]"),
         (body(ITEM, embedding=[0.0])[:-3] + b"NaN]}", ""),
         (body(ITEM, embedding=[math.inf]), ""),

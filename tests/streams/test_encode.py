@@ -1,0 +1,118 @@
+"""Encode without a broker: which patches of attributes it sends as patched rows, and which it encodes in full."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from encoders.bundle import Bundle
+from index.n2o import DELETED, PATCHED, WHOLE
+from infra.kafka.broker import BrokerError
+from infra.settings import Settings
+from streams import blocks, events
+from streams.encode import Encode
+from streams.merge import ATTRIBUTES_ONLY
+from streams.worker import Outgoing, Record
+from tests.streams.chain import item_body
+
+RANDOM = np.random.default_rng(1)
+
+
+class Log:
+    """`items` with one partition; what encode makes of it, as (id, kind) per batch."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.encode = Encode(Settings(partitions=1), "g", bundle, self.send, self.ends)
+        self.end, self.asked, self.away = 0, 0, False
+        self.sent: list[Outgoing] = []
+
+    async def send(self, records: Sequence[Outgoing]) -> None:
+        self.sent += records
+
+    def ends(self) -> list[int]:
+        self.asked += 1
+        if self.away:
+            raise BrokerError("away")
+        return [self.end]
+
+    def batch(self, *records: Record) -> list[tuple[str, int]]:
+        self.sent.clear()
+        asyncio.run(self.encode.batch(records))
+        found = [record for record in self.sent if record.topic == "rows.g"]
+        rows = [blocks.decode(record.value or b"", self.encode.layout) for record in found]
+        return [pair for batch in rows for pair in zip(batch.ids, batch.kinds.tolist(), strict=True)]
+
+
+def item(offset: int, name: str = "a", **changes: object) -> Record:
+    found = events.item_update(events.encode(item_body(name, offset, RANDOM, **changes)), None, 0)
+    return Record("items", 0, offset, 0, name.encode(), events.encode(found), ())
+
+
+def patched(offset: int, name: str = "a", **changes: object) -> Record:
+    return item(offset, name, **changes)._replace(headers=[ATTRIBUTES_ONLY])
+
+
+def test_a_patch_is_one_from_the_end_that_the_log_had_at_the_first_patch(bundle: Bundle) -> None:
+    log = Log(bundle)
+    assert log.batch(item(5), item(6, "b")) == [("a", WHOLE), ("b", WHOLE)]
+    assert log.asked == 0, "nothing depends on it yet"
+    log.end = 9
+    assert log.batch(patched(7), patched(8, "b")) == [("a", WHOLE), ("b", WHOLE)]
+    assert log.batch(patched(9), item(10, "c")) == [("a", PATCHED), ("c", WHOLE)]
+    assert log.batch(patched(11), patched(12)) == [("a", PATCHED)]
+    assert log.asked == 1
+
+
+def test_after_a_gap_patches_that_were_there_are_encoded_in_full(bundle: Bundle) -> None:
+    """What compaction took may have been what a patch builds on."""
+    log = Log(bundle)
+    log.batch(patched(0))
+    assert log.batch(patched(1)) == [("a", PATCHED)]
+    log.end = 6
+    assert log.batch(patched(2), patched(4, "b")) == [("a", WHOLE), ("b", WHOLE)]  # 3 is gone
+    assert log.batch(patched(5)) == [("a", WHOLE)]
+    assert log.batch(patched(6)) == [("a", PATCHED)]
+    log.end = 20
+    assert log.batch(patched(9)) == [("a", WHOLE)]  # 7 and 8 are gone, or another host's encode had them
+    log.end = 21
+    assert log.batch(patched(3)) == [("a", WHOLE)]  # read again
+    assert log.asked == 4
+
+
+def test_a_patch_beside_another_record_of_its_item_is_encoded_in_full(bundle: Bundle) -> None:
+    log = Log(bundle)
+    log.batch(patched(0))
+    assert log.batch(item(1), patched(2), patched(3, "b")) == [("a", WHOLE), ("b", PATCHED)]
+
+
+def test_a_broker_that_is_away_costs_nothing_but_the_encoding(bundle: Bundle) -> None:
+    log = Log(bundle)
+    log.away = True
+    assert log.batch(patched(0)) == log.batch(patched(1)) == [("a", WHOLE)]
+    log.away, log.end = False, 2
+    assert log.batch(patched(2)) == [("a", PATCHED)]
+
+
+def test_a_patched_row_has_its_attributes_and_times_and_no_record(bundle: Bundle) -> None:
+    log = Log(bundle)
+    log.batch(patched(0))
+    log.batch(patched(1, attributes={"bid": 0.5, "title": "x"}), patched(2, "b", attributes={}))
+    (batch,) = [blocks.decode(record.value or b"", log.encode.layout) for record in log.sent]
+    assert batch.cold["attributes"][:, 0].tolist() == pytest.approx([0.5, np.nan], nan_ok=True)
+    assert batch.cold["version"].tolist() == [1, 2]
+    assert (batch.cold["event_time"] > 0).all()
+    assert (batch.cold["encode_time"] > 0).all()
+    assert batch.attributes == [b'{"bid":0.5,"title":"x"}', b"{}"]
+    assert not batch.hot["joint"].any()
+    assert not batch.cold["vector"].any()
+
+
+def test_an_attribute_that_does_not_fit_removes_the_row_as_ever(bundle: Bundle) -> None:
+    log = Log(bundle)
+    log.batch(patched(0))
+    assert log.batch(patched(1, attributes={"bid": 1e300})) == [("a", DELETED)]
+    (dead,) = [record for record in log.sent if record.topic == "items.dlq"]
+    assert dict(dead.headers)["error_type"] == b"not_encodable"
