@@ -24,7 +24,6 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -65,11 +64,6 @@ def check_port(settings: Settings) -> None:
     listening(settings).close()
 
 
-def socket_of(settings: Settings, place: int) -> Path:
-    """Where the process at a place listens, if `api_sockets` names a folder."""
-    return Path(settings.api_sockets) / f"{place}.sock"
-
-
 def listening(settings: Settings) -> socket.socket:
     """The socket. Raises ServeError."""
     address = f"{settings.api_host}:{settings.api_port}"
@@ -83,7 +77,7 @@ def listening(settings: Settings) -> socket.socket:
 
 def _own_socket(settings: Settings, place: int) -> socket.socket:
     """Of one place, in the stead of what an earlier parent left there. Raises ServeError."""
-    path = socket_of(settings, place)
+    path = settings.api_socket(place)
     own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ moves few users. A process that does not answer is passed over where asking twic
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from infra.settings import Settings, SettingsError, load, variable
 
@@ -62,10 +61,8 @@ def config(settings: Settings, listen: str) -> str:
         raise SettingsError(
             f"{variable('api_sockets')} names no folder, so the processes have no sockets to choose from"
         )
-    folder = Path(settings.api_sockets).resolve()
-    servers = "\n".join(
-        f"    server unix:{folder}/{place}.sock max_fails=1 fail_timeout=1s;" for place in range(settings.api_processes)
-    )
+    sockets = [settings.api_socket(place) for place in range(settings.api_processes)]
+    servers = "\n".join(f"    server unix:{path} max_fails=1 fail_timeout=1s;" for path in sockets)
     return _CONFIG.format(servers=servers, listen=listen)
 
 

@@ -67,6 +67,10 @@ class Settings:
         """`bundle/` (supervisor), `n2o/` (replicate), `retrieval/` (retrieval builder) lie below."""
         return self.state / "generations" / generation
 
+    def api_socket(self, place: int) -> Path:
+        """Where the API process at a place listens, if `api_sockets` names a folder; made by the API's parent."""
+        return Path(self.api_sockets).resolve() / f"{place}.sock"
+
     @property
     def ingest_dir(self) -> Path:
         return self.state / "ingest"
