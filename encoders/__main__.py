@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,9 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the matrices are small: a second thread gains little, and stalls when its core is busy
     try:
         options.command(options)
-    except (BundleError, CheckpointError, DataError, PeerError, TrainingError) as error:
+    except (BundleError, CheckpointError, DataError, TrainingError) as error:
         print(f"{options.name}: {error}", file=sys.stderr)
         return 1
+    except PeerError as error:
+        print(f"{options.name}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # see peers
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{options.name}: {where}{error.strerror or error}", file=sys.stderr)

@@ -77,16 +77,24 @@ ALONE = Peers()
 
 @contextlib.contextmanager
 def peers(environ: Mapping[str, str] = os.environ, timeout_s: float = TIMEOUT_S) -> Iterator[Peers]:
-    """Join the processes that torchrun started, over gloo; `ALONE` without torchrun. Raises PeerError."""
+    """Join the processes that torchrun started, over gloo; `ALONE` without torchrun. Raises PeerError.
+
+    After a PeerError gloo is not taken apart, because that may abort the process; the caller ends it with `os._exit`.
+    """
     if int(environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     with _answered():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    lost = False
     try:
         yield Peers(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    except PeerError:
+        lost = True
+        raise
     finally:
-        torch.distributed.destroy_process_group()
+        if not lost:
+            torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

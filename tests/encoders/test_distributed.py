@@ -37,18 +37,18 @@ safetensors.torch.save_file(dict(fitted.model.state_dict()), folder / f"rank{tog
 """
 FOREVER = """
 import dataclasses, sys
-from pathlib import Path
-import torch
-from encoders.distributed import PeerError, peers
+from encoders import __main__ as command
+from encoders.distributed import peers
 from encoders.train import fit
 from tests.encoders.small import OPTIONS, small_data
-torch.set_num_threads(1)
-options = dataclasses.replace(OPTIONS, epochs=10**6, patience=10**6)
-try:
+
+def forever(_):
+    options = dataclasses.replace(OPTIONS, epochs=10**6, patience=10**6)
     with peers() as together:
         fit(small_data(), options, peers=together, report=lambda line: print(line, flush=True))
-except PeerError as error:
-    sys.exit(f"PeerError: {error}")
+
+command._train = forever
+sys.exit(command.main(["train", "--data", "small", "--out", "none"]))
 """
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -101,7 +101,7 @@ def test_a_killed_process_ends_the_other(tmp_path: Path) -> None:
         ranks[1].send_signal(signal.SIGKILL)
         _, said = ranks[0].communicate(timeout=120)
         assert ranks[0].returncode == 1
-        assert "PeerError: another process of this training ended or does not answer" in said
+        assert "train: another process of this training ended or does not answer" in said
     finally:
         for rank in ranks:
             rank.kill()
