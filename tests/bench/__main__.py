@@ -18,6 +18,7 @@ BENCHES = {
     "miss_storm": "caches emptied under load, feature service 10 times slower, waited for or not (4 min; quick 1)",
     "rtp": "10,000 candidates against the machine's limits, in process and through HTTP; growth (6 min; quick 1)",
     "arena_race": "the arena's readers against its writer, every row compared (MINUTES=3; quick 10 s)",
+    "rollout": "switches of generations and kills under load, and a fill of 1M items (25 min; quick 3)",
     "ingest": "packs against single events, and how long ingest is away after a loss, 1M items (10 min; quick 2)",
     "main_path": "freshness, pipeline throughput, recommend latency by stage, parity, set-up time (6 min; quick 2)",
 }

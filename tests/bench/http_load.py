@@ -33,6 +33,7 @@ class Connection:
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port = int(self._socket.getsockname()[1])  # this end's
 
     def ask(self, wanted: bytes) -> tuple[bytes, bytes]:
         """Head and body of the answer. Raises RuntimeError unless it is 200."""

@@ -117,7 +117,7 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
     other = dataclasses.replace(settings, host="other", state=host.settings.state / "other")
     ensure_topics(settings)
     began = time.perf_counter()
-    asyncio.run(_write(settings, world, count))
+    asyncio.run(write_items(settings, world, count))
     print(f"recovery: {count:,} items written in {time.perf_counter() - began:.0f} s", flush=True)
     one, two = Host(settings), Host(other)
     process = one.start()
@@ -145,7 +145,7 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
                 processes.stop(started, 30.0)
 
 
-async def _write(settings: Settings, world: World, count: int) -> None:
+async def write_items(settings: Settings, world: World, count: int) -> None:
     """Records as ingest writes them, of a few hundred contents, which are made beforehand."""
     contents = [
         events.encode(events.item_update(world.event(0, version), None, 1_767_225_600_000)).split(b'"0"', 1)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 import numpy as np
@@ -41,7 +42,9 @@ def wait(what: str, there: Callable[[], bool], limit_s: float, every_s: float = 
 class BenchStack:
     """Use in `with`. `settings` are those of all its processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
+        """`settings` that differ from the usual ones of a benchmark."""
+        self._own = settings
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> BenchStack:
@@ -50,12 +53,9 @@ class BenchStack:
             port, controller, api = free_ports(3)
             broker = Broker(folder / "kafka", port, controller, jars=JARS)
             starting.enter_context(broker)
+            usual: dict[str, Any] = {"host": "bench", "prefetch_bytes": 0}  # every request infers its user
             self.settings = Settings(
-                kafka_bootstrap=broker.bootstrap,
-                state=folder / "state",
-                host="bench",
-                api_port=api,
-                prefetch_bytes=0,  # every request infers its user
+                kafka_bootstrap=broker.bootstrap, state=folder / "state", api_port=api, **(usual | self._own)
             )
             self.folder = folder
             ensure_topics(self.settings)
