@@ -406,7 +406,7 @@ def switch_under_load(
     past: int = 200,
     one_of: int = 20,
 ) -> Outcome:
-    """A step of roll-out every `every_s`, a kill between two, 100 updates a second; until each step was made at least."""
+    """A step of roll-out every `every_s`, a kill between two, 100 updates a second; each step is made at least once."""
     stable = World(world.items // 10, seed)  # histories name these alone, and nobody updates them
     pasts = [stable.history(user, past) for user in range(users)]
     stack.publisher.items(world.event(number, 1) for number in range(world.items))
