@@ -22,12 +22,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
-
-import msgspec
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
 
 from index.errors import StoreLockedError
 from index.lock import unused
@@ -38,12 +34,12 @@ from infra.processes import ProcessError
 from infra.settings import Settings
 from streams.events import HostReport
 from streams.groups import GroupError, group_admin
+from streams.hosts import HostsError, read_hosts
 
 Step = Callable[[int], object]
 _JOBS = ("encode", "replicate", "retrieval")
 _LOGS = (".json", ".log", ".log.1")
 _STOP_S = 10.0
-_READ_S = 10.0
 
 
 class NotYetError(Exception):
@@ -81,7 +77,7 @@ def clean_up(settings: Settings, generations: Collection[str], step: Step = int)
     """Steps 6 and 7 of those that no host keeps; gives why the others have to wait. Raises NotYetError."""
     waits = {}
     try:
-        reports, now = _reports(settings), now_ms()
+        reports, now = read_hosts(settings), now_ms()
         for generation in generations:
             if hosts := keepers(reports, generation, now, settings.host_gone_s):
                 waits[generation] = f"its topic is kept until {', '.join(hosts)} has retired it"
@@ -91,7 +87,7 @@ def clean_up(settings: Settings, generations: Collection[str], step: Step = int)
             step(6)
             delete_rows_topic(settings, generation)  # 7
             step(7)
-    except (BrokerError, GroupError) as error:
+    except (BrokerError, GroupError, HostsError) as error:
         raise NotYetError(str(error)) from error
     return waits
 
@@ -111,30 +107,6 @@ def keepers(reports: Iterable[HostReport], generation: str, now: int, gone_s: fl
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _reports(settings: Settings) -> list[HostReport]:
-    """All of `hosts` up to its end as it is now. Raises NotYetError."""
-    place, out = TopicPartition(settings.topic("hosts"), 0), []
-    try:
-        with closing(
-            KafkaConsumer(
-                bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
-            )
-        ) as consumer:
-            consumer.assign([place])
-            consumer.seek_to_beginning(place)
-            end, deadline = consumer.end_offsets([place])[place], time.monotonic() + _READ_S
-            while consumer.position(place) < end:
-                found = consumer.poll(timeout_ms=200).get(place, [])
-                out += [msgspec.json.decode(record.value, type=HostReport) for record in found]
-                if time.monotonic() > deadline:
-                    raise NotYetError(f"topic {place.topic} could not be read to its end")
-    except KafkaError as error:
-        raise NotYetError(f"topic {place.topic} cannot be read: {error}") from error
-    except msgspec.DecodeError as error:
-        raise NotYetError(f"topic {place.topic} holds what is no report: {error}") from error
-    return out
 
 
 def _delete(folder: Path) -> None:

@@ -17,6 +17,8 @@ from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 from streams import bundles, rollout
 from streams.bundles import BundleFileError
+from streams.events import HostReport
+from streams.hosts import HostsError, read_hosts
 from streams.worker import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
@@ -32,7 +34,8 @@ def status(settings: Settings) -> int:
         print("supervisor: running")
     else:
         print("No supervisor is running: start it with `make up`, or `python -m streams supervise`.")
-    print(f"Kafka: {settings.kafka_bootstrap} {'answers' if _broker_answers(settings) else 'does not answer'}")
+    broker = _broker_answers(settings)
+    print(f"Kafka: {settings.kafka_bootstrap} {'answers' if broker else 'does not answer'}")
     api = f"http://{settings.api_host}:{settings.api_port}"
     print(f"API: {api} {'answers' if _api_answers(settings) else 'does not answer'}")
     print(f"serving: {serving.active or 'no generation'}")
@@ -42,6 +45,8 @@ def status(settings: Settings) -> int:
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
         print(f"{process.name}: pid {process.pid}{_told(settings, process)}")
+    if broker:
+        _others(settings)
     return 0 if supervised else 1
 
 
@@ -54,6 +59,35 @@ def _generation(settings: Settings, known: rollout.GenerationState) -> str:
         rows = f", {progress.count.sum()} rows"
     reason = f" ({known.reason})" if known.reason else ""
     return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{reason}"
+
+
+def _others(settings: Settings) -> None:
+    """What the other hosts have said last, and where one has other rows than this host up to the same offset."""
+    try:
+        reports = read_hosts(settings)
+    except HostsError as error:
+        print(f"The other hosts are unknown: {error}.")
+        return
+    newest = {(report.host, report.generation): report for report in reports}
+    heard = {host: max(one.time for one in newest.values() if one.host == host) for host, _ in newest}
+    for host in sorted(heard.keys() - {settings.host}):
+        said = [
+            f"{report.generation} {report.state}{_difference(newest.get((settings.host, report.generation)), report)}"
+            + (f" ({report.reason})" if report.reason else "")
+            for report in newest.values()
+            if report.host == host and report.generation and report.state != "retired"
+        ]
+        ago = time.time() - heard[host] / 1000
+        print(f"host {host}, heard of {ago:.0f} s ago: {'; '.join(said) or 'no generation'}")
+
+
+def _difference(mine: HostReport | None, other: HostReport) -> str:
+    """That two hosts which have covered the same offsets of a partition do not hold the same rows of it."""
+    if mine is None or not mine.covered or len(mine.covered) != len(other.covered):
+        return ""
+    ours, theirs = (zip(one.covered, one.counts, one.digests, strict=True) for one in (mine, other))
+    wrong = [at for at, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a[0] == b[0] and a != b]
+    return f", WITH OTHER ROWS THAN HERE in partition {', '.join(map(str, wrong))}" if wrong else ""
 
 
 def _told(settings: Settings, process: processes.Process) -> str:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from kafka import KafkaProducer
 
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
@@ -25,7 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
-from streams.events import ModelEvent
+from streams.events import HostReport, ModelEvent
 from streams.status import status
 from streams.worker import Heartbeat
 from tests.conftest import free_ports
@@ -99,6 +101,38 @@ def test_a_host_on_which_all_runs(settings: Callable[..., Settings], capsys: pyt
         f"API: http://127.0.0.1:{host.api_port} answers",
         "serving: no generation",
     ]
+
+
+@pytest.mark.e2e
+def test_other_hosts_and_rows_that_differ_from_theirs(
+    settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    host, now = settings(), time.time_ns() // 1_000_000
+    ensure_topics(host)
+
+    def said(name: str, generation: str, state: str, digests: str = "", covered: tuple[int, ...] = (7, 9)) -> None:
+        rows = {"covered": list(covered), "counts": [2, 3], "digests": list(digests)} if digests else {}
+        report = HostReport(host=name, generation=generation, state=state, time=now - 60_000, **rows)  # type: ignore[arg-type]
+        producer.send(host.topic("hosts"), msgspec.json.encode(report), f"{name}/{generation}".encode(), partition=0)
+
+    with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
+        said(host.host, "g1", "active", "ab")
+        said("same", "", "up")
+        said("same", "g1", "active", "ab")
+        said("same", "g0", "retired")
+        said("differs", "g1", "former", "ac")
+        said("behind", "g1", "filling", "cc", covered=(6, 8))
+    status(host)
+    told = {
+        line.split(",")[0]: line.split(": ", 1)[1]
+        for line in capsys.readouterr().out.splitlines()
+        if "heard of 6" in line
+    }
+    assert told == {
+        "host same": "g1 active",
+        "host differs": "g1 former, WITH OTHER ROWS THAN HERE in partition 1",
+        "host behind": "g1 filling",
+    }
 
 
 def test_what_each_job_says_and_how_old_it_is(
