@@ -20,8 +20,8 @@ again, though Faust's commits lag behind: a patch that was refused might meet an
 A deletion is remembered for `tombstone_days`; then (1) the tombstone is produced and acknowledged, (2) the item is
 forgotten. After that an old update of the item would be taken for a new one.
 
-One host's ingest runs; those of other hosts stand by until its membership of the group has ended (a store knows only
-what its own process accepted), and then take what they missed from `items`.
+One host's ingest runs; those of other hosts stand by until its membership of the group has ended. A store knows only
+what its own process accepted, so they follow `items` meanwhile, and when their turn comes little is left to read.
 
 The store can always be made again from `items`, byte by byte: same key, same partition, and the record's time is when
 it was accepted.
@@ -35,6 +35,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kafka.errors import KafkaError
@@ -78,10 +79,11 @@ class _Accepted(NamedTuple):
 
 
 class IngestStore:
-    """item id (UTF-8) -> Known, source offset per partition, and the deletions by their time, in one RocksDB.
+    """item id (UTF-8) -> Known, offsets per partition, and the deletions by their time, in one RocksDB.
 
-    Keys: `i<id>`; `d<deleted_at, 8 bytes big-endian><id>`; `o<partition, 4 bytes big-endian>`; `format`; `whole` (its
-    state was taken from `items` to the end, or began with it). A store of another format is emptied: it is made again.
+    Keys: `i<id>`; `d<deleted_at, 8 bytes big-endian><id>`; `o<partition, 4 bytes big-endian>`, of `item-updates`;
+    `p<partition>`, the offset of `items` up to which its state was taken from there; `format`; `whole` (that was the
+    end once). A store of another format is emptied: it is made again.
     Raises an error of rocksdict if another process has it.
     """
 
@@ -111,13 +113,23 @@ class IngestStore:
 
     def source_offsets(self, partitions: int) -> list[int]:
         """Next offset of `item-updates` per partition; -1: none remembered."""
-        found = self._db.get([_source_key(partition) for partition in range(partitions)]) or []
+        return self._offsets(_source_key, partitions)
+
+    def items_offsets(self, partitions: int) -> list[int]:
+        """Next offset of `items` per partition that was not taken over; -1: none was."""
+        return self._offsets(_items_key, partitions)
+
+    def _offsets(self, key: Callable[[int], bytes], partitions: int) -> list[int]:
+        found = self._db.get([key(partition) for partition in range(partitions)]) or []
         return [-1 if value is None else _OFFSET.unpack(value)[0] for value in found]
 
     def remember(
-        self, changes: Mapping[bytes, tuple[Known | None, Known | None]], source_offsets: Mapping[int, int]
+        self,
+        changes: Mapping[bytes, tuple[Known | None, Known | None]],
+        source_offsets: Mapping[int, int],
+        items_offsets: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """One WriteBatch: id -> (before, after), None = not known; and partition -> next source offset."""
+        """One WriteBatch: id -> (before, after), None = not known; and partition -> next offset of both topics."""
         batch = WriteBatch(raw_mode=True)
         for raw, (before, after) in changes.items():
             if before is not None and before.deleted_at:
@@ -130,6 +142,8 @@ class IngestStore:
                 batch.put(_deletion_key(after.deleted_at, raw), b"")
         for partition, offset in source_offsets.items():
             batch.put(_source_key(partition), _OFFSET.pack(offset))
+        for partition, offset in items_offsets.items():
+            batch.put(_items_key(partition), _OFFSET.pack(offset))
         self._db.write(batch)
 
     def deleted_before(self, deadline: int, limit: int) -> list[tuple[bytes, Known]]:
@@ -157,6 +171,10 @@ def _known(stored: bytes) -> Known:
 
 def _source_key(partition: int) -> bytes:
     return b"o" + partition.to_bytes(4, "big")
+
+
+def _items_key(partition: int) -> bytes:
+    return b"p" + partition.to_bytes(4, "big")
 
 
 def _deletion_key(deleted_at: int, raw: bytes) -> bytes:
@@ -296,8 +314,14 @@ def _cloud_headers(record: Record) -> list[Header]:
     return events.fitting_headers(own, _HEADER_BYTES)
 
 
-def replay(store: IngestStore, records: Iterable[tuple[bytes, int, bytes | None]]) -> None:
-    """Takes records of `items` over, (id, record time, value) in log order. What the store knows better, it keeps."""
+def replay(
+    store: IngestStore,
+    records: Iterable[tuple[bytes, int, bytes | None]],
+    items_offsets: Mapping[int, int] = MappingProxyType({}),
+) -> None:
+    """Takes records of `items` over, (id, record time, value) in log order, and remembers the offsets that follow. What
+    the store knows better, it keeps.
+    """
     found: dict[bytes, Known | None] = {}
     for raw, timestamp, value in records:
         found[raw] = None if value is None else of_record(value, timestamp)
@@ -307,7 +331,7 @@ def replay(store: IngestStore, records: Iterable[tuple[bytes, int, bytes | None]
         for raw, before in zip(ids, store.get(ids), strict=True)
         if before != found[raw] and _overrides(before, found[raw])
     }
-    store.remember(changes, {})
+    store.remember(changes, {}, items_offsets)
 
 
 def _overrides(before: Known | None, found: Known | None) -> bool:
@@ -316,26 +340,30 @@ def _overrides(before: Known | None, found: Known | None) -> bool:
     return before.deleted_at > 0 if found is None else found.version >= before.version
 
 
-async def rebuild(job: Job, store: IngestStore) -> None:
-    """The store's state from all of `items`."""
-    job.say("rebuilding its state from items")
-    async with open_reader(job.settings, job.settings.topic("items")) as reader:
+async def catch_up(job: Job, store: IngestStore) -> None:
+    """The store's state from `items`: what came since it was taken over before, or all of it."""
+    topic = job.settings.topic("items")
+    begin = await asyncio.to_thread(_not_taken_over, job, store, topic)
+    async with open_reader(job.settings, topic, begin) as reader:
         async for batch in reader.batches():
-            for records in batch.values():
-                replay(store, ((record.key, record.timestamp, record.value) for record in records))
+            for partition, records in batch.items():
+                if not records:
+                    continue
+                taken = ((record.key, record.timestamp, record.value) for record in records)
+                replay(store, taken, {partition: records[-1].offset + 1})
                 job.handled(len(records))
             await asyncio.sleep(0)
+    store.remember({}, {}, dict(enumerate(reader.ends)))
     store.mark_whole()
 
 
-async def stand_by(job: Job) -> bool:
-    """Returns once no other host's ingest is in the group, and whether it had to wait for that. A store follows all of
-    `item-updates`, or its versions are no measure.
-    """
+async def stand_by(job: Job, store: IngestStore) -> bool:
+    """Follows `items` until no other host's ingest is in the group; gives whether there was one."""
     while others := await _others(job):
         if job.heartbeat.state != "standby":
             job.say("standby")
         job.heartbeat.reason = f"waits for {', '.join(sorted(others))}"
+        await catch_up(job, store)
         await asyncio.sleep(_LOOK_S)
     waited, job.heartbeat.reason = job.heartbeat.state == "standby", ""
     return waited
@@ -365,10 +393,11 @@ async def _others(job: Job) -> set[str]:
 
 
 async def prepare(job: Job) -> Plan:
-    """Waits for its turn, opens the store, makes it whole, and moves the group where the two disagree."""
+    """Opens the store, waits for its turn, makes the store whole, and moves the group where the two disagree."""
     settings, source = job.settings, job.settings.topic("item-updates")
-    waited = await stand_by(job)
-    store, committed, starts, ends = await asyncio.to_thread(_open, job, source)
+    store = await asyncio.to_thread(IngestStore, settings.ingest_dir)
+    waited = await stand_by(job, store)
+    committed, starts, ends = await asyncio.to_thread(_group, job, source)
     stored = store.source_offsets(settings.partitions)
     behind = any(
         known < done for known, done in zip(stored, committed, strict=True)
@@ -377,7 +406,8 @@ async def prepare(job: Job) -> Plan:
     # and what it saw is not, unless the topic was made anew
     following = [known if -1 < known <= end else done for known, done, end in zip(stored, committed, ends, strict=True)]
     if waited or behind or not store.whole:
-        await rebuild(job, store)
+        job.say("rebuilding its state from items")
+        await catch_up(job, store)
         seen = {p: done for p, (known, done) in enumerate(zip(stored, committed, strict=True)) if known < 0 <= done}
         store.remember({}, seen)
     lost = sum(
@@ -399,11 +429,18 @@ async def prepare(job: Job) -> Plan:
     return Plan({source: begin}, ingest)
 
 
-def _open(job: Job, source: str) -> tuple[IngestStore, list[int], list[int], list[int]]:
-    """The store, and the offsets of `item-updates`: those that the group committed, the first there are, the ends."""
+def _not_taken_over(job: Job, store: IngestStore, topic: str) -> list[int]:
+    """Where to go on in `items`; at its begin where it was made anew."""
     with group_admin(job.settings) as groups:
-        committed, starts, ends = groups.committed(job.group, source), groups.starts(source), groups.ends(source)
-    return IngestStore(job.settings.ingest_dir), committed, starts, ends
+        starts, ends = groups.starts(topic), groups.ends(topic)
+    known = store.items_offsets(job.settings.partitions)
+    return [done if start <= done <= end else start for done, start, end in zip(known, starts, ends, strict=True)]
+
+
+def _group(job: Job, source: str) -> tuple[list[int], list[int], list[int]]:
+    """Offsets of `item-updates`: those that the group committed, the first there are, the ends."""
+    with group_admin(job.settings) as groups:
+        return groups.committed(job.group, source), groups.starts(source), groups.ends(source)
 
 
 def _commit(job: Job, source: str, offsets: list[int]) -> None:

@@ -5,7 +5,7 @@
   ingest's own CPU per event (/proc/<pid>/stat), which does not depend on who else uses the machine
 - recovery, with a million items on `items` (100,000 with --quick): `ingest_recovery_s` from the start of the process
   without a store until it runs, all of the state read from `items`; `ingest_restart_s` the same with its store;
-  `ingest_takeover_s` from a SIGKILL of it until another host's ingest, which stood by with an empty store, runs
+  `ingest_takeover_s` from a SIGKILL of it until another host's ingest, which stood by and had followed `items`, runs
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
             print(f"{name} {time.perf_counter() - began:.1f}", flush=True)
         second = two.start()
         two.until(second, "standby", 300)
+        wait("it has followed", lambda: _handled(two) >= count, 1_800, every_s=0.2)
         began = time.perf_counter()
         os.kill(process.pid, signal.SIGKILL)
         two.until(second, "running", 1_800)
@@ -143,6 +144,11 @@ def _recovery(report: Report, host: Host, world: World, count: int) -> None:
         for started in (process, second):
             if started is not None:
                 processes.stop(started, 30.0)
+
+
+def _handled(host: Host) -> int:
+    beat = read_heartbeat(host.settings.heartbeat_dir, "ingest")
+    return 0 if beat is None else beat.handled
 
 
 async def write_items(settings: Settings, world: World, count: int) -> None:

@@ -73,12 +73,10 @@ class MortalStore(IngestStore):
 
     crashes = False
 
-    def remember(
-        self, changes: Mapping[bytes, tuple[Known | None, Known | None]], source_offsets: Mapping[int, int]
-    ) -> None:
+    def remember(self, changes: Mapping[bytes, tuple[Known | None, Known | None]], *offsets: Mapping[int, int]) -> None:
         if self.crashes:
             raise Crash
-        super().remember(changes, source_offsets)
+        super().remember(changes, *offsets)
 
 
 @contextmanager
@@ -341,6 +339,17 @@ def test_the_state_can_be_made_again_from_items(tmp_path: Path) -> None:
             assert other.get([b"a"]) == [None]
             replay(other, [(b"b", 0, None)])  # a live item is not forgotten: what is known better is kept
             assert other.get([b"b"]) == known[1:2]
+
+
+def test_what_was_taken_over_from_items_is_remembered_with_its_offsets(tmp_path: Path) -> None:
+    log = Log()
+    with opened(tmp_path / "one") as store:
+        run(log, store, [record(0, update("a", 1)), record(1, update("b", 1))])
+        assert store.items_offsets(2) == [-1, -1]  # its own
+    with opened(tmp_path / "two") as other:
+        replay(other, log.items(), {1: 2})
+        assert [known and known.version for known in other.get([b"a", b"b"])] == [1, 1]
+        assert (other.items_offsets(2), other.source_offsets(2)) == ([-1, 2], [-1, -1])
 
 
 def test_the_store_has_one_writer(tmp_path: Path) -> None:

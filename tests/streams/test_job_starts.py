@@ -52,10 +52,13 @@ def test_one_hosts_ingest_runs_and_the_others_stand_by(settings: Callable[..., S
         assert one.host in beat_of(second, "ingest").reason
         send(first, (0, 10), (1, 10))
         wait_until(lambda: versions(first) == {0: [10], 1: [10]}, "both are in items")
+        # it follows `items` while it stands by, so that nothing is left to read when its turn comes
+        wait_until(lambda: beat_of(second, "ingest").handled == 2, "the second knows both")
         assert beat_of(second, "ingest").state == "standby"
 
         first.kill("ingest")
         wait_until(lambda: second.running("ingest"), "the second takes over")
+        assert beat_of(second, "ingest").handled == 2
         first.start("ingest")
         wait_until(lambda: beat_of(first, "ingest").state == "standby", "the first stands by")
         send(second, (0, 5), (1, 20), (0, 11))  # the second never read version 10
