@@ -21,6 +21,7 @@ from encoders.fold import Behaviours, ItemFold, reference_scores
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
+from infra.admin import admin_token
 from infra.settings import Settings, environment
 from streams import rollout
 from tests.conftest import answered, wait_until
@@ -233,6 +234,11 @@ class Host:
     def client(self) -> httpx.Client:
         assert self._client is not None
         return self._client
+
+    @property
+    def rights(self) -> dict[str, str]:
+        """Headers of a caller who may change what is served."""
+        return {"authorization": f"Bearer {admin_token(self.settings)}"}
 
     @property
     def log(self) -> str:
