@@ -286,6 +286,7 @@ class GenerationStatus(Struct, kw_only=True):
 class Generations(Struct):
     active: str | None
     previous: str | None
+    next: Annotated[str | None, Meta(description="is served once all API processes of the host have loaded it")]
     ready: bool
     reason: str
     generations: list[GenerationStatus]

@@ -93,6 +93,11 @@ class Settings:
         return self.state / "serving.json"
 
     @property
+    def api_dir(self) -> Path:
+        """What each API process has loaded, in a file of its own (streams/fleet.py)."""
+        return self.state / "api"
+
+    @property
     def heartbeat_dir(self) -> Path:
         return self.state / "heartbeats"
 
