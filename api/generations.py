@@ -2,7 +2,8 @@
 
 Before the first step of every request: a request takes `Generations.pin()` and uses nothing else until its answer, so
 user block, rows and head come from one generation whatever happens meanwhile. A generation that was swapped away lives
-until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. A generation
+until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. The next one is
+loaded before the switch, which waits until all processes of the host have said that they could serve it. A generation
 that cannot be loaded never replaces one that can. A retired one is deleted only when no process uses it any more.
 """
 
@@ -28,11 +29,12 @@ from index.layout import RowLayout
 from index.lock import UserLock
 from index.n2o import N2OReader
 from infra.settings import Settings
-from streams import rollout
+from streams import fleet, rollout
 
 LOG = logging.getLogger(__name__)
 _LOOK_S = 0.02  # a switch waits so long at most
 _LOAD_S = 0.1
+_TELL_S = 1.0  # between two words to the supervisor where nothing has changed
 _AGAIN_S = 2.0  # until a generation whose stores could not be opened is tried again
 
 
@@ -51,10 +53,10 @@ class Generation:
 
 
 class Generations:
-    """The served generation and the one before it, both loaded and warm: a rollback moves a pointer.
+    """The served generation, the one before it and the next one, loaded and warm: a switch moves a pointer.
 
-    One thread follows `serving.json` and moves the pointer; another loads, so that a switch to what is loaded never
-    waits for a load. `histories` is None until the host has some.
+    One thread follows `serving.json`, moves the pointer, and says what is loaded; another loads, so that a switch to
+    what is loaded never waits for a load. `histories` is None until the host has some.
     """
 
     def __init__(self, settings: Settings, warm_up: Callable[[Generation], None] = lambda _: None) -> None:
@@ -72,6 +74,8 @@ class Generations:
         self.last_change: int | None = None  # of the served rows, ms since the epoch; None: not since they are served
         self._seen: tuple[str, bytes] = ("", b"")
         self._file: tuple[int, int, int] | None = None  # the serving file that was read last
+        self._told: tuple[list[str], dict[str, str]] | None = None  # to the supervisor: what is loaded, what fails
+        self._tell_due = 0.0
         self._lock = threading.Lock()  # for the pointers and the two dicts behind them
         self._stop = threading.Event()
         self._threads = [
@@ -80,14 +84,18 @@ class Generations:
         ]
 
     def start(self) -> None:
-        self.poll()
-        for thread in self._threads:
-            thread.start()
+        """Returns when what the host serves is loaded, or cannot be."""
+        looking, loading = self._threads
+        self._look()
+        looking.start()  # first: whoever waits for this process hears of it while it loads
+        self._load_missing()
+        loading.start()
 
     def close(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        fleet.leave(self._settings)
 
     def pin(self) -> Generation:
         """The generation for one request. Raises ProblemError 503 with the reason while there is none."""
@@ -134,6 +142,21 @@ class Generations:
             self._reason = str(error)
             return
         self._follow()
+        self._tell()
+
+    def _tell(self) -> None:
+        """What is loaded and what cannot be, when that has changed and each second."""
+        with self._lock:
+            warm = sorted(self._loaded)
+        wanted = [state.generation for state in _ready_for(self.serving)]
+        failed = {name: self._missing[name] for name in wanted if name not in warm and name in self._missing}
+        now = time.monotonic()
+        if (warm, failed) != self._told or now > self._tell_due:
+            self._told, self._tell_due = (warm, failed), now + _TELL_S
+            try:
+                fleet.tell(self._settings, warm, failed)
+            except OSError as error:  # a disk that is full keeps nobody from being served
+                self._say("report", f"the supervisor cannot be told what is loaded: {error}")
 
     def _read(self) -> rollout.Serving:
         """The serving file, decoded only where it was replaced. Raises Refused."""
@@ -286,9 +309,10 @@ def _load(settings: Settings, name: str, sha256: str) -> Generation:
 
 
 def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:
-    """What a process holds: the active generation first, and the one before while a rollback to it is possible."""
-    found = [serving.generations.get(name) for name in (serving.active, serving.previous) if name is not None]
-    return [state for state in found if state is not None and state.state in ("active", "former")]
+    """What a process holds: the active generation first, the next one, and the one before while a rollback to it is
+    possible."""
+    found = [serving.generations.get(name or "") for name in (serving.active, serving.next, serving.previous)]
+    return [state for state in found if state is not None and state.state in ("active", "complete", "former")]
 
 
 def _waiting_for(serving: rollout.Serving) -> str:

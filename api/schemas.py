@@ -116,6 +116,16 @@ class PrefetchRequest(Struct, forbid_unknown_fields=True):
     as_of: Time | None = None
 
 
+class StageRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    uri: Annotated[str, Meta(description="file:// URL of the bundle's folder, as the hosts see it")]
+    sha256: Annotated[str, Meta(description="of its manifest.json")]
+    activate_when_complete: bool = False
+
+
+class ActionRequest(Struct, forbid_unknown_fields=True):
+    """No options: the path says all."""
+
+
 # ---- responses
 
 _DEGRADED = Meta(
@@ -276,6 +286,7 @@ class GenerationStatus(Struct, kw_only=True):
 class Generations(Struct):
     active: str | None
     previous: str | None
+    next: Annotated[str | None, Meta(description="is served once all API processes of the host have loaded it")]
     ready: bool
     reason: str
     generations: list[GenerationStatus]

@@ -20,6 +20,7 @@ def generations_of(settings: Settings, generations: Generations) -> Report:
     return Report(
         active=active.name if active else None,
         previous=serving.previous,
+        next=serving.next,
         ready=active is not None and not generations.stale,
         reason=generations.reason,
         generations=[_status(settings, generations, state) for state in states],

@@ -47,6 +47,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
     active: str | None = None
     previous: str | None = None
+    next: str | None = None  # API processes load it, so that the switch to it finds it warm
     generations: dict[str, GenerationState] = {}
     decided: int = 0
     refused: dict[str, str] = {}  # offset of a refused `models` event -> reason
@@ -123,8 +124,8 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
 
 
 def wait(serving: Serving, generation: str, reason: str) -> Serving:
-    """The same state, and what it waits for; only of those that are prepared or deleted."""
-    known = _expect(serving, generation, ("staged", "retiring", "retired"), "prepared")
+    """The same state, and what it waits for; only of those that are prepared, loaded or deleted."""
+    known = _expect(serving, generation, ("staged", "complete", "retiring", "retired"), "prepared")
     return _with(serving, msgspec.structs.replace(known, reason=reason))
 
 
@@ -152,6 +153,19 @@ def advance(serving: Serving, generation: str, covered: list[int], filled: list[
     return _with(serving, msgspec.structs.replace(known, state=state, covered=covered, progress=share, reason=reason))
 
 
+def prepare(serving: Serving, generation: str | None) -> Serving:
+    """Has API processes load it before it is served; None: nothing. Raises Refused where it is not complete."""
+    if serving.next == generation:
+        return serving
+    out = serving
+    left = serving.generations.get(serving.next or "")
+    if left is not None and left.state == "complete":
+        out = _with(out, msgspec.structs.replace(left, reason=""))
+    if generation is not None:
+        _expect(serving, generation, ("complete",), "loaded")
+    return msgspec.structs.replace(out, next=generation)
+
+
 def activate(serving: Serving, generation: str) -> Serving:
     """Makes it the served generation; the one before becomes `former`. Raises Refused where it is not complete."""
     if serving.active == generation:
@@ -162,14 +176,14 @@ def activate(serving: Serving, generation: str) -> Serving:
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
-    return msgspec.structs.replace(out, active=generation, previous=serving.active)
+    return msgspec.structs.replace(out, active=generation, previous=serving.active, next=None)
 
 
 def fail(serving: Serving, generation: str, reason: str) -> Serving:
     """Any state but active -> failed. The active generation keeps serving; only its reason is recorded."""
     known = serving.generations[generation]
     state: State = "active" if known.state == "active" else "failed"
-    return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
+    return _without(_with(serving, msgspec.structs.replace(known, state=state, reason=reason)), generation)
 
 
 def retire(serving: Serving, generation: str) -> Serving:
@@ -177,7 +191,7 @@ def retire(serving: Serving, generation: str) -> Serving:
     known = serving.generations[generation]
     if known.state == "active":
         raise Refused(f"generation {generation} is served and cannot be retired")
-    out = _with(serving, msgspec.structs.replace(known, state="retiring", reason=""))
+    out = _without(_with(serving, msgspec.structs.replace(known, state="retiring", reason="")), generation)
     previous = None if serving.previous == generation else serving.previous
     return msgspec.structs.replace(out, previous=previous)
 
@@ -310,6 +324,11 @@ def _kept(wished: list[str], generation: str) -> str:
         what = f"generation {generation} is the one that a rollback from {newest} would go to"
         return f"{what}; activate another one, or roll back from {generation}, before it is retired"
     return ""
+
+
+def _without(serving: Serving, generation: str) -> Serving:
+    """It is not to be loaded."""
+    return msgspec.structs.replace(serving, next=None) if serving.next == generation else serving
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

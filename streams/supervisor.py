@@ -10,6 +10,15 @@ more like the result:
               earlier waits until the generation is complete here
     retire    everything of the generation is deleted, in the steps of retire.py
 
+An activation has steps too, and after a kill goes on from the first:
+
+    1  `serving.json` names the generation as `next`: API processes load and warm it
+    2  every API process of the host that says anything has it warm (fleet.py)
+    3  the switch: `serving.json` names it as `active`
+    4  `hosts` is told
+
+A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation.
+
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
 repeats nothing.
@@ -41,7 +50,7 @@ from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
 from infra.kafka.wipe import DERIVED
 from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
-from streams import bundles, events, retire, rollout
+from streams import bundles, events, fleet, retire, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
@@ -94,11 +103,19 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
 class Supervisor:
     """`round()` again and again; leaving the `with` stops all jobs."""
 
-    def __init__(self, settings: Settings, retrieval: bool, step: Callable[[int], object] = int) -> None:
-        """`step(number)` is called after each step of retire.py. Raises SupervisorError, ModelsError, BrokerError,
+    def __init__(
+        self,
+        settings: Settings,
+        retrieval: bool,
+        step: Callable[[int], object] = int,
+        activation_step: Callable[[int], object] = int,
+    ) -> None:
+        """`step(number)` is called after each step of retire.py, `activation_step(number)` after each of an activation.
+        Raises SupervisorError, ModelsError, BrokerError,
         TopicError, KafkaError or Refused where it cannot start.
         """
         self._settings, self._retrieval, self._step = settings, retrieval, step
+        self._activation_step = activation_step
         ensure_topics(settings)
         _check_cluster(settings)
         clear_metrics(settings)
@@ -156,7 +173,8 @@ class Supervisor:
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
-        self._hosts.report(self.serving, self._progress)
+        if self.serving.active in self._hosts.report(self.serving, self._progress):
+            self._activation_step(4)
         self._clean_up()
 
     def _bury(self) -> int:
@@ -233,16 +251,30 @@ class Supervisor:
             self._complete_since[name] = time.monotonic()
 
     def _activate(self, name: str | None) -> None:
-        if name is None:
-            return
-        back = name == self.serving.previous  # it was served before, with or without an index
-        if self._retrieval and not back and not self._retrieval_ready(name):
+        back = name is not None and name == self.serving.previous  # it was served before, with or without an index
+        if name is None or (self._retrieval and not back and not self._retrieval_ready(name)):
+            self._put(rollout.prepare(self.serving, None))
             return
         try:
+            if not back and self.serving.active is not None and not self._warm(name):
+                return
             self._put(rollout.activate(self.serving, name))
-            LOG.info("generation %s: active", name)
         except Refused as error:
             LOG.warning("activation refused: %s", error)
+            return
+        LOG.info("generation %s: active", name)
+        self._activation_step(3)
+
+    def _warm(self, name: str) -> bool:
+        """Whether all API processes could serve it at once; what it waits for is its reason. Raises Refused."""
+        self._put(rollout.prepare(self.serving, name))
+        self._activation_step(1)
+        waits = fleet.waits_for(fleet.reports(self._settings), name, retire.now_ms())
+        self._put(rollout.wait(self.serving, name, waits))
+        if waits:
+            return False
+        self._activation_step(2)
+        return True
 
     def _retire(self, name: str) -> None:
         if self.serving.generations[name].state != "retiring":
@@ -394,8 +426,9 @@ class Hosts:
         self._said: dict[str, tuple[str, str]] = {}
         self._due = self._sign_due = 0.0
 
-    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> None:
-        now = time.monotonic()
+    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> list[str]:
+        """The generations of which something was said."""
+        now, told = time.monotonic(), list[str]()
         if now > self._sign_due:
             self._sign_due = now + _SIGN_S
             self._say("", "up", "", None)
@@ -408,8 +441,10 @@ class Hosts:
                 continue
             self._said[name] = said
             self._say(name, known.state, known.reason, progress(name))
+            told.append(name)
         if periodic:
             self._due = now + _REPORT_S
+        return told
 
     def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
         host = self._settings.host

@@ -309,7 +309,9 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
             elif step == "fail":
                 serving = rollout.fail(serving, name, "reason")
         chosen = rollout.next_active(desired, serving)
-        if chosen is not None:
+        if chosen != serving.previous:
+            serving = rollout.prepare(serving, chosen)
+        if chosen is not None and data.draw(st.booleans()):
             serving = rollout.activate(serving, chosen)
         for name in rollout.retiring(desired, serving):
             serving = rollout.retire(serving, name)
@@ -320,6 +322,9 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         assert active == ([serving.active] if serving.active else [])
         assert set(active) <= been_complete
         assert serving.active is None or serving.active in rollout.running(serving)
+        assert serving.next is None or serving.generations[serving.next].state == "complete"
+    if (chosen := rollout.next_active(desired, serving)) is not None:
+        serving = rollout.activate(serving, chosen)
     assert rollout.next_active(desired, serving) is None
     assert rollout.reduce_models(enumerate(log)) == desired
 
@@ -380,4 +385,30 @@ def test_what_a_staged_generation_waits_for_is_forgotten_when_it_fills() -> None
     assert (serving.generations["a"].state, serving.generations["a"].reason) == ("staged", "the broker is away")
     assert rollout.fill(serving, "a", [1]).generations["a"].reason == ""
     with pytest.raises(Refused):
-        rollout.wait(complete(serving, "a"), "a", "the broker is away")
+        rollout.wait(rollout.activate(complete(serving, "a"), "a"), "a", "the broker is away")
+
+
+def test_the_next_generation_is_loaded_before_it_is_served() -> None:
+    serving = rollout.activate(complete(staged("a", "b", "c"), "a"), "a")
+    with pytest.raises(Refused, match="staged and cannot be loaded"):
+        rollout.prepare(serving, "b")
+    serving = complete(complete(serving, "b"), "c")
+    waiting = rollout.wait(rollout.prepare(serving, "b"), "b", "API process 7 has not loaded it yet")
+    assert (waiting.active, waiting.next, waiting.generations["b"].state) == ("a", "b", "complete")
+    assert rollout.prepare(waiting, "b") == waiting
+    served = rollout.activate(waiting, "b")
+    assert (served.active, served.previous, served.next, served.generations["b"].reason) == ("b", "a", None, "")
+
+    other = rollout.prepare(waiting, "c")  # the wish has changed meanwhile
+    assert (other.next, other.generations["b"].reason) == ("c", "")
+    assert rollout.prepare(waiting, None) == serving
+    failed = rollout.fail(waiting, "b", "bad")
+    assert (failed.next, failed.generations["b"].reason) == (None, "bad")
+    assert rollout.fail(waiting, "c", "bad").next == "b"
+    assert rollout.retire(waiting, "b").next is None
+
+
+def test_a_file_of_before_there_was_a_next_generation_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "serving.json"
+    path.write_text('{"active":"a","previous":null,"generations":{},"decided":3,"refused":{},"format":1}')
+    assert rollout.read(path) == Serving(active="a", decided=3)
