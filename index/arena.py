@@ -637,7 +637,7 @@ def _file_of(path: Path) -> tuple[int, int]:
     """Tells a file from any other that exists at the same time; no file is one too."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, 0
     return found.st_dev, found.st_ino
 
