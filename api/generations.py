@@ -198,7 +198,8 @@ class Generations:
         for generation in list(self._loaded.values()):  # first what is served: a load takes seconds
             self._renew_retrieval(generation)
         for state in _ready_for(self.serving):
-            if state.generation not in self._loaded:
+            held = self._loaded.get(state.generation)
+            if held is None or (held.arena.replaced() and not state.reason):  # a lost index serves until it is restored
                 self._load(state.generation, state.sha256)
                 self._follow()
         self._drop()

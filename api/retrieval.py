@@ -125,7 +125,8 @@ class RetrievalView:
             build = current(folder)
         except OSError as error:
             raise RetrievalError(f"{folder} cannot be read: {error}") from error
-        if build is None or (known is not None and (known.generation, known.build) == (generation, build)):
+        same = known is not None and (known.generation, known.build) == (generation, build) and known.arena is arena
+        if build is None or same:
             return known
         try:
             return RetrievalView.open(settings, generation, arena)

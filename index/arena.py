@@ -141,6 +141,9 @@ class _Control:
     def __init__(self, path: Path, partitions: int, writable: bool) -> None:
         kind = _control_type(partitions)
         self._path = path
+        self.file = _file_of(
+            path
+        )  # before it is mapped: where it is replaced in between, this one is not there any more
         memory = _map(path, -(-kind.itemsize // PAGE) * PAGE, writable)
         self.page = memory[: kind.itemsize].view(kind)[0:1]
         self._memory = memory
@@ -269,6 +272,10 @@ class ArenaReader:
         if not control.survived():
             raise StoreMissingError(f"{folder} was not closed before the machine stopped; its writer builds it anew")
         return cls(folder, layout, control)
+
+    def replaced(self) -> bool:
+        """Whether another index is in its place by now, or none; what was opened stays readable as it was."""
+        return _file_of(self._folder / "control") != self._control.file
 
     def _mapped(self) -> _Files:
         while True:
@@ -624,6 +631,15 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _file_of(path: Path) -> tuple[int, int]:
+    """Tells a file from any other that exists at the same time; no file is one too."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    return found.st_dev, found.st_ino
 
 
 def _boot_id() -> bytes:

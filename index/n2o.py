@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from rocksdict import AccessType, DBCompressionType, Options, Rdict, WriteBatch
+from rocksdict import AccessType, Checkpoint, DBCompressionType, Options, Rdict, WriteBatch
 
 from index import table
 from index.arena import PROGRESS, ArenaWriter, Progress
@@ -104,9 +104,10 @@ class N2OWriter:
             self._arena = self._open_arena()
             undo.pop_all()
 
-    def apply(self, batches: Sequence[tuple[RowBatch, int]]) -> int:
+    def apply(self, batches: Sequence[tuple[RowBatch, int]], by_version: bool = True) -> int:
         """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
-        Raises ValueError on a block that does not fit this index.
+        Raises ValueError on a block that does not fit this index. Not `by_version`: a row replaces what is stored
+        whatever the versions are.
 
         A row's `visible_time` in the arena is taken after RocksDB has the rows, immediately before the first of them is
         published: requests see the row at that time at the earliest, and when `apply` returns at the latest. RocksDB's
@@ -125,7 +126,7 @@ class N2OWriter:
         progress = self._progress.copy()
         deleted = np.concatenate([batch.deleted for batch, _ in batches])
         deleted[self._inherit(batches, hot, cold)] = True  # what never was does not become a row
-        kinds = self._plan(batches, keys, offsets, cold["version"].copy(), deleted, progress)
+        kinds = self._plan(batches, keys, offsets, cold["version"].copy(), deleted, progress, by_version)
 
         self._arena.make_room(len(keys))  # a full disk stops here, before anything is written
         cold["visible_time"] = _now()
@@ -162,16 +163,51 @@ class N2OWriter:
     def progress(self) -> Progress:
         return self._progress.copy()
 
-    def reset(self) -> None:
-        """Empties the index, rows and progress, for a refill."""
-        self._store = secrets.randbits(64)  # the arena of before belongs to no RocksDB from here on
-        self._batch, self._progress = 0, Progress.empty(self._partitions)
-        write = WriteBatch(raw_mode=True)
-        write.delete_range(ROW, AFTER_ROWS)
-        write.put(LAST, b"")
-        write.put(STATE, self._state(0, self._progress))
-        self._rocks.write(write)
-        self._arena = self._rebuilt_arena()
+    def reconsider(self) -> None:
+        """Forgets how far the index has come, but none of its rows: all of `items` is to be applied again, and then
+        `settle` is called.
+        """
+        self._remove([], keys_of([], self._hash_key), self._unknown())
+
+    def settle(self, live: Sequence[NDArray[np.uint64]], covered: Sequence[int], rows_offset: Sequence[int]) -> bool:
+        """Deletes every row that is not live, and says so how far the index is, in one write. Per partition: `live`,
+        the digests (digest_of key and version) of the rows that there are to be, `covered`, the last `items` offset
+        that they reflect, and `rows_offset`, the next one to read of `rows.<generation>`.
+
+        False where live rows are missing because the index had newer versions of them (an item that was forgotten may
+        be made again with any): those were deleted, and all of `items` has to be applied once more, not by version.
+        """
+        wanted = np.sort(np.concatenate(live))
+        progress = self._unknown()
+        progress.count[:], progress.digest[:] = 0, 0
+        gone, keys_of_gone = [], [keys_of([], self._hash_key)]
+        for names, keys, partitions, _, cold in self._chunks():
+            digests = digest_of(keys, cold["version"])
+            at = np.searchsorted(wanted, digests)
+            kept = at < len(wanted)
+            kept[kept] = wanted[at[kept]] == digests[kept]
+            np.add.at(progress.count, partitions[kept], 1)
+            np.add.at(progress.digest, partitions[kept], digests[kept])
+            gone += [names[at] for at in np.flatnonzero(~kept)]
+            keys_of_gone.append(keys[~kept])
+        whole = bool(np.array_equal(progress.count, [len(digests) for digests in live]))
+        if whole:
+            progress.covered[:], progress.rows_offset[:], progress.filled[:] = covered, rows_offset, True
+        self._remove(gone, np.concatenate(keys_of_gone), progress)
+        return whole
+
+    def checkpoint(self, folder: Path) -> Progress:
+        """A copy of RocksDB as of one moment, of hard links where that can be, in a new folder; gives how far it is.
+        May run beside `apply`, in another thread.
+        """
+        self._rocks.flush()  # releases the GIL; the checkpoint does the same first, and would not
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Checkpoint(self._rocks).create_checkpoint(str(folder))
+        copy = Rdict(str(folder), _options(), access_type=AccessType.read_only())
+        try:
+            return _stored_progress(copy, self._partitions, folder)[1]
+        finally:
+            copy.close()
 
     def close(self) -> None:
         self._arena.close()
@@ -230,6 +266,7 @@ class N2OWriter:
         versions: NDArray[np.uint64],
         deleted: NDArray[np.bool_],
         progress: Progress,
+        by_version: bool,
     ) -> NDArray[np.uint8]:
         """kinds u1[n]; changes `progress`."""
         stored_versions, stored = self._arena.versions(keys)
@@ -249,7 +286,7 @@ class N2OWriter:
             deleted,
             digest_of(keys, versions),
             stored,
-            stored_versions,
+            stored_versions if by_version else np.zeros_like(stored_versions),
             digest_of(keys, stored_versions),
             progress.covered,
             progress.rows_offset,
@@ -260,6 +297,27 @@ class N2OWriter:
             kinds,
         )
         return kinds
+
+    def _unknown(self) -> Progress:
+        """The rows that there are, and nothing of what they cover."""
+        empty = Progress.empty(self._partitions)
+        return dataclasses.replace(empty, count=self._progress.count.copy(), digest=self._progress.digest.copy())
+
+    def _remove(self, names: Sequence[bytes], keys: NDArray[np.uint64], progress: Progress) -> None:
+        """The writes of `apply`, for rows to be deleted and another progress."""
+        write = WriteBatch(raw_mode=True)
+        for name in names:
+            write.delete(ROW + name)
+        write.put(LAST, b"\n".join(names))
+        write.put(STATE, self._state(self._batch + 1, progress))
+        self._rocks.write(write)
+        self._step(1)
+        kinds = np.full(len(keys), table.REMOVE, np.uint8)
+        self._arena.apply(keys, kinds, _zeros(len(keys), self._layout.hot), _zeros(len(keys), self._layout.cold))
+        self._step(2)
+        self._batch, self._progress = self._batch + 1, progress
+        self._arena.publish_progress(self._batch, progress)
+        self._step(3)
 
     def _state(self, batch: int, progress: Progress) -> bytes:
         return np.array((self._store, batch), STATE_HEAD).tobytes() + progress.to_array().tobytes()
@@ -285,12 +343,8 @@ class N2OWriter:
         elif json.loads(found) != meta:
             names = [name for name, value in meta.items() if json.loads(found).get(name) != value]
             raise N2OError(f"{self._path} was made with another {' and '.join(names)}")
-        state = self._rocks.get(STATE)
-        if state is None or len(state) != STATE_HEAD.itemsize + PROGRESS.itemsize * self._partitions:
-            raise N2OError(f"{self._path} has no readable progress")
-        head = np.frombuffer(state, STATE_HEAD, 1)[0]
+        head, self._progress = _stored_progress(self._rocks, self._partitions, self._path)
         self._store, self._batch = int(head["store"]), int(head["batch"])
-        self._progress = Progress.from_array(np.frombuffer(state, PROGRESS, self._partitions, STATE_HEAD.itemsize))
 
     def _open_arena(self) -> ArenaWriter:
         arena = ArenaWriter.open(self._path, self._layout, self._partitions, self._store)
@@ -326,13 +380,8 @@ class N2OWriter:
         arena = ArenaWriter.create(self._path, self._layout, self._partitions, int(self._progress.count.sum()))
         count = np.zeros(self._partitions, np.int64)
         digest = np.zeros(self._partitions, np.uint64)
-        rows = self._rows()
-        while chunk := list(itertools.islice(rows, REBUILD_ROWS)):
-            keys = keys_of([name.decode() for name, _ in chunk], self._hash_key)
-            hot = aligned_empty(len(chunk), self._layout.hot)
-            cold = aligned_empty(len(chunk), self._layout.cold)
-            partitions, _ = decode_records([value for _, value in chunk], hot, cold)
-            arena.apply(keys, np.full(len(chunk), table.PUT, np.uint8), hot, cold)
+        for _, keys, partitions, hot, cold in self._chunks():
+            arena.apply(keys, np.full(len(keys), table.PUT, np.uint8), hot, cold)
             np.add.at(count, partitions, 1)
             np.add.at(digest, partitions, digest_of(keys, cold["version"]))
         if not np.array_equal(count, self._progress.count) or not np.array_equal(digest, self._progress.digest):
@@ -345,6 +394,16 @@ class N2OWriter:
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         return _all_rows(self._rocks, self._path)
+
+    def _chunks(self) -> Iterator[tuple[list[bytes], NDArray[np.uint64], NDArray[np.int64], Any, Any]]:
+        """Of all stored rows, some thousand at a time: ids, keys, partitions, hot and cold records."""
+        rows = self._rows()
+        while chunk := list(itertools.islice(rows, REBUILD_ROWS)):
+            names = [name for name, _ in chunk]
+            hot = aligned_empty(len(chunk), self._layout.hot)
+            cold = aligned_empty(len(chunk), self._layout.cold)
+            partitions, _ = decode_records([value for _, value in chunk], hot, cold)
+            yield names, keys_of([name.decode() for name in names], self._hash_key), partitions, hot, cold
 
 
 class N2OReader:
@@ -382,6 +441,15 @@ def _options() -> Options:
     options.set_max_total_wal_size(256 << 20)
     options.set_keep_log_file_num(2)
     return options
+
+
+def _stored_progress(rocks: Rdict, partitions: int, path: Path) -> tuple[Any, Progress]:
+    """STATE_HEAD and progress. Raises N2OError."""
+    state = rocks.get(STATE)
+    if state is None or len(state) != STATE_HEAD.itemsize + PROGRESS.itemsize * partitions:
+        raise N2OError(f"{path} has no readable progress")
+    head = np.frombuffer(state, STATE_HEAD, 1)[0]
+    return head, Progress.from_array(np.frombuffer(state, PROGRESS, partitions, STATE_HEAD.itemsize))
 
 
 def _all_rows(rocks: Rdict, path: Path) -> Iterator[tuple[bytes, bytes]]:

@@ -46,6 +46,8 @@ class Settings:
     history_length: int = 10_000  # newest behaviours kept per user (L)
     tombstone_days: float = 7.0  # D: how long ingest remembers a deletion
     rows_retention_ms: int = 86_400_000  # of rows.<generation>
+    checkpoint_uri: str = ""  # where copies of indexes lie for all hosts: a directory or what fsspec opens; "" = none
+    checkpoint_interval_s: float = 3600.0  # between two of this host
     take_within_ms: float = 5.0  # how long a nearline job waits to fill a batch
     take_max: int = 512  # messages per batch
     session_timeout_ms: int = 6_000  # after a kill a group waits this long before it is given away

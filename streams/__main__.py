@@ -3,7 +3,7 @@ sentences.
 
     supervise                              run everything a host needs; stop with Ctrl-C or SIGTERM
     ingest | histories                     one job (the supervisor starts these)
-    encode | replicate --generation G
+    encode | replicate | reconcile --generation G
     publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
     model stage BUNDLE --generation G      publish a model event: make a generation of a bundle
     model activate|rollback|retire G       serve it; serve what was served before it; delete all of it
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     supervise.set_defaults(run=_supervise)
     for name in ("ingest", "histories"):
         commands.add_parser(name, help="one job; the supervisor starts it").set_defaults(run=_job, job=name)
-    for name in ("encode", "replicate"):
+    for name in ("encode", "replicate", "reconcile"):
         job = commands.add_parser(name, help="one job of a generation; the supervisor starts it")
         job.add_argument("--generation", required=True)
         job.set_defaults(run=_job, job=name)
@@ -112,6 +112,10 @@ def _job(settings: Settings, options: argparse.Namespace) -> None:
         from streams import encode
 
         encode.run(settings, options.generation)
+    elif options.job == "reconcile":
+        from streams import reconcile
+
+        reconcile.run(settings, options.generation)
     else:
         from streams import replicate
 

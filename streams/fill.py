@@ -63,10 +63,10 @@ async def fill(job: Job, encode: Rows, topic: str, starts: Sequence[int]) -> lis
     JobError (BAD_BUNDLE) where the bundle cannot encode half of the first items of a fill.
     """
     job.say("catching up" if starts else "filling")
-    proof = None if starts else _Proof(job.settings.partitions, job.settings.hash_key.encode())
+    proof = None if starts else Proof(job.settings.partitions, job.settings.hash_key.encode())
     trial = _Trial(over=bool(starts))
     async with open_reader(job.settings, topic, starts or None) as reader:
-        async for by_partition in _chunks(reader.batches()):
+        async for by_partition in chunks(reader.batches()):
             covered = {partition: records[-1].offset for partition, records in by_partition.items()}
             batches, refused = encode.rows(by_partition, covered)
             await encode.emit(batches, trial.passed(batches, refused))  # 1
@@ -81,7 +81,7 @@ async def fill(job: Job, encode: Rows, topic: str, starts: Sequence[int]) -> lis
     return ends  # 3
 
 
-async def _chunks(batches: AsyncIterator[dict[int, list[ConsumerRecord]]]) -> AsyncIterator[dict[int, list[Record]]]:
+async def chunks(batches: AsyncIterator[dict[int, list[ConsumerRecord]]]) -> AsyncIterator[dict[int, list[Record]]]:
     """At most _AT_ONCE records at a time, a partition's in log order."""
     async for batch in batches:
         chunk: dict[int, list[Record]] = {}
@@ -140,8 +140,8 @@ class _Trial:
         return held
 
 
-class _Proof:
-    """Row count and digest of each partition after all that was added: of every key the last row counts."""
+class Proof:
+    """The rows of each partition after all that was added: of every key the last one counts."""
 
     def __init__(self, partitions: int, hash_key: bytes) -> None:
         self._hash_key = hash_key
@@ -161,12 +161,14 @@ class _Proof:
         none = np.empty(0, np.int64)
         hot, cold = np.empty(0, layout.hot), np.empty(0, layout.cold)
         kinds = none.astype(np.uint8)
-        proof = self._of(partition)
+        live = self.live(partition)
+        proof = FillProof(len(live), int(live.sum(dtype=np.uint64)))
         return RowBatch(partition, covered, [], none.astype(np.uint64), none, kinds, hot, cold, [], proof)
 
-    def _of(self, partition: int) -> FillProof:
+    def live(self, partition: int) -> NDArray[np.uint64]:
+        """Digests (digest_of) of the partition's rows."""
         if not self._keys[partition]:
-            return FillProof(0, 0)
+            return np.empty(0, np.uint64)
         keys = np.concatenate(self._keys[partition])
         versions = np.concatenate(self._versions[partition])
         deleted = np.concatenate(self._deleted[partition])
@@ -175,5 +177,4 @@ class _Proof:
         last = np.append((ordered[1:] != ordered[:-1]).any(axis=1), True)
         kept = order[last]
         kept = kept[~deleted[kept]]
-        digest = int(digest_of(keys[kept], versions[kept]).sum(dtype=np.uint64))
-        return FillProof(len(kept), digest)
+        return digest_of(keys[kept], versions[kept])

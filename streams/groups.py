@@ -54,6 +54,10 @@ class Groups:
             raise GroupError(f"The members of group {group} cannot be read: {found['error']}.")
         return {str(member["group_instance_id"] or "") for member in found["members"]}
 
+    def cluster(self) -> str:
+        """The id of the cluster, which no other has."""
+        return str(self._patiently(self._admin.describe_cluster)["cluster_id"])
+
     def starts(self, topic: str) -> list[int]:
         """First offset still there, per partition."""
         return self._offsets(topic, OffsetSpec.EARLIEST)

@@ -11,7 +11,7 @@ processes drop it. From there on, on each host:
 
 and once every host has said so, on any of them:
 
-    6  the consumer group of its encoders is deleted
+    6  the consumer group of its encoders is deleted, and its checkpoints are
     7  the topic `rows.<generation>` is deleted
 
 Each step may be repeated, so after a kill all of them are, from the first.
@@ -32,12 +32,14 @@ from infra.kafka.broker import BrokerError
 from infra.kafka.topics import delete_rows_topic
 from infra.processes import ProcessError
 from infra.settings import Settings
+from streams import checkpoints
+from streams.checkpoints import CheckpointError
 from streams.events import HostReport
 from streams.groups import GroupError, group_admin
 from streams.hosts import HostsError, read_hosts
 
 Step = Callable[[int], object]
-_JOBS = ("encode", "replicate", "retrieval")
+_JOBS = ("encode", "replicate", "reconcile", "retrieval")
 _LOGS = (".json", ".log", ".log.1")
 _STOP_S = 10.0
 
@@ -84,10 +86,12 @@ def clean_up(settings: Settings, generations: Collection[str], step: Step = int)
                 continue
             with group_admin(settings) as groups:
                 groups.delete(settings.topic(f"encode-{generation}"))  # 6
+            if settings.checkpoint_uri:
+                checkpoints.forget(settings, generation)
             step(6)
             delete_rows_topic(settings, generation)  # 7
             step(7)
-    except (BrokerError, GroupError, HostsError) as error:
+    except (BrokerError, GroupError, HostsError, CheckpointError) as error:
         raise NotYetError(str(error)) from error
     return waits
 

@@ -21,6 +21,7 @@ from streams.events import ModelEvent
 
 State = Literal["staged", "filling", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
+REMADE = "its rows are not all on this host, which is restoring them"
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
@@ -166,6 +167,26 @@ def prepare(serving: Serving, generation: str | None) -> Serving:
     return msgspec.structs.replace(out, next=generation)
 
 
+def whole(known: GenerationState, covered: list[int], filled: list[bool]) -> bool:
+    """Whether the rows are proven, and as far as they had to be."""
+    return all(filled) and all(reached + 1 >= end for reached, end in zip(covered, known.staged_ends, strict=True))
+
+
+def lose(serving: Serving, generation: str, ends: list[int]) -> Serving:
+    """Its rows are not whole any more, and have to reach these end offsets of `items`: it is filled again, and, where
+    it is served or a rollback would go to it, says why it is not ready.
+    """
+    known = serving.generations[generation]
+    if known.state in ("active", "former"):
+        return _with(serving, msgspec.structs.replace(known, staged_ends=ends, reason=REMADE))
+    return _with(serving, msgspec.structs.replace(known, state="filling", staged_ends=ends, progress=0.0))
+
+
+def regain(serving: Serving, generation: str) -> Serving:
+    """Its rows are whole again."""
+    return _with(serving, msgspec.structs.replace(serving.generations[generation], reason=""))
+
+
 def activate(serving: Serving, generation: str) -> Serving:
     """Makes it the served generation; the one before becomes `former`. Raises Refused where it is not complete."""
     if serving.active == generation:
@@ -173,6 +194,8 @@ def activate(serving: Serving, generation: str) -> Serving:
     known = _expect(serving, generation, ("complete", "former"), "activated")
     if known.state == "former" and generation != serving.previous:
         raise Refused(f"generation {generation} {_TOO_OLD}")
+    if known.reason == REMADE:
+        raise Refused(f"generation {generation} is not ready: {REMADE}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -220,7 +243,7 @@ def kept(desired: Desired, serving: Serving, generation: str) -> str:
 
 def try_again(serving: Serving) -> Serving:
     """Forgets why the active generation is no longer kept fresh: its jobs start anew, and say it again if need be."""
-    if serving.active is None:
+    if serving.active is None or serving.generations[serving.active].reason == REMADE:
         return serving
     return _with(serving, msgspec.structs.replace(serving.generations[serving.active], reason=""))
 
@@ -312,7 +335,8 @@ def write(path: Path, serving: Serving) -> None:
 
 def _possible(serving: Serving, known: GenerationState) -> bool:
     """Whether it can be activated now."""
-    return known.state == "complete" or (known.state == "former" and known.generation == serving.previous)
+    fresh = known.generation == serving.previous and known.reason != REMADE
+    return known.state == "complete" or (known.state == "former" and fresh)
 
 
 def _kept(wished: list[str], generation: str) -> str:

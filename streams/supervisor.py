@@ -57,7 +57,7 @@ from streams.groups import GroupError, group_admin
 from streams.models import Models, ModelsError
 from streams.retire import NotYetError
 from streams.rollout import Refused, Serving
-from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
+from streams.worker import BAD_BUNDLE, DONE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
 LOG = logging.getLogger(__name__)
 _ROUND_S = 0.2
@@ -127,6 +127,7 @@ class Supervisor:
         )
         self._hosts = Hosts(settings, self._producer)
         self._arenas: dict[str, ArenaReader] = {}
+        self._replaced: set[str] = set()  # generations whose index is another one than it was
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
         self._retire_due: dict[str, float] = {}
@@ -232,11 +233,14 @@ class Supervisor:
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""
-        reason = "; ".join(filter(None, (self._jobs.gave_up(f"{job}-{name}") for job in ("encode", "replicate"))))
+        names = [f"{job}-{name}" for job in ("encode", "replicate", "reconcile")]
+        reason = "; ".join(filter(None, map(self._jobs.gave_up, names)))
         if reason and self.serving.generations[name].reason != reason:
             LOG.error("generation %s: %s", name, reason)
             self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state != "filling":
+            if not reason and self.serving.generations[name].state != "staged":
+                self._watch(name)
             return
         progress = self._progress(name)
         if progress is None:
@@ -249,6 +253,37 @@ class Supervisor:
         if self.serving.generations[name].state == "complete":
             LOG.info("generation %s: complete, %d rows", name, progress.count.sum())
             self._complete_since[name] = time.monotonic()
+
+    def _watch(self, name: str) -> None:
+        """Sees whether rows that were proven are still there; where they are not, the jobs make them anew."""
+        known, progress = self.serving.generations[name], self._progress(name)
+        whole = progress is not None and rollout.whole(known, progress.covered.tolist(), progress.filled.tolist())
+        if self._writer_of(name) == "reconcile":
+            whole = False
+        if name in self._replaced:  # another index, which has to come as far as the lost one may have been
+            self._replaced.discard(name)
+            whole = False
+        if whole and known.reason == rollout.REMADE:
+            LOG.info("generation %s: its rows are whole again", name)
+            self._put(rollout.regain(self.serving, name))
+        if not whole and known.reason != rollout.REMADE and time.monotonic() >= self._stage_due.get(name, 0.0):
+            self._lose(known)
+
+    def _lose(self, known: rollout.GenerationState) -> None:
+        name, ends = known.generation, known.staged_ends
+        LOG.error("generation %s: %s", name, rollout.REMADE)
+        try:
+            bundles.fetch(known.uri, known.sha256, self._settings.generation_dir(name) / "bundle")  # it may be lost too
+            with group_admin(self._settings) as groups:
+                ends = groups.ends(self._settings.topic("items"))
+        except BundleFileError as error:
+            LOG.error("generation %s: tried again in %.0f s: %s", name, _STAGE_AGAIN_S, error)
+            self._put(rollout.fail(self.serving, name, str(error)))
+            self._stage_due[name] = time.monotonic() + _STAGE_AGAIN_S
+            return
+        except (BrokerError, GroupError) as error:
+            LOG.warning("generation %s: it need not come further than before: %s", name, error)
+        self._put(rollout.lose(self.serving, name, ends))
 
     def _activate(self, name: str | None) -> None:
         back = name is not None and name == self.serving.previous  # it was served before, with or without an index
@@ -318,11 +353,22 @@ class Supervisor:
             state = self.serving.generations[name].state
             if state == "staged":
                 continue
-            for job in ("encode", "replicate"):
+            for job in ("encode", self._writer_of(name)):
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
-            if self._retrieval and state != "filling":
+            if self._retrieval and state != "filling" and self.serving.generations[name].reason != rollout.REMADE:
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
         self._jobs.keep(needed)
+
+    def _writer_of(self, name: str) -> str:
+        """The job that writes the index now: reconcile from when replicate has ended because rows are no longer in
+        Kafka, until reconcile has ended well. It is in their heartbeats, so that it outlives a supervisor.
+        """
+        beats = [read_heartbeat(self._settings.heartbeat_dir, f"{job}-{name}") for job in ("replicate", "reconcile")]
+        replicate, reconcile = beats
+        if replicate is None or (replicate.state, replicate.status) != ("stopped", NEEDS_REFILL):
+            return "replicate"
+        done = reconcile is not None and (reconcile.state, reconcile.reason) == ("stopped", DONE)
+        return "replicate" if done and reconcile is not None and reconcile.time > replicate.time else "reconcile"
 
     def _progress(self, name: str) -> Progress | None:
         """What the arena says; None while there is none, and when it is about to be deleted."""
@@ -330,6 +376,9 @@ class Supervisor:
             return None
         folder = self._settings.generation_dir(name)
         try:
+            if name in self._arenas and self._arenas[name].replaced():
+                del self._arenas[name]
+                self._replaced.add(name)
             if name not in self._arenas:
                 self._arenas[name] = ArenaReader.open(folder / "n2o", bundles.layout_of(folder / "bundle"))
             return self._arenas[name].progress()
@@ -403,7 +452,7 @@ class Jobs:
     def _given_up(self, name: str) -> bool:
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
         own = beat is not None and beat.pid == self._pids.get(name)  # an older process's says nothing about this one
-        if beat is not None and own and beat.state == "stopped" and beat.status in (NEEDS_REFILL, BAD_BUNDLE):
+        if beat is not None and own and beat.state == "stopped" and beat.status == BAD_BUNDLE:
             self._gave_up[name] = beat.reason
         return name in self._gave_up
 

@@ -36,6 +36,7 @@ from streams.groups import GroupError
 LOG = logging.getLogger(__name__)
 STALL_S = 30.0  # records waiting, none handled for so long: the agent has died silently
 NEEDS_REFILL, BAD_BUNDLE = 3, 4  # exit statuses: a restart cannot help
+DONE = "done"  # reason of a job that has come to its end
 _BEAT_S = 1.0
 _DEAD_BYTES = 900_000  # of a dead letter: what a publisher got through plus our headers might not pass again
 
@@ -182,8 +183,12 @@ class Job:
         self._app: faust.App | None = None
 
     @classmethod
-    def start(cls, settings: Settings, name: str, group: str, prepare: Callable[[Job], Awaitable[Plan]]) -> NoReturn:
-        """Runs the job to its end, which is the process's. `prepare` does what comes before the group is joined."""
+    def start(
+        cls, settings: Settings, name: str, group: str, prepare: Callable[[Job], Awaitable[Plan | None]]
+    ) -> NoReturn:
+        """Runs the job to its end, which is the process's. `prepare` does what comes before the group is joined, or all
+        there is to do: then it gives None.
+        """
 
         async def main() -> NoReturn:
             await cls(settings, name, group)._run(prepare)
@@ -236,7 +241,7 @@ class Job:
         self._moved = time.monotonic()
         LOG.info("%s: %s", self.name, state)
 
-    async def _run(self, prepare: Callable[[Job], Awaitable[Plan]]) -> NoReturn:
+    async def _run(self, prepare: Callable[[Job], Awaitable[Plan | None]]) -> NoReturn:
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -256,6 +261,8 @@ class Job:
             await _first(preparing, stop.wait())
             if preparing.done():
                 plan = preparing.result()
+                if plan is None:
+                    self._end(0, DONE)
                 handler = plan.handler
                 self._next = {(t, p): offset for t, offsets in plan.topics.items() for p, offset in enumerate(offsets)}
                 app = self._faust(list(plan.topics), handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,15 @@ class Host:
         self._writers[generation] = N2OWriter(path, layout, PARTITIONS, self.settings.hash_key.encode())
         self._offsets[generation] = 0
         return made
+
+    def lose(self, generation: str) -> None:
+        """Deletes its index; what is written next goes into a new one."""
+        folder = self.settings.generation_dir(generation)
+        self._writers.pop(generation).close()
+        shutil.rmtree(folder / "n2o")
+        layout = RowLayout.from_json(self.bundles[generation].manifest.row)
+        self._writers[generation] = N2OWriter(folder / "n2o", layout, PARTITIONS, self.settings.hash_key.encode())
+        self._offsets[generation] = 0
 
     def write(self, generation: str, items: Sequence[CatalogueItem], deleted: Sequence[str] = ()) -> None:
         """Rows of items and deletions, one block in partition 0."""

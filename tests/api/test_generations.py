@@ -425,6 +425,36 @@ def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: 
     host.ready()
 
 
+def test_a_lost_index_is_served_until_it_is_restored(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.retrieval("g1")
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+
+    def missing() -> list[str]:
+        answer = client.post("/v1/score", json={"user_id": "u", "candidates": IDS})
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["missing"])
+
+    states = rollout.lose(host.serving, "g1", [len(ITEMS), 0])
+    rollout.write(host.settings.serving_file, states)
+    host.wait_for(lambda: client.get("/readyz").status_code == 503)
+    host.lose("g1")
+    for half in (ITEMS[:60], ITEMS[60:100]):
+        host.write("g1", half)
+        assert rollout.REMADE in reason(host)
+        assert missing() == []  # the deleted files are still open
+    rollout.write(host.settings.serving_file, rollout.regain(states, "g1"))
+    host.ready()
+    host.wait_for(lambda: missing() == IDS[100:])  # the new one
+    host.write("g1", ITEMS[100:])
+    assert missing() == []
+    found = client.post("/v1/recommend", json={"user_id": "u", "k": 5, "include": ["attributes"]})
+    assert len(found.json()["attributes"]) == 5, found.text
+
+
 def test_a_generation_is_seen_only_with_its_retrieval_index(
     own_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:

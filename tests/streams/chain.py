@@ -105,6 +105,9 @@ class Chain:
         process.send_signal(number)
         return process.wait(30)
 
+    def pid(self, job: str) -> int:
+        return self._processes[job].pid
+
     def ended(self, job: str) -> int | None:
         return self._processes[job].poll()
 

@@ -362,6 +362,28 @@ def test_the_file_is_replaced_whole_while_it_is_read(tmp_path: Path) -> None:
         writer.join()
 
 
+def test_rows_that_are_lost_have_to_come_further_before_the_generation_is_ready_again() -> None:
+    serving = rollout.activate(complete(staged("a", "b", "c"), "a"), "a")
+    serving = complete(rollout.activate(complete(serving, "b"), "b"), "c")
+    for name in "abc":
+        serving = rollout.lose(serving, name, [20, 5])
+    states = {name: (known.state, known.reason) for name, known in serving.generations.items()}
+    assert states == {"a": ("former", rollout.REMADE), "b": ("active", rollout.REMADE), "c": ("filling", "")}
+    assert (serving.active, serving.previous) == ("b", "a")
+    with pytest.raises(Refused, match="generation a is not ready: its rows are not all on this host"):
+        rollout.activate(serving, "a")
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c", when_complete=False)), (3, ModelEvent("rollback", "b"))]
+    desired = rollout.reduce_models(log)
+    assert rollout.next_active(desired, serving) is None  # what is served goes on
+    assert rollout.try_again(serving) == serving
+    known = serving.generations["a"]
+    for covered, filled in (([9, 4], [True, True]), ([19, 4], [True, False])):
+        assert not rollout.whole(known, covered, filled)
+    assert rollout.whole(known, [30, 4], [True, True])
+    assert rollout.next_active(desired, rollout.regain(serving, "a")) == "a"
+    assert rollout.advance(serving, "c", [19, 4], [True, True]).generations["c"].state == "complete"
+
+
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "serving.json"
     path.write_bytes(msgspec.json.encode(msgspec.structs.replace(Serving(), format=2)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from kafka import KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 
 from encoders.bundle import Bundle, manifest_sha256, seeded_bundle
 from infra import processes
@@ -323,31 +323,3 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
         wait_until(lambda: serving(host).active == "a", "a is active", 90)
         assert serving(host).generations["a"].reason == ""
         assert supervisor.poll() is None
-
-
-@pytest.mark.slow
-def test_an_active_generation_that_ages_says_why(
-    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
-) -> None:
-    """Its index is lost and its blocks are no longer in Kafka: it stays active, with the reason in serving.json."""
-    host = settings(partitions=2)
-    chain = Chain(host, bundle_path)
-    with supervised(host) as supervisor:
-        with Publisher(host) as publisher:
-            publisher.items([item_body(f"{k}", 1, np.random.default_rng(1)) for k in range(20)])
-        command(host, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
-        wait_until(lambda: serving(host).active == "a", "a is active")
-        supervisor.send_signal(signal.SIGTERM)
-        assert supervisor.wait(30) == 0
-    shutil.rmtree(host.generation_dir("a") / "n2o")
-    with admin_of(host.kafka_bootstrap) as admin:
-        ends = chain.end_offsets("rows.a")
-        admin.delete_records({TopicPartition(host.topic("rows.a"), p): end for p, end in enumerate(ends)})
-    known = serving(host)
-    rollout.write(host.serving_file, rollout.fail(known, "a", "of long ago"))
-    with supervised(host):
-        wait_until(lambda: "needs refill" in serving(host).generations["a"].reason, "the reason is in serving.json")
-        found = serving(host)
-        assert (found.active, found.generations["a"].state) == ("a", "active")
-        assert "of long ago" not in found.generations["a"].reason
-        assert "needs refill" in command(host, "status").stdout
