@@ -1,4 +1,4 @@
-"""`python -m api serve|retrieval|up|down|demo`: parses, calls once, and turns what can go wrong into one sentence."""
+"""`python -m api serve|retrieval|verify|up|down|demo`: parses, calls once, and turns errors into one sentence."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     retrieval = commands.add_parser("retrieval", help="keep a generation's retrieval index up to date")
     retrieval.add_argument("--generation", required=True)
     retrieval.add_argument("--once", action="store_true", help="build it now, and end")
+    verify = commands.add_parser("verify", help="whether a complete generation may be served; the supervisor runs it")
+    verify.add_argument("--generation", required=True)
     commands.add_parser("up", help="broker, nearline jobs and API, without demo data")
     commands.add_parser("down", help="stop what up or demo started, and only that")
     demo = commands.add_parser("demo", help="the whole path on a catalogue, step by step")
@@ -79,6 +81,21 @@ def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
     os.nice(5)  # a late index costs nobody anything; a late answer does
     rebuild.follow(settings, options.generation, stop)
     return 0
+
+
+def _verify(settings: Settings, options: argparse.Namespace) -> int:
+    telemetry.configure_logging(settings, f"verify-{options.generation}")
+    os.nice(10)  # requests and fresh rows go first
+    from api.verify import verify
+    from streams.rollout import Refused
+
+    try:
+        found = verify(settings, options.generation)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Generation {options.generation} is verified." if found.verdict == "yes" else found.reason, flush=True)
+    return 0 if found.verdict == "yes" else 1
 
 
 def _up(settings: Settings, _: argparse.Namespace) -> int:
@@ -122,7 +139,7 @@ def _demo(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings, data)
 
 
-_COMMANDS = {"serve": _serve, "retrieval": _retrieval, "up": _up, "down": _down, "demo": _demo}
+_COMMANDS = {"serve": _serve, "retrieval": _retrieval, "verify": _verify, "up": _up, "down": _down, "demo": _demo}
 
 
 if __name__ == "__main__":

@@ -195,7 +195,9 @@ def _score(service: Service, body: Body, takes: str, parameters: Mapping[str, st
     service.merger.check(options, len(ids), options.k)
     answer = service.merger.score(ids, options)
     service.metrics.observe("score", answer)
-    return _ranked(answer, options, gives)
+    response = _ranked(answer, options, gives)
+    service.recorder.offer(answer, options)
+    return response
 
 
 def _score_binary(service: Service, body: Body, parameters: Mapping[str, str]) -> Response:
@@ -204,6 +206,7 @@ def _score_binary(service: Service, body: Body, parameters: Mapping[str, str]) -
     answer = service.merger.score(ids, options)
     service.metrics.observe("score", answer)
     content, headers = binary.answer_of(answer, ids, ranked=options.k is not None)
+    service.recorder.offer(answer, options)
     return Response(content, headers=headers, media_type=_BINARY)
 
 
@@ -212,7 +215,9 @@ def _recommend(service: Service, body: Body, gives: str) -> Response:
     service.merger.check(request, 0, request.k)
     answer = service.merger.recommend(request)
     service.metrics.observe("recommend", answer)
-    return _ranked(answer, request, gives)
+    response = _ranked(answer, request, gives)
+    service.recorder.offer(answer, request)
+    return response
 
 
 def _ranked(answer: Answer, query: schemas.Query, gives: str) -> Response:

@@ -317,7 +317,7 @@ def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:
 
 
 def _waiting_for(serving: rollout.Serving) -> str:
-    filling = [state for state in serving.generations.values() if state.state in ("staged", "filling", "complete")]
+    filling = [state for state in serving.generations.values() if state.state in (*rollout.UNREADY, "complete")]
     if filling:
         newest = filling[-1]
         return f"generation {newest.generation} is {newest.state}: {100 * newest.progress:.0f} % of its index is there"

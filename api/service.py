@@ -19,6 +19,7 @@ from api.events import Feed
 from api.generations import Generation, Generations
 from api.metrics import RequestMetrics
 from api.prerank import Merger
+from api.recording import Recorder
 from api.rights import Rights
 from api.schemas import InlineUser
 from api.users import Users, moment
@@ -47,18 +48,21 @@ class Service:
         crosses = crosses_of(settings)
         self.users = Users(settings, lambda: self.generations.histories, self.inferences, crosses)
         self.merger = Merger(settings, self.generations, self.users)
+        self.recorder = Recorder(settings)
         self.feed = Feed(settings)
         self.waiters = Waiters(self.generations.pin)
 
     def start(self) -> None:
         torch.set_num_threads(1)
         self.metrics.start()
+        self.recorder.start()
         self.generations.start()
 
     def stop(self) -> None:
         self.generations.close()
         self.requests.shutdown()
         self.inferences.shutdown()
+        self.recorder.stop()
         if self.users.crosses is not None:
             self.users.crosses.close()
         self.feed.close()

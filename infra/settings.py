@@ -62,6 +62,13 @@ class Settings:
     deadline_ms: float = 50.0  # of a request that names none; crosses are waited for during 0.4 of it
     candidates_max: int = 20_000  # per request
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
+    record_per_s: float = 2.0  # requests that an API process keeps on disk, to be scored again by new generations
+    verify_norm: float = (
+        20.0  # a new generation's rows are at most so many times as long as the active one's, or as short
+    )
+    verify_shift: float = 10.0  # its scores' mean differs by at most so many standard deviations
+    verify_spread: float = 10.0  # its scores' standard deviation differs by at most this factor
+    verify_overlap: float = 0.0  # at least this share of the best 100 stays the same
     log_level: str = "info"
     log_json: bool = False
 
@@ -69,8 +76,12 @@ class Settings:
         return self.topic_prefix + name
 
     def generation_dir(self, generation: str) -> Path:
-        """`bundle/` (supervisor), `n2o/` (replicate), `retrieval/` (retrieval builder) lie below."""
+        """`bundle/` (supervisor), `n2o/` (replicate), `retrieval/` (retrieval builder), `verify.json` lie below."""
         return self.state / "generations" / generation
+
+    def verification_file(self, generation: str) -> Path:
+        """Whether the generation may be served, and why; written by its verification, atomically."""
+        return self.generation_dir(generation) / "verify.json"
 
     def api_socket(self, place: int) -> Path:
         """Where the API process at a place listens, if `api_sockets` names a folder; made by the API's parent."""
@@ -98,6 +109,11 @@ class Settings:
     def api_dir(self) -> Path:
         """What each API process has loaded, in a file of its own (streams/fleet.py)."""
         return self.state / "api"
+
+    @property
+    def requests_dir(self) -> Path:
+        """Some of the newest requests, written by the API processes."""
+        return self.state / "requests"
 
     @property
     def heartbeat_dir(self) -> Path:

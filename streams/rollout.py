@@ -2,7 +2,8 @@
 
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
-    staged -> filling -> complete -> active -> former        (any -> failed; any but active -> retiring -> retired)
+    staged -> filling -> verifying -> complete -> active -> former
+                                                        (any -> failed; any but active -> retiring -> retired)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -19,9 +20,10 @@ import msgspec
 
 from streams.events import ModelEvent
 
-State = Literal["staged", "filling", "complete", "active", "former", "failed", "retiring", "retired"]
+State = Literal["staged", "filling", "verifying", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
 REMADE = "its rows are not all on this host, which is restoring them"
+UNREADY: tuple[State, ...] = ("staged", "filling", "verifying")  # on the way to `complete`
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
@@ -53,6 +55,32 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     decided: int = 0
     refused: dict[str, str] = {}  # offset of a refused `models` event -> reason
     format: int = FORMAT
+
+
+class Verification(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What `python -m api verify` found of a generation: `verify.json` in its folder. None: could not be looked at, for
+    the reason in `unsaid`.
+
+    `verdict`: `again` where something other than the generation stood in the way.
+    """
+
+    verdict: Literal["yes", "no", "again"]
+    reason: str = ""
+    time: int = 0  # ms since the epoch
+    rows: int = 0  # that this host has
+    drawn: int = 0  # items of the topic that were looked up
+    unencodable: int = 0  # of them without a row because the bundle cannot encode them
+    compared: int = 0  # rows whose numbers were compared with the bundle run directly
+    error: float = 0.0  # their largest deviation, as a share of what is allowed
+    looked_at: int = 0  # rows whose numbers were checked to be finite
+    norm: float | None = (
+        None  # median length of `vector` over the active generation's, or `joint`'s where farther off 1
+    )
+    requests: int = 0  # recorded ones that both generations scored
+    shift: float | None = None  # of the mean score, in standard deviations of the active generation's scores
+    spread: float | None = None  # standard deviation of the scores over the active generation's
+    overlap: float | None = None  # mean share of the best 100 that are the same
+    unsaid: list[str] = []
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -137,15 +165,15 @@ def fill(serving: Serving, generation: str, staged_ends: list[int]) -> Serving:
 
 
 def advance(serving: Serving, generation: str, covered: list[int], filled: list[bool]) -> Serving:
-    """Takes over `covered` and `filled` as the arena reports them; filling -> complete when all partitions are
-    there.
+    """Takes over `covered` and `filled` as the arena reports them; filling -> verifying when all partitions
+    are there.
     """
     known = serving.generations[generation]
     ends = known.staged_ends
     done = [min(reached + 1, end) for reached, end in zip(covered, ends, strict=True)]
     share = sum(done) / sum(ends) if sum(ends) else float(all(filled))
     complete = all(filled) and done == ends
-    state: State = "complete" if complete and known.state == "filling" else known.state
+    state: State = "verifying" if complete and known.state == "filling" else known.state
     missing = sum(not proven for proven in filled)
     waits = (
         "" if complete else f"{missing} of {len(ends)} partitions are without a proven fill" if missing else "filling"
@@ -185,6 +213,15 @@ def lose(serving: Serving, generation: str, ends: list[int]) -> Serving:
 def regain(serving: Serving, generation: str) -> Serving:
     """Its rows are whole again."""
     return _with(serving, msgspec.structs.replace(serving.generations[generation], reason=""))
+
+
+def verified(serving: Serving, generation: str, found: Verification) -> Serving:
+    """verifying -> complete or failed, by the verdict."""
+    known = _expect(serving, generation, ("verifying",), "judged")
+    if found.verdict == "no":
+        return fail(serving, generation, found.reason)
+    state: State = "complete" if found.verdict == "yes" else "verifying"
+    return _with(serving, msgspec.structs.replace(known, state=state, reason=found.reason))
 
 
 def activate(serving: Serving, generation: str) -> Serving:
@@ -282,7 +319,7 @@ def pending(desired: Desired, serving: Serving) -> str | None:
         if name == serving.active:
             return None
         known = serving.generations.get(name)
-        if known is None or known.state in ("staged", "filling") or _possible(serving, known):
+        if known is None or known.state in UNREADY or _possible(serving, known):
             return name
     return None
 
@@ -305,7 +342,7 @@ def running(serving: Serving, waits: str | None = None) -> list[str]:
         name
         for name, known in serving.generations.items()
         if name in (serving.active, serving.previous)
-        or (known.state in ("staged", "filling", "complete") and (known.offset > since or name == waits))
+        or (known.state in (*UNREADY, "complete") and (known.offset > since or name == waits))
     ]
 
 
@@ -320,6 +357,23 @@ def read(path: Path) -> Serving:
     if found.format != FORMAT:
         raise Refused(f"{path} has format {found.format}; this version reads {FORMAT}")
     return found
+
+
+def read_verification(path: Path) -> Verification | None:
+    """None where there is none yet."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Verification)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        return Verification(verdict="again", reason=f"{path} is no verification: {error}")
+
+
+def write_verification(path: Path, found: Verification) -> None:
+    """Replaces the file in one step."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    new.replace(path)
 
 
 def write(path: Path, serving: Serving) -> None:

@@ -41,6 +41,8 @@ def status(settings: Settings) -> int:
     print(f"serving: {serving.active or 'no generation'}")
     for known in serving.generations.values():
         print(f"  {_generation(settings, known)}")
+        if looked := _verification(settings, known):
+            print(f"    {looked}")
     for offset, reason in serving.refused.items():
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
@@ -90,9 +92,32 @@ def _difference(mine: HostReport | None, other: HostReport) -> str:
     return f", WITH OTHER ROWS THAN HERE in partition {', '.join(map(str, wrong))}" if wrong else ""
 
 
+def _verification(settings: Settings, known: rollout.GenerationState) -> str:
+    """The figures of its verification; empty while there are none."""
+    found = rollout.read_verification(settings.verification_file(known.generation))
+    if found is None or known.state == "filling":
+        return ""
+    parts = [
+        f"{found.drawn} items drawn",
+        f"{found.compared} rows compared, largest error {found.error:.2g} of what is allowed",
+        f"numbers of {found.looked_at} rows" + (f", {found.norm:.2f} times as long" if found.norm is not None else ""),
+    ]
+    if found.unencodable:
+        parts[0] += f", {found.unencodable} cannot be encoded"
+    if found.requests:
+        figures = [
+            ("mean score", found.shift, "+.2f", " deviations"),
+            ("spread", found.spread, ".2f", " times"),
+            ("best 100", found.overlap, ".0%", " the same"),
+        ]
+        said = [f"{name} {value:{form}}{unit}" for name, value, form, unit in figures if value is not None]
+        parts.append(f"{found.requests} requests, " + ", ".join(said))
+    return "verified: " * (found.verdict == "yes") + "; ".join([*parts, *found.unsaid])
+
+
 def _told(settings: Settings, process: processes.Process) -> str:
-    """What the job says of itself; the retrieval builder says nothing."""
-    if process.name.startswith("retrieval-"):
+    """What the job says of itself; those of the API's side say nothing."""
+    if process.name.startswith(("retrieval-", "verify-")):
         return ""
     beat = read_heartbeat(settings.heartbeat_dir, process.name)
     if beat is None or beat.pid != process.pid:

@@ -5,7 +5,8 @@ more like the result:
 
     stage     see that there is room, fetch and check the bundle, make `rows.<generation>`, take the ends of `items`
     fill      encode and replicate run; the arena reports how far this host is
-    complete  all partitions reached those offsets with a proven fill; the retrieval index is built
+    verify    all partitions reached those offsets with a proven fill; a job looks at the rows (api/verify.py), and its
+              verdict is `complete` or `failed`; the retrieval index is built meanwhile
     activate  `serving.json` is replaced, atomically; API processes swap at their next look. An `activate` that comes
               earlier waits until the generation is complete here
     retire    everything of the generation is deleted, in the steps of retire.py
@@ -64,6 +65,7 @@ _ROUND_S = 0.2
 _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
+_VERIFY_S = 600.0  # a verification that takes longer hangs
 _STAGE_AGAIN_S = 2.0
 _RETIRE_AGAIN_S = 1.0
 _CLEAN_AGAIN_S = 5.0
@@ -238,6 +240,8 @@ class Supervisor:
         if reason and self.serving.generations[name].reason != reason:
             LOG.error("generation %s: %s", name, reason)
             self._put(rollout.fail(self.serving, name, reason))
+        if self.serving.generations[name].state == "verifying":
+            self._judge(name)
         if self.serving.generations[name].state != "filling":
             if not reason and self.serving.generations[name].state != "staged":
                 self._watch(name)
@@ -249,10 +253,23 @@ class Supervisor:
             wrong = ", ".join(map(str, progress.mismatch.nonzero()[0]))
             self._put(rollout.fail(self.serving, name, f"the rows of partition {wrong} are not those of the fill"))
             return
-        self._put(rollout.advance(self.serving, name, progress.covered.tolist(), progress.filled.tolist()))
-        if self.serving.generations[name].state == "complete":
-            LOG.info("generation %s: complete, %d rows", name, progress.count.sum())
+        serving = rollout.advance(self.serving, name, progress.covered.tolist(), progress.filled.tolist())
+        if serving.generations[name].state == "verifying":
+            LOG.info("generation %s: %d rows to be verified", name, progress.count.sum())
+            self._settings.verification_file(name).unlink(missing_ok=True)  # of a fill before this one
+        self._put(serving)
+
+    def _judge(self, name: str) -> None:
+        """Takes over the verdict, where there is one."""
+        found = rollout.read_verification(self._settings.verification_file(name))
+        if found is None:
+            return
+        self._put(rollout.verified(self.serving, name, found))
+        if found.verdict == "yes":
+            LOG.info("generation %s: complete", name)
             self._complete_since[name] = time.monotonic()
+        elif found.verdict == "no":
+            LOG.error("generation %s has failed: %s", name, found.reason)
 
     def _watch(self, name: str) -> None:
         """Sees whether rows that were proven are still there; where they are not, the jobs make them anew."""
@@ -357,6 +374,8 @@ class Supervisor:
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
             if self._retrieval and state != "filling" and self.serving.generations[name].reason != rollout.REMADE:
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
+            if state == "verifying":
+                needed[f"verify-{name}"] = ["api", "verify", "--generation", name]
         self._jobs.keep(needed)
 
     def _writer_of(self, name: str) -> str:
@@ -459,6 +478,8 @@ class Jobs:
     def _silent(self, name: str, process: processes.Process) -> bool:
         if name.startswith("retrieval-"):  # it has no heartbeat, and nobody waits for it
             return False
+        if name.startswith("verify-"):
+            return time.monotonic() - self._started.setdefault(name, time.monotonic()) > _VERIFY_S
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
         if beat is not None and beat.pid == process.pid:
             return time.time() - beat.time / 1000 > self._silent_s

@@ -15,7 +15,15 @@ from infra.kafka.broker import Broker, BrokerError
 from infra.running import folder_of
 from infra.settings import Settings
 
-DERIVED = ("ingest", "histories", "generations", "serving.json", "heartbeats", "cluster.json")  # the mark last
+DERIVED = (
+    "ingest",
+    "histories",
+    "generations",
+    "serving.json",
+    "requests",
+    "heartbeats",
+    "cluster.json",
+)  # the mark last
 
 
 def wipe(settings: Settings, broker: Broker) -> list[Path]:

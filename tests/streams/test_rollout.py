@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streams import rollout
 from streams.events import ModelEvent
-from streams.rollout import Refused, Serving
+from streams.rollout import Refused, Serving, Verification
 
 
 def stage(name: str, *, sha: str = "a", when_complete: bool = True) -> ModelEvent:
@@ -24,8 +24,8 @@ def activate(name: str) -> ModelEvent:
 
 
 def complete(serving: Serving, name: str) -> Serving:
-    serving = rollout.fill(serving, name, [10, 0])
-    return rollout.advance(serving, name, [9, -1], [True, True])
+    serving = rollout.advance(rollout.fill(serving, name, [10, 0]), name, [9, -1], [True, True])
+    return rollout.verified(serving, name, Verification(verdict="yes"))
 
 
 def staged(*names: str) -> Serving:
@@ -46,16 +46,46 @@ def test_one_generation_from_stage_to_serving_and_back() -> None:
     assert (serving.active, serving.previous, serving.generations["b"].state) == ("a", "b", "former")
 
 
+def test_what_is_filled_is_complete_once_it_is_verified_and_an_activation_waits_for_that(tmp_path: Path) -> None:
+    serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
+    serving = rollout.advance(rollout.fill(serving, "b", [10, 0]), "b", [9, -1], [True, True])
+    wishes = rollout.reduce_models([(0, stage("a")), (1, stage("b"))])
+    assert (rollout.next_active(wishes, serving), rollout.pending(wishes, serving)) == (None, "b")
+    assert rollout.running(serving) == ["a", "b"]
+    with pytest.raises(Refused, match="verifying"):
+        rollout.activate(serving, "b")
+    later = rollout.verified(serving, "b", Verification(verdict="again", reason="the broker is away"))
+    assert (later.generations["b"].state, later.generations["b"].reason) == ("verifying", "the broker is away")
+    assert rollout.next_active(wishes, later) is None
+    done = rollout.verified(later, "b", Verification(verdict="yes"))
+    assert (done.generations["b"].state, done.generations["b"].reason) == ("complete", "")
+    assert rollout.next_active(wishes, done) == "b"
+    bad = rollout.verified(later, "b", Verification(verdict="no", reason="rows are missing"))
+    assert (bad.generations["b"].state, bad.generations["b"].reason, bad.active) == ("failed", "rows are missing", "a")
+    with pytest.raises(Refused, match="failed"):
+        rollout.verified(bad, "b", Verification(verdict="yes"))
+
+    path = tmp_path / "verify.json"
+    assert rollout.read_verification(path) is None
+    found = Verification(verdict="no", reason="x", rows=3, error=0.5, shift=-1.5, unsaid=["y"])
+    rollout.write_verification(path, found)
+    assert rollout.read_verification(path) == found
+    path.write_text("{")
+    torn = rollout.read_verification(path)
+    assert torn is not None
+    assert torn.verdict == "again"
+
+
 def test_complete_needs_every_partition_covered_and_proven() -> None:
     serving = rollout.fill(staged("a"), "a", [10, 0])
     for covered, filled in (([8, -1], [True, True]), ([9, -1], [True, False]), ([-1, -1], [False, False])):
         found = rollout.advance(serving, "a", covered, filled).generations["a"]
         assert (found.state, bool(found.reason)) == ("filling", True)
     assert rollout.advance(serving, "a", [4, -1], [True, True]).generations["a"].progress == 0.5
-    assert rollout.advance(serving, "a", [12, 3], [True, True]).generations["a"].state == "complete"
+    assert rollout.advance(serving, "a", [12, 3], [True, True]).generations["a"].state == "verifying"
     empty = rollout.fill(staged("a"), "a", [0, 0])
     assert rollout.advance(empty, "a", [-1, -1], [True, False]).generations["a"].state == "filling"
-    assert rollout.advance(empty, "a", [-1, -1], [True, True]).generations["a"].state == "complete"
+    assert rollout.advance(empty, "a", [-1, -1], [True, True]).generations["a"].state == "verifying"
 
 
 def test_activation_is_refused_with_a_reason_unless_complete() -> None:

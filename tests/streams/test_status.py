@@ -28,6 +28,7 @@ from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
 from streams.events import HostReport, ModelEvent
+from streams.rollout import Verification
 from streams.status import status
 from streams.worker import Heartbeat
 from tests.conftest import free_ports
@@ -249,7 +250,10 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
         done = run(tmp_path, environ, *activate, "a")
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
-    rollout.write(host.serving_file, rollout.advance(filling, "a", [9], [True]))
+    filled = rollout.advance(filling, "a", [9], [True])
+    rollout.write(host.serving_file, filled)
+    assert "It is verifying here, 100%, and is served once" in run(tmp_path, environ, *activate, "a").stdout
+    rollout.write(host.serving_file, rollout.verified(filled, "a", Verification(verdict="yes")))
     done = run(tmp_path, environ, *activate, "a")
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
     rollout.write(host.serving_file, rollout.fail(half, "a", "bad bundle"))
