@@ -12,11 +12,15 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from infra.kafka.broker import Broker, BrokerError
 from infra.settings import Settings
+
+hypothesis.settings.register_profile("forerank", deadline=None)  # how long an example takes is no property
+hypothesis.settings.load_profile("forerank")
 
 ROOT = Path(__file__).parent.parent
 JARS = ROOT / ".local" / "kafka"  # where `make kafka-up` downloads Kafka to; used again here

@@ -411,7 +411,7 @@ def test_rows_that_are_lost_have_to_come_further_before_the_generation_is_ready_
         assert not rollout.whole(known, covered, filled)
     assert rollout.whole(known, [30, 4], [True, True])
     assert rollout.next_active(desired, rollout.regain(serving, "a")) == "a"
-    assert rollout.advance(serving, "c", [19, 4], [True, True]).generations["c"].state == "complete"
+    assert rollout.advance(serving, "c", [19, 4], [True, True]).generations["c"].state == "verifying"
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
