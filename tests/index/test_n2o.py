@@ -389,6 +389,21 @@ def test_a_checkpoint_taken_beside_writes_opens_as_the_index_of_one_moment(tmp_p
     assert 0 < found[0] < found[-1] <= sent
 
 
+def test_an_index_is_closed_in_order_while_it_is_copied(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path / "index", LAYOUT, PARTITIONS, KEY)
+    changes = [Change(item, 1, item, False) for item in range(40_000)]  # a flush takes a while
+    writer.apply([(block(0, changes, 39_999), 0)])
+    thread = threading.Thread(target=writer.checkpoint, args=(tmp_path / "copy" / "rocks",))
+    thread.start()
+    while thread.is_alive() and not writer._copied.locked():
+        pass
+    writer.close()
+    thread.join()
+    copy = N2OWriter(tmp_path / "copy", LAYOUT, PARTITIONS, KEY)
+    assert copy.progress().count.tolist() == [40_000, 0]
+    copy.close()
+
+
 def test_blocks_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
     writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
     good = block(0, [Change(1, 1, 1, False)], 1)
