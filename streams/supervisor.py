@@ -221,7 +221,7 @@ class Supervisor:
             LOG.error("generation %s: %s", name, reason)
             self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state != "filling":
-            if not reason and self.serving.generations[name].state != "staged":
+            if not reason and self.serving.generations[name].state not in ("staged", "failed"):
                 self._watch(name)
             return
         progress = self._progress(name)
