@@ -280,8 +280,8 @@ def _reconcile(writer: N2OWriter, log: list[Change], by_version: bool = True) ->
     assert writer.progress().covered.tolist() == writer.rows_offsets().tolist() == [-1, -1]
     assert not writer.progress().filled.any()
     for at in range(0, len(log), 3):
-        part = log[at : at + 3]
-        writer.apply([(block(0, part, part[-1].offset), -2)], by_version)
+        last = {change.item: change for change in log[at : at + 3]}  # as encode has them: each item once
+        writer.apply([(block(0, list(last.values()), log[at : at + 3][-1].offset), -2)], by_version)
     assert writer.rows_offsets().tolist() == [-1, -1]
     return writer.settle(_of_log(log)[1], [99, -1], [7, 4])
 
