@@ -199,7 +199,7 @@ class Generations:
             self._renew_retrieval(generation)
         for state in _ready_for(self.serving):
             held = self._loaded.get(state.generation)
-            if held is None or (held.arena.replaced() and not state.reason):  # a lost index serves until it is restored
+            if held is None or (not state.reason and _restored(self._settings, held)):
                 self._load(state.generation, state.sha256)
                 self._follow()
         self._drop()
@@ -307,6 +307,17 @@ def _load(settings: Settings, name: str, sha256: str) -> Generation:
     generation = Generation(name, bundle, layout, UserFold(bundle, name), head, tables, arena, rows)
     weakref.finalize(generation, rows.close)
     return generation
+
+
+def _restored(settings: Settings, held: Generation) -> bool:
+    """Whether the index, which was lost and is served from files that are still open, is there again and as far."""
+    if not held.arena.replaced():
+        return False
+    try:
+        found = ArenaReader.open(settings.generation_dir(held.name) / "n2o", held.layout).progress()
+    except (StoreError, OSError):
+        return False
+    return bool((found.covered >= held.arena.progress().covered).all())
 
 
 def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:

@@ -18,6 +18,7 @@ import json
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ class N2OWriter:
         self._step = step
         self._store, self._batch, self._progress = 0, 0, Progress.empty(partitions)
         self.without_row = 0
+        self._copied = threading.Lock()  # RocksDB cannot be closed while another thread is in it
         with contextlib.ExitStack() as undo:
             self._lock = WriterLock(path)
             undo.callback(self._lock.release)
@@ -107,7 +109,7 @@ class N2OWriter:
     def apply(self, batches: Sequence[tuple[RowBatch, int]], by_version: bool = True) -> int:
         """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
         Raises ValueError on a block that does not fit this index. Not `by_version`: a row replaces what is stored
-        whatever the versions are.
+        whatever the versions are; then an item may occur once in a call.
 
         A row's `visible_time` in the arena is taken after RocksDB has the rows, immediately before the first of them is
         published: requests see the row at that time at the earliest, and when `apply` returns at the latest. RocksDB's
@@ -200,9 +202,10 @@ class N2OWriter:
         """A copy of RocksDB as of one moment, of hard links where that can be, in a new folder; gives how far it is.
         May run beside `apply`, in another thread.
         """
-        self._rocks.flush()  # releases the GIL; the checkpoint does the same first, and would not
         folder.parent.mkdir(parents=True, exist_ok=True)
-        Checkpoint(self._rocks).create_checkpoint(str(folder))
+        with self._copied:
+            self._rocks.flush()  # releases the GIL; the checkpoint does the same first, and would not
+            Checkpoint(self._rocks).create_checkpoint(str(folder))
         copy = Rdict(str(folder), _options(), access_type=AccessType.read_only())
         try:
             return _stored_progress(copy, self._partitions, folder)[1]
@@ -211,7 +214,8 @@ class N2OWriter:
 
     def close(self) -> None:
         self._arena.close()
-        self._rocks.close()
+        with self._copied:
+            self._rocks.close()
         self._lock.release()
 
     def _check(self, batch: RowBatch) -> None:

@@ -247,8 +247,10 @@ async def keep_writing(
     """
     outcomes = counter("forerank_checkpoints", "Checkpoints of this host's indexes", ("generation", "outcome"))
     newest = gauge("forerank_checkpoint_time_seconds", "When the newest checkpoint was written", ("generation",))
-    age = await asyncio.to_thread(checkpoints.age_s)
-    wait = 0.0 if age is None else max(0.0, interval_s - age)
+    age, wait = await asyncio.to_thread(checkpoints.age_s), 0.0
+    if age is not None:
+        newest.labels(generation).set(time.time() - age)
+        wait = max(0.0, interval_s - age)
     while True:
         with suppress(TimeoutError):
             async with asyncio.timeout(wait):

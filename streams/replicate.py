@@ -89,12 +89,13 @@ def prepare(job: Job, generation: str) -> tuple[Plan, N2OWriter, Checkpoints | N
     with group_admin(settings) as groups:
         starts = groups.starts(topic)
         checkpoints = Checkpoints(settings, generation, groups.cluster()) if settings.checkpoint_uri else None
-        try:
-            layout = layout_of(folder / "bundle")
-            writer = _opened(folder / "n2o", layout, job, topic, starts, checkpoints)
-        except (BundleFileError, StoreError) as error:
-            raise JobError(str(error)) from error
-        following = [max(0, int(offset)) for offset in writer.rows_offsets()]
+    try:
+        layout = layout_of(folder / "bundle")
+        writer = _opened(folder / "n2o", layout, job, topic, starts, checkpoints)
+    except (BundleFileError, StoreError) as error:
+        raise JobError(str(error)) from error
+    following = [max(0, int(offset)) for offset in writer.rows_offsets()]
+    with group_admin(settings) as groups:
         if groups.committed(job.group, topic) != following:
             groups.commit(job.group, topic, following, job.instance)
     return Plan({topic: following}, Replicate(writer, layout, following)), writer, checkpoints

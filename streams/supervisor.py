@@ -243,7 +243,7 @@ class Supervisor:
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
         if self.serving.generations[name].state != "filling":
-            if not reason and self.serving.generations[name].state != "staged":
+            if not reason and self.serving.generations[name].state not in ("staged", "failed"):
                 self._watch(name)
             return
         progress = self._progress(name)

@@ -77,15 +77,20 @@ def test_killed_after_any_step_it_is_repeated_and_then_replicate_goes_on(
     random = np.random.default_rng(1)
     first, second = away(random)
     spawn = multiprocessing.get_context("spawn")
-    with running_chain(settings(partitions=2, session_timeout_ms=2_000), bundle_path) as chain:  # type: ignore[arg-type]
+    host = settings(partitions=2, session_timeout_ms=2_000, tombstone_days=1e-5)
+    with running_chain(host, bundle_path) as chain:  # type: ignore[arg-type]
         chain.add_generation("one")
         chain.start("ingest", "encode:one", "replicate:one")
-        chain.publish(first)
+        chain.publish([*first, item_body("forgotten", 50, random)])
         chain.settle("one")
         wait_until(lambda: chain.filled("one"), "the fill is proven", DEADLINE_S)
         assert chain.kill("replicate:one", signal.SIGTERM) == 0
         arena = chain.arena("one")  # as an API process has it open
-        chain.publish(second)
+        chain.publish([*second, {"item_id": "forgotten", "version": 60, "deleted": True}])
+        tombstone = (b"forgotten", None)
+        wait_until(lambda: tombstone in [(one.key, one.value) for one in chain.read("items")], "ingest forgets it")
+        second.append(item_body("forgotten", 2, random))  # below the version that the index has
+        chain.publish(second[-1:])
         encoded(chain, "one")
         forget_rows(chain, "one")
         bodies = [*first, *second]

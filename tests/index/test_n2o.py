@@ -280,8 +280,8 @@ def _reconcile(writer: N2OWriter, log: list[Change], by_version: bool = True) ->
     assert writer.progress().covered.tolist() == writer.rows_offsets().tolist() == [-1, -1]
     assert not writer.progress().filled.any()
     for at in range(0, len(log), 3):
-        part = log[at : at + 3]
-        writer.apply([(block(0, part, part[-1].offset), -2)], by_version)
+        last = {change.item: change for change in log[at : at + 3]}  # as encode has them: each item once
+        writer.apply([(block(0, list(last.values()), log[at : at + 3][-1].offset), -2)], by_version)
     assert writer.rows_offsets().tolist() == [-1, -1]
     return writer.settle(_of_log(log)[1], [99, -1], [7, 4])
 
@@ -387,6 +387,21 @@ def test_a_checkpoint_taken_beside_writes_opens_as_the_index_of_one_moment(tmp_p
         thread.join()
         writer.close()
     assert 0 < found[0] < found[-1] <= sent
+
+
+def test_an_index_is_closed_in_order_while_it_is_copied(tmp_path: Path) -> None:
+    writer = N2OWriter(tmp_path / "index", LAYOUT, PARTITIONS, KEY)
+    changes = [Change(item, 1, item, False) for item in range(40_000)]  # a flush takes a while
+    writer.apply([(block(0, changes, 39_999), 0)])
+    thread = threading.Thread(target=writer.checkpoint, args=(tmp_path / "copy" / "rocks",))
+    thread.start()
+    while thread.is_alive() and not writer._copied.locked():
+        pass
+    writer.close()
+    thread.join()
+    copy = N2OWriter(tmp_path / "copy", LAYOUT, PARTITIONS, KEY)
+    assert copy.progress().count.tolist() == [40_000, 0]
+    copy.close()
 
 
 def test_blocks_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def imported(*folders: str) -> set[str]:
 def test_what_is_imported_is_asked_for_and_the_other_way_round() -> None:
     base, dev, peers = wanted("base.in"), wanted("dev.in"), wanted("peers.in")
     services = imported("infra", "index", "encoders", "streams", "api")
-    of_torch = {"filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions"}
+    of_torch = {"filelock", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions"}
     # jgo is a command; uvicorn and kafka-python take the other two when they are there
     by_command = {"jgo", "httptools", "crc32c"}
     assert services - base == {"torch"}

@@ -1,11 +1,15 @@
-"""Checkpoints in a store: what is restored, what is passed over and why. One suite for all kinds of stores."""
+"""Checkpoints in a store: what is restored, what is passed over and why. One suite for all kinds of stores; with
+FORERANK_TEST_STORE for one of yours too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,9 +32,13 @@ CLUSTER, STARTS = "a cluster", [0, 0]
 KEY = Settings().hash_key.encode()
 
 
-@pytest.fixture(params=["file", "memory"])
+OTHER = os.environ.get("FORERANK_TEST_STORE", "")  # a place of any other kind, for instance s3://bucket
+
+
+@pytest.fixture(params=["file", "memory", *filter(None, [OTHER])])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    found = f"file://{tmp_path}/store" if request.param == "file" else f"memory://{tmp_path.name}"
+    places = {"file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path.name}"}
+    found = places.get(request.param, f"{request.param}/{uuid.uuid4().hex}")
     yield found
     store, root = fsspec.core.url_to_fs(found)
     if store.exists(root):
