@@ -2,7 +2,8 @@
 
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
-    staged -> filling -> complete -> active -> former        (any -> failed; any but active -> retiring -> retired)
+    staged -> filling -> complete -> active -> former        (any -> failed; any but active -> retiring -> retired;
+                                                              complete -> staged where its jobs stop)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -22,6 +23,7 @@ from streams.events import ModelEvent
 
 State = Literal["staged", "filling", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
+_RESTS = "is not kept fresh while nothing asks for it"
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
@@ -331,6 +333,14 @@ def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
         if name in served
         or (known.state in ("staged", "filling", "complete") and (known.offset > since or name in waits))
     ]
+
+
+def rest(serving: Serving, running: Collection[str]) -> Serving:
+    """complete -> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
+    for name, known in serving.generations.items():
+        if known.state == "complete" and name not in running:
+            serving = _with(serving, msgspec.structs.replace(known, state="staged", reason=_RESTS))
+    return serving
 
 
 def read(path: Path) -> Serving:

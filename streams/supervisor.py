@@ -171,6 +171,7 @@ class Supervisor:
             if time.monotonic() >= self._stage_due.get(name, 0.0):
                 self._stage(name, desired.staged[name])
         running = rollout.running(self.serving, waits)
+        self._put(rollout.rest(self.serving, running))
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
@@ -221,6 +222,8 @@ class Supervisor:
 
     def _check_room(self, name: str, event: ModelEvent) -> None:
         """Before anything is copied. Raises RoomError, and what `_stage` expects besides."""
+        if (self._settings.generation_dir(name) / "n2o").exists():  # it has what it needs
+            return
         layout, copied = bundles.ahead(event.uri or "", self._settings.generation_dir(name) / "bundle")
         live = self._progress(self.serving.active) if self.serving.active else None
         if live is not None:

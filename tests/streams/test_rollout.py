@@ -316,11 +316,14 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
             serving = rollout.activate(serving, chosen)
         if data.draw(st.booleans()):
             serving = msgspec.structs.replace(serving, canary=rollout.canary_of(desired, serving))
+        serving = rollout.rest(serving, rollout.running(serving, rollout.waiting(desired, serving)))
         for name in rollout.retiring(desired, serving):
             serving = rollout.retire(serving, name)
             if data.draw(st.booleans()):
                 serving = rollout.retired(serving, name)
         assert not set(rollout.running(serving)) & desired.retired - {serving.active}
+        fresh = rollout.running(serving, rollout.waiting(desired, serving))
+        assert {name for name, known in serving.generations.items() if known.state == "complete"} <= set(fresh)
         active = [name for name, known in serving.generations.items() if known.state == "active"]
         assert active == ([serving.active] if serving.active else [])
         assert set(active) <= been_complete
@@ -435,6 +438,24 @@ def test_a_host_serves_a_share_when_it_can_and_until_the_same_serves_all() -> No
     assert (third.previous, third.canary, third.generations["b"].state) == ("a", rollout.Canary("b", 0.5), "former")
     assert rollout.running(third) == ["b", "a", "c"]
     assert rollout.activate(third, "b").active == "b"
+
+
+def test_what_has_no_jobs_is_complete_no_longer_and_fills_up_when_it_is_wanted() -> None:
+    log = [(0, stage("a", when_complete=False)), (1, stage("b"))]
+    serving = complete(complete(staged("a", "b"), "a"), "b")
+    assert rollout.rest(serving, rollout.running(serving)) == serving  # nothing is served yet: both may be wanted
+    serving = rollout.activate(serving, "b")
+    serving = rollout.rest(serving, rollout.running(serving))
+    assert serving.generations["a"].state == "staged"
+    assert "not kept fresh" in serving.generations["a"].reason
+    for event, canary in ((activate("a"), None), (activate("a", 0.1), rollout.Canary("a", 0.1))):
+        desired = rollout.reduce_models([*log, (2, event)])
+        assert (rollout.next_active(desired, serving), rollout.canary_of(desired, serving)) == (None, None)
+        assert "a" in rollout.running(serving, rollout.waiting(desired, serving))
+        filled = complete(serving, "a")
+        assert filled.generations["a"].reason == ""
+        wished = rollout.next_active(desired, filled), rollout.canary_of(desired, filled)
+        assert wished == ("a" if canary is None else None, canary)
 
 
 def test_the_file_is_replaced_whole_while_it_is_read(tmp_path: Path) -> None:
