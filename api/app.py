@@ -49,7 +49,7 @@ _ACTIONS: dict[str, tuple[str, type[msgspec.Struct], dict[str, Any]]] = {  # mea
         schemas.StageRequest,
         {"uri": "file:///models/g1", "sha256": "0" * 64, "activate_when_complete": True},
     ),
-    "activate": ("serve a generation", schemas.ActionRequest, {}),
+    "activate": ("serve a generation, to all users or a share of them", schemas.ActivateRequest, {"share": 0.05}),
     "rollback": ("serve what was served before a generation", schemas.ActionRequest, {}),
     "retire": ("delete all of a generation", schemas.ActionRequest, {}),
 }
@@ -108,6 +108,7 @@ _TYPES: list[Any] = [
     schemas.RecommendRequest,
     schemas.PrefetchRequest,
     schemas.StageRequest,
+    schemas.ActivateRequest,
     schemas.ActionRequest,
     schemas.Ranked,
     schemas.Prefetching,
@@ -228,8 +229,9 @@ def _ranked(answer: Answer, query: schemas.Query, gives: str) -> Response:
 
 def _prefetch(service: Service, user_id: str, body: Body) -> Response:
     request = decode(_PREFETCH, body.take() or b"{}")
-    generation = service.generations.pin()
-    state = service.users.prefetch(generation, user_id_of(user_id), request.as_of)
+    user_id = user_id_of(user_id)
+    generation = service.generations.pin(user_id)
+    state = service.users.prefetch(generation, user_id, request.as_of)
     return reply(schemas.Prefetching(generation.name, state, service.settings.prefetch_ttl_s), 202)
 
 
@@ -279,7 +281,7 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
 
 def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) -> Response:
     query = schemas.Query(user_id=user_id_of(user_id), as_of=None if as_of is None else moment_text(as_of))
-    generation = service.generations.pin()
+    generation = service.generations.pin(query.user_id)
     source = service.users.find(query)
     candidate = Candidates.of_ids([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())
     hot, cold, found = generation.arena.gather_both(candidate.keys)

@@ -5,6 +5,7 @@ user block, rows and head come from one generation whatever happens meanwhile. A
 until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. The next one is
 loaded before the switch, which waits until all processes of the host have said that they could serve it. A generation
 that cannot be loaded never replaces one that can. A retired one is deleted only when no process uses it any more.
+A canary is pinned by the requests of its share of the users, wherever it is loaded, and by no others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 
 from api.problems import ProblemError
 from api.retrieval import RetrievalError, RetrievalView
+from api.schemas import Id
 from encoders.bundle import Bundle, BundleError, load_bundle
 from encoders.fold import Head, UserFold
 from index.arena import ArenaReader
@@ -62,6 +64,7 @@ class Generations:
     def __init__(self, settings: Settings, warm_up: Callable[[Generation], None] = lambda _: None) -> None:
         self._settings, self._warm_up = settings, warm_up
         self._active: Generation | None = None
+        self._canary: tuple[Generation, float] | None = None  # and its share of the users
         self._reason = "no model event has activated a generation yet"
         self._retrieval: RetrievalView | None = None
         self._loaded: dict[str, Generation] = {}
@@ -97,12 +100,16 @@ class Generations:
             thread.join()
         fleet.leave(self._settings)
 
-    def pin(self) -> Generation:
-        """The generation for one request. Raises ProblemError 503 with the reason while there is none."""
-        generation = self._active
+    def pin(self, user_id: Id | None = None) -> Generation:
+        """The generation for one request of this user; of none, or one who is sent along: the one that serves most.
+        Raises ProblemError 503 with the reason while there is none.
+        """
+        generation, canary = self._active, self._canary
         if generation is None:
             raise ProblemError(503, "not-ready", self._reason)
-        return generation
+        if canary is None or user_id is None or rollout.bucket(canary[0].name, str(user_id)) >= canary[1]:
+            return generation
+        return canary[0]
 
     @property
     def active(self) -> Generation | None:
@@ -129,6 +136,10 @@ class Generations:
     def retrieval(self) -> RetrievalView | None:
         """Of the active generation; right after a swap, until its own is built, of the one before."""
         return self._retrieval
+
+    def retrieval_of(self, generation: Generation) -> RetrievalView | None:
+        """Of a pinned generation, or, until it has its own, of the active one."""
+        return self._views.get(generation.name, self._retrieval)
 
     def poll(self) -> None:
         """One look at the files of the host; what has changed is taken over, and loaded where that is needed."""
@@ -174,22 +185,28 @@ class Generations:
     def _follow(self) -> None:
         """Points at what is to be served, if it is loaded; otherwise what was served goes on."""
         with self._lock:
-            serving = self.serving
-            name = serving.active
-            if name is None:
-                gone = f"{self._settings.serving_file} has gone; what it named is still served"
-                self._reason = _waiting_for(serving) if self._active is None else gone
-                return
-            generation = self._loaded.get(name)
-            if generation is None:
-                self._reason = self._missing.get(name, f"generation {name} is being loaded")
-                return
-            if generation is not self._active:
-                # first: whoever sees the generation sees its index too, where it has one
-                self._retrieval = self._views.get(name, self._retrieval)
-                self._active = generation
-                LOG.info("generation served", extra={"generation": name})
-            self._reason = self.stale
+            self._point()
+            canary = self.serving.canary
+            held = self._loaded.get(canary.generation) if canary is not None else None
+            self._canary = (held, canary.share) if canary is not None and held is not None else None
+
+    def _point(self) -> None:
+        serving = self.serving
+        name = serving.active
+        if name is None:
+            gone = f"{self._settings.serving_file} has gone; what it named is still served"
+            self._reason = _waiting_for(serving) if self._active is None else gone
+            return
+        generation = self._loaded.get(name)
+        if generation is None:
+            self._reason = self._missing.get(name, f"generation {name} is being loaded")
+            return
+        if generation is not self._active:
+            # first: whoever sees the generation sees its index too, where it has one
+            self._retrieval = self._views.get(name, self._retrieval)
+            self._active = generation
+            LOG.info("generation served", extra={"generation": name})
+        self._reason = self.stale
 
     def _load_missing(self) -> None:
         """Loads what may have to be served, drops what may not, and takes over what is new about the rest."""
@@ -321,9 +338,11 @@ def _restored(settings: Settings, held: Generation) -> bool:
 
 
 def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:
-    """What a process holds: the active generation first, the next one, and the one before while a rollback to it is
-    possible."""
-    found = [serving.generations.get(name or "") for name in (serving.active, serving.next, serving.previous)]
+    """What a process holds: the active generation first, the canary, the next one, and the one before while a rollback
+    to it is possible."""
+    canary = serving.canary.generation if serving.canary is not None else None
+    names = dict.fromkeys((serving.active, canary, serving.next, serving.previous))
+    found = [serving.generations.get(name or "") for name in names]
     return [state for state in found if state is not None and state.state in ("active", "complete", "former")]
 
 

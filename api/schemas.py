@@ -122,6 +122,13 @@ class StageRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
     activate_when_complete: bool = False
 
 
+class ActivateRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    share: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="of the users, the same ones on every host; the others are served as before; default all"),
+    ] = None
+
+
 class ActionRequest(Struct, forbid_unknown_fields=True):
     """No options: the path says all."""
 
@@ -283,10 +290,18 @@ class GenerationStatus(Struct, kw_only=True):
     retrieval_items: int = 0
 
 
+class CanaryStatus(Struct):
+    """Serves this share of the users, 0 .. 1."""
+
+    generation: str
+    share: float
+
+
 class Generations(Struct):
     active: str | None
     previous: str | None
     next: Annotated[str | None, Meta(description="is served once all API processes of the host have loaded it")]
+    canary: CanaryStatus | None
     ready: bool
     reason: str
     generations: list[GenerationStatus]

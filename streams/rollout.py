@@ -3,7 +3,7 @@
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
     staged -> filling -> verifying -> complete -> active -> former
-                                                        (any -> failed; any but active -> retiring -> retired)
+           (any -> failed; any but active -> retiring -> retired; complete -> staged where its jobs stop)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -11,8 +11,9 @@ Kafka and no Faust.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ State = Literal["staged", "filling", "verifying", "complete", "active", "former"
 FORMAT = 1
 REMADE = "its rows are not all on this host, which is restoring them"
 UNREADY: tuple[State, ...] = ("staged", "filling", "verifying")  # on the way to `complete`
+_RESTS = "is not kept fresh while nothing asks for it"
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
@@ -45,12 +47,20 @@ class GenerationState(msgspec.Struct, frozen=True, kw_only=True):
     progress: float = 0.0  # 0..1 of the offsets between nothing and `staged_ends`
 
 
+class Canary(msgspec.Struct, frozen=True):
+    """A generation that serves a share of the users, 0 < share < 1, beside the one that serves the others."""
+
+    generation: str
+    share: float
+
+
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """What this host serves. `decided`: first `models` offset whose event was not yet acted upon."""
 
     active: str | None = None
     previous: str | None = None
     next: str | None = None  # API processes load it, so that the switch to it finds it warm
+    canary: Canary | None = None
     generations: dict[str, GenerationState] = {}
     decided: int = 0
     refused: dict[str, str] = {}  # offset of a refused `models` event -> reason
@@ -90,12 +100,22 @@ class Staged(msgspec.Struct, frozen=True):
 
 class Desired(msgspec.Struct, frozen=True):
     """What `models` asks for in the end. `wishes`: (offset, generation) to activate, oldest first; the last one that is
-    possible wins. `retired`: what no host may keep, but for one that still serves it."""
+    possible wins. `retired`: what no host may keep, but for one that still serves it. `canary` is never the newest
+    wish."""
 
     staged: dict[str, Staged]
     wishes: list[tuple[int, str]]
     retired: set[str]
     refused: dict[int, str]
+    canary: Canary | None = None
+
+
+def bucket(generation: str, user_id: str) -> float:
+    """Where a user stands among all for this canary, 0 <= bucket < 1: he is of a share that is greater. So those of a
+    share are of every greater one too, on every host, and each canary has users of its own.
+    """
+    digest = hashlib.blake2b(user_id.encode(), digest_size=8, key=generation.encode()).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53  # as many bits as a float has
 
 
 def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
@@ -104,6 +124,7 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
     wishes: list[tuple[int, str]] = []
     errors: dict[int, str] = {}
     retired: set[str] = set()
+    canary: Canary | None = None
     for offset, event in events:
         name = event.generation
         if event.action == "stage":
@@ -122,21 +143,28 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
         elif event.action == "activate":
             if name in retired:
                 errors[offset] = f"generation {name} was retired"
-            else:
+            elif event.share is None or event.share == 1:
                 wishes.append((offset, name))
+            elif why := _alone([wished for _, wished in wishes], name):
+                errors[offset] = why
+            else:
+                canary = Canary(name, event.share)
         elif event.action == "retire":
             if why := _kept([wished for _, wished in wishes], name):
                 errors[offset] = why
             else:
                 retired.add(name)
                 wishes = [wish for wish in wishes if wish[1] != name]
+                canary = _other(canary, name)
         else:
             others = [wish for wish in wishes if wish[1] != name]
             if others:
-                wishes = others
+                wishes, canary = others, _other(canary, name)
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
-    return Desired(staged, wishes, retired, errors)
+        if wishes:
+            canary = _other(canary, wishes[-1][1])  # it is to serve all
+    return Desired(staged, wishes, retired, errors, canary)
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
@@ -154,7 +182,7 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
 
 def wait(serving: Serving, generation: str, reason: str) -> Serving:
     """The same state, and what it waits for; only of those that are prepared, loaded or deleted."""
-    known = _expect(serving, generation, ("staged", "complete", "retiring", "retired"), "prepared")
+    known = _expect(serving, generation, ("staged", "complete", "former", "retiring", "retired"), "prepared")
     return _with(serving, msgspec.structs.replace(known, reason=reason))
 
 
@@ -188,10 +216,10 @@ def prepare(serving: Serving, generation: str | None) -> Serving:
         return serving
     out = serving
     left = serving.generations.get(serving.next or "")
-    if left is not None and left.state == "complete":
+    if left is not None and left.state in ("complete", "former"):
         out = _with(out, msgspec.structs.replace(left, reason=""))
     if generation is not None:
-        _expect(serving, generation, ("complete",), "loaded")
+        _expect(serving, generation, ("complete", "former"), "loaded")
     return msgspec.structs.replace(out, next=generation)
 
 
@@ -229,14 +257,26 @@ def activate(serving: Serving, generation: str) -> Serving:
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
-    if known.state == "former" and generation != serving.previous:
-        raise Refused(f"generation {generation} {_TOO_OLD}")
     if known.reason == REMADE:
         raise Refused(f"generation {generation} is not ready: {REMADE}")
+    if not _possible(serving, known):
+        raise Refused(f"generation {generation} {_TOO_OLD}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
-    return msgspec.structs.replace(out, active=generation, previous=serving.active, next=None)
+    canary = _other(serving.canary, generation)
+    return msgspec.structs.replace(out, active=generation, previous=serving.active, next=None, canary=canary)
+
+
+def canary_of(desired: Desired, serving: Serving) -> Canary | None:
+    """What this host should serve a share of the users from. One that is to serve all does so until it does."""
+    wish, held = desired.canary, serving.canary
+    if wish is None and held is not None and held.generation == pending(desired, serving):
+        return held
+    known = serving.generations.get(wish.generation) if wish is not None else None
+    if known is None or serving.active in (None, known.generation) or not _possible(serving, known):
+        return None
+    return wish
 
 
 def fail(serving: Serving, generation: str, reason: str) -> Serving:
@@ -286,19 +326,19 @@ def try_again(serving: Serving) -> Serving:
 
 
 def wanted(desired: Desired, serving: Serving) -> list[str]:
-    """Staged generations that this host does not know yet and needs: those later than the active one and the pending
-    one, or, where none is active, those from the newest wish on that has not failed."""
+    """Staged generations that this host does not know yet and needs: those later than the active one and those that
+    something waits for, or, where none is active, those from the newest wish on that has not failed."""
     failed = {name for name, known in serving.generations.items() if known.state == "failed"}
     if serving.active is not None:
         since = serving.generations[serving.active].offset + 1
     else:
         hopes = [desired.staged[name].offset for _, name in desired.wishes if name not in failed]
         since = hopes[-1] if hopes else 0
-    waits = pending(desired, serving)
+    waits = waiting(desired, serving)
     return [
         name
         for name, found in desired.staged.items()
-        if (found.offset >= since or name == waits) and name not in serving.generations and name not in desired.retired
+        if (found.offset >= since or name in waits) and name not in serving.generations and name not in desired.retired
     ]
 
 
@@ -324,26 +364,41 @@ def pending(desired: Desired, serving: Serving) -> str | None:
     return None
 
 
+def waiting(desired: Desired, serving: Serving) -> list[str]:
+    """What has to be kept fresh for the sake of a wish: the pending generation and the canary."""
+    canary = desired.canary.generation if desired.canary is not None else None
+    return [name for name in (pending(desired, serving), canary) if name is not None]
+
+
 def explain(desired: Desired, serving: Serving) -> Serving:
-    """Notes at a former generation why the newest wish, which is for it, does not come true."""
-    name = desired.wishes[-1][1] if desired.wishes else ""
-    known = serving.generations.get(name)
-    if known is None or known.state != "former" or name == serving.previous:
-        return serving
-    return _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+    """Notes at a former generation why the newest wish, or a share, which is for it, does not come true."""
+    canaries = [desired.canary.generation] if desired.canary is not None else []
+    for name in [*(name for _, name in desired.wishes[-1:]), *canaries]:
+        known = serving.generations.get(name)
+        if known is not None and known.state == "former" and not _possible(serving, known):
+            serving = _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+    return serving
 
 
-def running(serving: Serving, waits: str | None = None) -> list[str]:
-    """Generations that need jobs: the active one, one former, those staged later than the active one, and that which
-    `waits` to be activated.
+def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
+    """Generations that need jobs: the active one, one former, the canary, those staged later than the active one, and
+    those that something `waits` for.
     """
     since = serving.generations[serving.active].offset if serving.active else -1
+    served = {serving.active, serving.previous, serving.canary.generation if serving.canary else None}
     return [
         name
         for name, known in serving.generations.items()
-        if name in (serving.active, serving.previous)
-        or (known.state in (*UNREADY, "complete") and (known.offset > since or name == waits))
+        if name in served or (known.state in (*UNREADY, "complete") and (known.offset > since or name in waits))
     ]
+
+
+def rest(serving: Serving, running: Collection[str]) -> Serving:
+    """complete -> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
+    for name, known in serving.generations.items():
+        if known.state in ("verifying", "complete") and name not in running:
+            serving = _with(serving, msgspec.structs.replace(known, state="staged", reason=_RESTS))
+    return serving
 
 
 def read(path: Path) -> Serving:
@@ -388,9 +443,24 @@ def write(path: Path, serving: Serving) -> None:
 
 
 def _possible(serving: Serving, known: GenerationState) -> bool:
-    """Whether it can be activated now."""
-    fresh = known.generation == serving.previous and known.reason != REMADE
-    return known.state == "complete" or (known.state == "former" and fresh)
+    """Whether it can be activated now: its rows are all there, and kept fresh."""
+    fresh = {serving.previous, serving.canary.generation if serving.canary else None}
+    kept = known.generation in fresh and known.reason != REMADE
+    return known.state == "complete" or (known.state == "former" and kept)
+
+
+def _other(canary: Canary | None, generation: str) -> Canary | None:
+    """The canary, unless it is this generation."""
+    return None if canary is not None and canary.generation == generation else canary
+
+
+def _alone(wished: list[str], generation: str) -> str:
+    """Why the generation cannot serve a share, by what was wished for (oldest first); empty: it can."""
+    if not wished:
+        return f"there is no generation beside which {generation} could serve a share"
+    if wished[-1] == generation:
+        return f"generation {generation} is the one that serves all; activate another one before it serves a share"
+    return ""
 
 
 def _kept(wished: list[str], generation: str) -> str:
@@ -405,8 +475,9 @@ def _kept(wished: list[str], generation: str) -> str:
 
 
 def _without(serving: Serving, generation: str) -> Serving:
-    """It is not to be loaded."""
-    return msgspec.structs.replace(serving, next=None) if serving.next == generation else serving
+    """It is neither to be loaded nor to serve a share."""
+    next_one = None if serving.next == generation else serving.next
+    return msgspec.structs.replace(serving, next=next_one, canary=_other(serving.canary, generation))
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

@@ -38,7 +38,8 @@ def status(settings: Settings) -> int:
     print(f"Kafka: {settings.kafka_bootstrap} {'answers' if broker else 'does not answer'}")
     api = f"http://{settings.api_host}:{settings.api_port}"
     print(f"API: {api} {'answers' if _api_answers(settings) else 'does not answer'}")
-    print(f"serving: {serving.active or 'no generation'}")
+    share = f", and {serving.canary.share:.2%} of the users {serving.canary.generation}" if serving.canary else ""
+    print(f"serving: {serving.active or 'no generation'}{share}")
     for known in serving.generations.values():
         print(f"  {_generation(settings, known)}")
         if looked := _verification(settings, known):

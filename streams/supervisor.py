@@ -18,7 +18,8 @@ An activation has steps too, and after a kill goes on from the first:
     3  the switch: `serving.json` names it as `active`
     4  `hosts` is told
 
-A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation.
+A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation. A
+canary is an activation whose switch sets `canary` instead.
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
@@ -57,7 +58,7 @@ from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.models import Models, ModelsError
 from streams.retire import NotYetError
-from streams.rollout import Refused, Serving
+from streams.rollout import Canary, Refused, Serving
 from streams.worker import BAD_BUNDLE, DONE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
 LOG = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ class Supervisor:
         activation_step: Callable[[int], object] = int,
     ) -> None:
         """`step(number)` is called after each step of retire.py, `activation_step(number)` after each of an activation.
-        Raises SupervisorError, ModelsError, BrokerError,
-        TopicError, KafkaError or Refused where it cannot start.
+        Raises SupervisorError, ModelsError, BrokerError, TopicError, KafkaError or Refused where it cannot start.
         """
         self._settings, self._retrieval, self._step = settings, retrieval, step
         self._activation_step = activation_step
@@ -161,18 +161,20 @@ class Supervisor:
             )
         )
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
-        self._activate(rollout.next_active(desired, self.serving))
+        loading = self._activate(rollout.next_active(desired, self.serving))
+        self._share(rollout.canary_of(desired, self.serving), loading)
         self._put(rollout.explain(desired, self.serving))
         for name in rollout.retiring(desired, self.serving):
             if time.monotonic() >= self._retire_due.get(name, 0.0):
                 self._retire(name)
-        waits = rollout.pending(desired, self.serving)
+        waits = rollout.waiting(desired, self.serving)
         running = rollout.running(self.serving, waits)
         waiting = [name for name in running if self.serving.generations[name].state == "staged"]
         for name in [*waiting, *rollout.wanted(desired, self.serving)]:
             if time.monotonic() >= self._stage_due.get(name, 0.0):
                 self._stage(name, desired.staged[name])
         running = rollout.running(self.serving, waits)
+        self._put(rollout.rest(self.serving, running))
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
@@ -223,6 +225,8 @@ class Supervisor:
 
     def _check_room(self, name: str, event: ModelEvent) -> None:
         """Before anything is copied. Raises RoomError, and what `_stage` expects besides."""
+        if (self._settings.generation_dir(name) / "n2o").exists():  # it has what it needs
+            return
         layout, copied = bundles.ahead(event.uri or "", self._settings.generation_dir(name) / "bundle")
         live = self._progress(self.serving.active) if self.serving.active else None
         if live is not None:
@@ -302,20 +306,35 @@ class Supervisor:
             LOG.warning("generation %s: it need not come further than before: %s", name, error)
         self._put(rollout.lose(self.serving, name, ends))
 
-    def _activate(self, name: str | None) -> None:
+    def _activate(self, name: str | None) -> bool:
+        """Whether API processes are loading it."""
         back = name is not None and name == self.serving.previous  # it was served before, with or without an index
-        if name is None or (self._retrieval and not back and not self._retrieval_ready(name)):
-            self._put(rollout.prepare(self.serving, None))
-            return
+        if name is None or not (back or self._retrieval_ready(name)):
+            return False
         try:
             if not back and self.serving.active is not None and not self._warm(name):
-                return
+                return True
             self._put(rollout.activate(self.serving, name))
         except Refused as error:
             LOG.warning("activation refused: %s", error)
-            return
+            return False
         LOG.info("generation %s: active", name)
         self._activation_step(3)
+        return False
+
+    def _share(self, canary: Canary | None, loading: bool) -> None:
+        """Serves it, once it is warm; `loading`: API processes load another generation first."""
+        held, ready = self.serving.canary, False
+        if canary is not None:
+            name = canary.generation
+            known = held is not None and held.generation == name
+            servable = known or name == self.serving.previous or self._retrieval_ready(name)
+            ready = known or (servable and not loading and self._warm(name))
+            loading = loading or (servable and not ready)
+        serving = self.serving if loading else rollout.prepare(self.serving, None)
+        self._put(msgspec.structs.replace(serving, canary=canary if ready else None))
+        if self.serving.canary != held:
+            LOG.info("canary: %s", self.serving.canary)
 
     def _warm(self, name: str) -> bool:
         """Whether all API processes could serve it at once; what it waits for is its reason. Raises Refused."""
@@ -361,6 +380,8 @@ class Supervisor:
             self._put(rollout.wait(self.serving, name, waits.get(name, "")))
 
     def _retrieval_ready(self, name: str) -> bool:
+        if not self._retrieval:
+            return True
         waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
         return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
 

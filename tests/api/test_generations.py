@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
@@ -288,6 +289,65 @@ def test_a_process_says_why_it_cannot_load_the_next_generation_and_when_it_can(o
     rollout.write(host.settings.serving_file, rollout.prepare(host.serving, None))
     generations.poll()
     assert (generations.loaded("g2"), generations.pin().name) == (None, "g1")
+
+
+def test_a_canary_serves_its_share_of_the_users_and_no_others(own_host: Callable[..., Host]) -> None:
+    """On two processes, by every route; a greater share keeps its users; nothing is mixed."""
+    host = own_host(api_processes=2)
+    for seed, name in enumerate(("g1", "g2")):
+        filled(host, name, seed)
+        host.retrieval(name)
+    host.behave(PAST, {"u": PROFILE})
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    host.prepare("g2")
+    host.wait_for(lambda: all("g2" in one.warm for one in fleet.reports(host.settings)), 60.0)
+    users = [str(number) for number in range(60)]
+    wanted = {name: host.reference(name, [], None, IDS, NOW) for name in ("g1", "g2")}
+
+    def served() -> set[str]:
+        """Those that g2 serves. Each of the answers is right for the generation that it names."""
+        out = set()
+        for user in users:
+            with httpx.Client(base_url=client.base_url, timeout=30.0) as own:  # any of the processes
+                sent = int(user) if int(user) % 2 else user  # the same user
+                body = {"user_id": sent, "candidates": IDS, "as_of": NOW}
+                found = own.post("/v1/score", json=body).json()
+            np.testing.assert_allclose(found["scores"], wanted[found["generation"]], rtol=0, atol=1e-5)
+            out |= {user} if found["generation"] == "g2" else set()
+        return out
+
+    def share(share: float | None) -> set[str]:
+        canary = None if share is None else rollout.Canary("g2", share)
+        host.serving = msgspec.structs.replace(host.serving, next=None, canary=canary)
+        rollout.write(host.settings.serving_file, host.serving)
+        expected = {user for user in users if rollout.bucket("g2", user) < (share or 0)}
+        host.wait_for(lambda: served() == expected, 60.0)
+        return expected
+
+    few, many = share(0.2), share(0.6)
+    assert served() == many
+    assert set() < few < many < set(users)
+    assert client.get("/v1/generations").json()["canary"] == {"generation": "g2", "share": 0.6}
+
+    for user, name in ((min(many), "g2"), (min(set(users) - many), "g1")):
+        assert client.post(f"/v1/users/{user}/prefetch", json={"as_of": NOW}).json()["generation"] == name
+        found = client.get("/v1/explain", params={"user_id": user, "item_id": IDS[0], "as_of": NOW}).json()
+        assert (found["generation"], found["score"]) == (name, pytest.approx(wanted[name][0], abs=1e-4))
+        found = client.post("/v1/recommend", json={"user_id": user, "as_of": NOW, "k": len(IDS)}).json()
+        assert (found["generation"], found["degraded"]) == (name, [])  # candidates of its own retrieval
+        scores = dict(zip(found["ids"], found["scores"], strict=True))
+        there = [at for at, name in enumerate(IDS) if name in scores]
+        np.testing.assert_allclose([scores[IDS[at]] for at in there], wanted[name][there], rtol=0, atol=1e-5)
+    inline = {"user": {"behaviours": []}, "candidates": IDS, "as_of": NOW}
+    assert {client.post("/v1/score", json=inline).json()["generation"] for _ in range(5)} == {"g1"}
+    metrics = client.get("/metrics").text
+    for name in ("g1", "g2"):
+        labels = f'{{generation="{name}",route="score"}}'
+        assert f"forerank_generation_seconds_count{labels}" in metrics
+        assert f"forerank_generation_best_score_count{labels}" in metrics
+    assert share(None) == set()
 
 
 def test_a_generation_that_was_dropped_is_freed(own_host: Callable[..., Host]) -> None:

@@ -92,14 +92,17 @@ def test_what_is_published_is_the_topic_s_event_and_what_would_be_refused_is_not
     assert post(host, "/v1/generations/b/stage", {"uri": "file:///models/b", "sha256": "b" * 64})[0] == 202
     for action, generation, said in (
         ("activate", "c", "generation c was never staged"),
+        ("share", "a", "generation a is the one that serves all"),
         ("rollback", "a", "there is nothing to go back to from generation a"),
         ("retire", "a", "generation a is the one to be served; activate another one before it is retired"),
         ("stage", "a", "generation names are never used twice"),
     ):
-        body = STAGE | {"sha256": "c" * 64} if action == "stage" else None
-        status, found = post(host, f"/v1/generations/{generation}/{action}", body)
+        body = {"stage": STAGE | {"sha256": "c" * 64}, "share": {"share": 0.1}}.get(action)
+        status, found = post(host, f"/v1/generations/{generation}/{action.replace('share', 'activate')}", body)
         assert (status, found["type"]) == (409, "urn:forerank:problem:refused")
         assert said in found["detail"]
+    assert post(host, "/v1/generations/b/activate", {"share": 0.25})[0] == 202
+    expected.append(ModelEvent("activate", "b", share=0.25))
     for action, generation in (("activate", "b"), ("rollback", "b"), ("retire", "b")):
         assert post(host, f"/v1/generations/{generation}/{action}")[0] == 202
         expected.append(ModelEvent(action, generation))  # type: ignore[arg-type]
@@ -116,6 +119,9 @@ def test_a_wrong_request_names_its_field(host: Host) -> None:
         ("A/stage", STAGE, "generation"),
         ("a/activate", {"generation": "b"}, "generation"),
         ("a/retire", {"force": True}, "force"),
+        ("a/activate", {"share": 0}, "share"),
+        ("a/activate", {"share": 1.5}, "share"),
+        ("a/rollback", {"share": 0.5}, "share"),
     ):
         status, found = post(host, f"/v1/generations/{path}", body)
         assert (status, found["field"]) == (422, field), found

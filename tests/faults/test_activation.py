@@ -18,13 +18,13 @@ import pytest
 
 from encoders.bundle import Bundle, seeded_bundle
 from infra.settings import Settings
-from streams import fleet
+from streams import fleet, rollout
 from streams.publish import Publisher
 from streams.supervisor import Supervisor
 from tests.conftest import wait_until
 from tests.host import NOW, CatalogueItem, Host
 from tests.streams.chain import CONFIG, FEATURES, item_body
-from tests.streams.test_supervisor import command, serving, state_of, supervised
+from tests.streams.test_supervisor import command, jobs, serving, state_of, supervised
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 4
@@ -209,3 +209,55 @@ def _opened(pipe: Path) -> int:
 
     wait_until(read_from, "the next generation is being loaded")
     return found
+
+
+def test_a_canary_serves_its_users_over_kills_of_everybody_and_then_all(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    """The share is in the log: a supervisor or an API process that starts anew serves the same users from it. What is
+    canary stays so until it serves all, so that none of its users goes back for a while."""
+    mine = settings(partitions=2, api_processes=2)
+    users = [f"u{number}" for number in range(40)]
+    with served(mine, bundle, bundle_path, tmp_path / "other") as host:
+        wanted = {name: host.reference(name, [], None, IDS, NOW) for name in host.bundles}
+
+        def canary_users() -> set[str]:
+            """Whom b serves now; each answer is right for the generation that it names."""
+            found = set()
+            for user in users:
+                with httpx.Client(base_url=host.client.base_url, timeout=30.0) as own:
+                    answer = own.post("/v1/score", json={"user_id": user, "candidates": IDS, "as_of": NOW}).json()
+                np.testing.assert_allclose(answer["scores"], wanted[answer["generation"]], rtol=0, atol=EXACT)
+                found |= {user} if answer["generation"] == "b" else set()
+            return found
+
+        def of_share(share: float) -> set[str]:
+            return {user for user in users if rollout.bucket("b", user) < share}
+
+        with supervised(mine) as supervisor:
+            told = command(mine, "model", "activate", "b", "--share", "0.25")
+            assert (told.returncode, "25.00% of the users" in told.stdout) == (0, True)
+            wait_until(lambda: serving(mine).canary is not None, "b is canary", DEADLINE_S)
+            assert warm(mine) == [{"a", "b"}] * 2
+            wait_until(lambda: canary_users() == of_share(0.25), "its users", DEADLINE_S)
+            assert "serving: a, and 25.00% of the users b" in command(mine, "model", "status").stdout
+            assert {"encode-b", "replicate-b", "encode-a", "replicate-a"} <= set(jobs(mine))
+            supervisor.kill()
+            supervisor.wait(10)
+        killed = min(report.pid for report in fleet.reports(mine))
+        os.kill(killed, signal.SIGKILL)
+        with supervised(mine):
+            assert command(mine, "model", "activate", "b", "--share", "0.6").returncode == 0
+            wait_until(lambda: serving(mine).canary == rollout.Canary("b", 0.6), "more of them", DEADLINE_S)
+            wait_until(lambda: [{"a", "b"}] * 2 == warm(mine), "the killed one is replaced", DEADLINE_S)
+            assert killed not in {report.pid for report in fleet.reports(mine)}
+            wait_until(lambda: canary_users() == of_share(0.6), "its users", DEADLINE_S)
+            refused = command(mine, "model", "activate", "a", "--share", "0.1")
+            assert (refused.returncode, "is the one that serves all" in refused.stderr) == (1, True)
+
+            assert command(mine, "model", "activate", "b").returncode == 0
+            early = of_share(0.6)
+            while serving(mine).active != "b":
+                assert early <= canary_users()
+            wait_until(lambda: canary_users() == set(users), "all", DEADLINE_S)
+            assert (serving(mine).canary, serving(mine).previous) == (None, "a")

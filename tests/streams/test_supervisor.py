@@ -187,6 +187,35 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert sum(last.counts) == 100
 
 
+@pytest.mark.slow
+def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    host = settings(partitions=2)
+    random = np.random.default_rng(1)
+    bodies = [item_body(f"{k}", 1, random) for k in range(40)]
+    later = [item_body(f"{k}", 2, random) for k in range(20)]
+    stage = {"action": "stage", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
+    with supervised(host), Publisher(host) as publisher:
+        publisher.items(bodies)
+        publisher.models([stage | {"generation": "a"}])
+        wait_until(lambda: state_of(host, "a") == "complete", "a is complete")
+        publisher.models([stage | {"generation": "b", "activate_when_complete": True}])
+        wait_until(lambda: serving(host).active == "b", "b is active")
+        wait_until(lambda: not {"encode-a", "replicate-a"} & set(jobs(host)), "nobody needs a")
+        assert state_of(host, "a") == "staged"
+        assert "a: staged, 100%, 40 rows (is not kept fresh" in command(host, "status").stdout
+        publisher.items(later)
+        chain = Chain(host, bundle_path)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 60, "ingest wrote items")
+        ends = chain.end_offsets("items")
+        told = command(host, "model", "activate", "a")
+        assert (told.returncode, "is served once it is complete" in told.stdout) == (0, True)
+        wait_until(lambda: serving(host).active == "a", "a is active")
+        assert (chain.arena("a").progress().covered + 1).tolist() == ends
+        check_rows(chain, "a", bundle, oracle(bodies + later))
+
+
 def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
     """Bundles that must not be used, and what is said about each."""
     out = {"missing": (folder / "nowhere", "there is no bundle"), "other-manifest": (good, "the event names")}
