@@ -192,7 +192,7 @@ class Checkpoints:
         if len(manifest.rows_offset) != len(starts):
             raise CheckpointError(f"it has {len(manifest.rows_offset)} partitions, not {len(starts)}")
         for partition, (following, start) in enumerate(zip(manifest.rows_offset, starts, strict=True)):
-            if following < start:
+            if max(0, following) < start:
                 raise CheckpointError(
                     f"it continues at offset {following} of partition {partition}, which begins at {start} by now"
                 )

@@ -4,6 +4,7 @@ is not retired; and the topic stays while another host needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -59,6 +60,7 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
 ) -> None:
     """Each supervisor finds what the killed one left, and is killed one step later."""
     host = settings(partitions=2)
+    host = dataclasses.replace(host, checkpoint_uri=str(host.state / "checkpoints"))
     chain = Chain(host, bundle_path)
     bodies = [item_body(f"{at}", 1, np.random.default_rng(at)) for at in range(50)]
     stage = {"action": "stage", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
@@ -70,10 +72,22 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
         publisher.models([stage | {"generation": "gone"}])
         wait_until(lambda: state_of(host, "gone") == "complete", "gone is complete", DEADLINE_S)
         wait_until(lambda: running(host, "encode-gone") and running(host, "replicate-gone"), "its jobs are in groups")
+        os.kill(jobs(host)["replicate-gone"], signal.SIGUSR1)
+        store = Path(host.checkpoint_uri) / host.topic("gone")
+        wait_until(lambda: list(store.glob("*/manifest.json")), "it has a checkpoint", DEADLINE_S)
         before = left_of(host, "gone")
         names = ("rows.gone", "encode-gone", f"replicate-{host.host}-gone")
         kafka = {f"{kind} {host.topic(name)}" for kind, name in zip(("topic", "group", "group"), names, strict=True)}
-        assert kafka | {"generations gone", "process encode-gone", "heartbeats encode-gone.json"} <= before
+        assert (
+            kafka
+            | {
+                f"checkpoints {host.topic('gone')}",
+                "generations gone",
+                "process encode-gone",
+                "heartbeats encode-gone.json",
+            }
+            <= before
+        )
         live = {name: pid for name, pid in jobs(host).items() if name.endswith("-live")}
         first.kill()
         first.wait(10)

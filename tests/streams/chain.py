@@ -198,7 +198,7 @@ class Chain:
                 self.running(f"encode:{generation}")
                 self.running(f"replicate:{generation}")
                 found = self.progress(generation)
-                return found is not None and (found.covered + 1).tolist() == ends
+                return found is not None and bool((found.covered + 1 >= ends).all())  # ingest may write tombstones
 
             wait_until(covered, f"{generation} has covered all of items", deadline_s)
 
