@@ -3,7 +3,8 @@
 Between the `models` topic and the API: the supervisor reduces `models` here, moves each generation through
 
     staged -> filling -> verifying -> complete -> active -> former
-           (any -> failed; any but active -> retiring -> retired; complete -> staged where its jobs stop)
+                                                         (any -> failed; any but active -> retiring -> retired;
+                                                          filling .. complete -> staged where its jobs stop)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -23,9 +24,9 @@ from streams.events import ModelEvent
 
 State = Literal["staged", "filling", "verifying", "complete", "active", "former", "failed", "retiring", "retired"]
 FORMAT = 1
+_RESTS = "is not kept fresh while nothing asks for it"
 REMADE = "its rows are not all on this host, which is restoring them"
 UNREADY: tuple[State, ...] = ("staged", "filling", "verifying")  # on the way to `complete`
-_RESTS = "is not kept fresh while nothing asks for it"
 _TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
@@ -216,7 +217,7 @@ def prepare(serving: Serving, generation: str | None) -> Serving:
         return serving
     out = serving
     left = serving.generations.get(serving.next or "")
-    if left is not None and left.state in ("complete", "former"):
+    if left is not None and left.state in ("complete", "former") and left.reason != REMADE:
         out = _with(out, msgspec.structs.replace(left, reason=""))
     if generation is not None:
         _expect(serving, generation, ("complete", "former"), "loaded")
@@ -235,7 +236,8 @@ def lose(serving: Serving, generation: str, ends: list[int]) -> Serving:
     known = serving.generations[generation]
     if known.state in ("active", "former"):
         return _with(serving, msgspec.structs.replace(known, staged_ends=ends, reason=REMADE))
-    return _with(serving, msgspec.structs.replace(known, state="filling", staged_ends=ends, progress=0.0))
+    lost = msgspec.structs.replace(known, state="filling", staged_ends=ends, progress=0.0)
+    return _without(_with(serving, lost), generation)
 
 
 def regain(serving: Serving, generation: str) -> Serving:
@@ -257,10 +259,10 @@ def activate(serving: Serving, generation: str) -> Serving:
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
+    if known.state == "former" and generation not in _fresh(serving):
+        raise Refused(f"generation {generation} {_TOO_OLD}")
     if known.reason == REMADE:
         raise Refused(f"generation {generation} is not ready: {REMADE}")
-    if not _possible(serving, known):
-        raise Refused(f"generation {generation} {_TOO_OLD}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
@@ -375,7 +377,7 @@ def explain(desired: Desired, serving: Serving) -> Serving:
     canaries = [desired.canary.generation] if desired.canary is not None else []
     for name in [*(name for _, name in desired.wishes[-1:]), *canaries]:
         known = serving.generations.get(name)
-        if known is not None and known.state == "former" and not _possible(serving, known):
+        if known is not None and known.state == "former" and name not in _fresh(serving):
             serving = _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
     return serving
 
@@ -394,9 +396,9 @@ def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
 
 
 def rest(serving: Serving, running: Collection[str]) -> Serving:
-    """complete -> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
+    """-> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
     for name, known in serving.generations.items():
-        if known.state in ("verifying", "complete") and name not in running:
+        if known.state in ("filling", "verifying", "complete") and name not in running:
             serving = _with(serving, msgspec.structs.replace(known, state="staged", reason=_RESTS))
     return serving
 
@@ -444,9 +446,13 @@ def write(path: Path, serving: Serving) -> None:
 
 def _possible(serving: Serving, known: GenerationState) -> bool:
     """Whether it can be activated now: its rows are all there, and kept fresh."""
-    fresh = {serving.previous, serving.canary.generation if serving.canary else None}
-    kept = known.generation in fresh and known.reason != REMADE
-    return known.state == "complete" or (known.state == "former" and kept)
+    fresh = known.generation in _fresh(serving) and known.reason != REMADE
+    return known.state == "complete" or (known.state == "former" and fresh)
+
+
+def _fresh(serving: Serving) -> set[str | None]:
+    """Which former generations still have jobs."""
+    return {serving.previous, serving.canary.generation if serving.canary else None}
 
 
 def _other(canary: Canary | None, generation: str) -> Canary | None:

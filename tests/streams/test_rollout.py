@@ -464,6 +464,11 @@ def test_a_host_serves_a_share_when_it_can_and_until_the_same_serves_all() -> No
         assert (ended.active, ended.canary, rollout.canary_of(desired, ended)) == ("b", None, None)
 
     back = msgspec.structs.replace(served, canary=rollout.Canary("b", 0.5))  # of the one before
+    shares = rollout.reduce_models([(0, stage("b")), (1, stage("a")), (2, activate("b", 0.5))])
+    lost = rollout.lose(back, "b", [10, 0])
+    assert (rollout.canary_of(shares, back), rollout.canary_of(shares, lost)) == (back.canary, None)
+    assert rollout.prepare(rollout.explain(shares, rollout.prepare(lost, "b")), None) == lost  # its reason stays
+    assert rollout.canary_of(shares, rollout.regain(lost, "b")) == back.canary
     third = rollout.activate(complete(rollout.stage(back, 5, stage("c")), "c"), "c")
     assert (third.previous, third.canary, third.generations["b"].state) == ("a", rollout.Canary("b", 0.5), "former")
     assert rollout.running(third) == ["b", "a", "c"]
