@@ -40,7 +40,7 @@ from streams.events import HostReport
 from streams.groups import GroupError, group_admin
 
 Step = Callable[[int], object]
-_JOBS = ("encode", "replicate", "retrieval", "verify")
+_JOBS = ("encode", "replicate", "retrieval", "verify", "shadow")
 _LOGS = (".json", ".log", ".log.1")
 _STOP_S = 10.0
 _READ_S = 10.0

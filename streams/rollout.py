@@ -81,6 +81,19 @@ class Verification(msgspec.Struct, kw_only=True, omit_defaults=True):
     unsaid: list[str] = []
 
 
+class Shadow(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the scores of a generation that serves nobody are from those of the active one (`against`), by recorded
+    requests: `shadow.json` in its folder. Figures as in `Verification`."""
+
+    against: str
+    time: int
+    requests: int
+    not_finite: int
+    shift: float | None
+    spread: float | None
+    overlap: float | None
+
+
 class Staged(msgspec.Struct, frozen=True):
     offset: int
     event: ModelEvent
@@ -332,7 +345,15 @@ def read_verification(path: Path) -> Verification | None:
         return Verification(verdict="again", reason=f"{path} is no verification: {error}")
 
 
-def write_verification(path: Path, found: Verification) -> None:
+def read_shadow(path: Path) -> Shadow | None:
+    """None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Shadow)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def write_beside(path: Path, found: Verification | Shadow) -> None:
     """Replaces the file in one step."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))

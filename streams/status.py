@@ -17,6 +17,7 @@ from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 from streams import bundles, rollout
 from streams.bundles import BundleFileError
+from streams.rollout import Shadow, Verification
 from streams.worker import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
@@ -38,8 +39,9 @@ def status(settings: Settings) -> int:
     print(f"serving: {serving.active or 'no generation'}")
     for known in serving.generations.values():
         print(f"  {_generation(settings, known)}")
-        if looked := _verification(settings, known):
-            print(f"    {looked}")
+        for looked in (_verification(settings, known), _shadow(settings, known)):
+            if looked:
+                print(f"    {looked}")
     for offset, reason in serving.refused.items():
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
@@ -71,19 +73,29 @@ def _verification(settings: Settings, known: rollout.GenerationState) -> str:
     if found.unencodable:
         parts[0] += f", {found.unencodable} cannot be encoded"
     if found.requests:
-        figures = [
-            ("mean score", found.shift, "+.2f", " deviations"),
-            ("spread", found.spread, ".2f", " times"),
-            ("best 100", found.overlap, ".0%", " the same"),
-        ]
-        said = [f"{name} {value:{form}}{unit}" for name, value, form, unit in figures if value is not None]
-        parts.append(f"{found.requests} requests, " + ", ".join(said))
+        parts.append(_scores(found))
     return "verified: " * (found.verdict == "yes") + "; ".join([*parts, *found.unsaid])
+
+
+def _shadow(settings: Settings, known: rollout.GenerationState) -> str:
+    """What its shadow found, until it serves all; empty while there is none."""
+    found = rollout.read_shadow(settings.shadow_file(known.generation)) if known.state == "complete" else None
+    return f"shadow of {found.against}: {_scores(found)}" if found is not None else ""
+
+
+def _scores(found: Verification | Shadow) -> str:
+    figures = [
+        ("mean score", found.shift, "+.2f", " deviations"),
+        ("spread", found.spread, ".2f", " times"),
+        ("best 100", found.overlap, ".0%", " the same"),
+    ]
+    said = [f"{name} {value:{form}}{unit}" for name, value, form, unit in figures if value is not None]
+    return ", ".join([f"{found.requests} requests", *said])
 
 
 def _told(settings: Settings, process: processes.Process) -> str:
     """What the job says of itself; those of the API's side say nothing."""
-    if process.name.startswith(("retrieval-", "verify-")):
+    if process.name.startswith(("retrieval-", "verify-", "shadow-")):
         return ""
     beat = read_heartbeat(settings.heartbeat_dir, process.name)
     if beat is None or beat.pid != process.pid:
