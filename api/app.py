@@ -43,6 +43,16 @@ _CONSOLE = Path(__file__).parent / "console"
 _SCORE = msgspec.json.Decoder(schemas.ScoreRequest)
 _RECOMMEND = msgspec.json.Decoder(schemas.RecommendRequest)
 _PREFETCH = msgspec.json.Decoder(schemas.PrefetchRequest)
+_ACTIONS: dict[str, tuple[str, type[msgspec.Struct], dict[str, Any]]] = {  # meaning, body, example of it
+    "stage": (
+        "make a generation of a bundle",
+        schemas.StageRequest,
+        {"uri": "file:///models/g1", "sha256": "0" * 64, "activate_when_complete": True},
+    ),
+    "activate": ("serve a generation, to all users or a share of them", schemas.ActivateRequest, {"share": 0.05}),
+    "rollback": ("serve what was served before a generation", schemas.ActionRequest, {}),
+    "retire": ("delete all of a generation", schemas.ActionRequest, {}),
+}
 _EXAMPLE_SCORE = {"user_id": "u1", "candidates": ["1", "2", "3"], "k": 2}
 _EXAMPLES: dict[str, Any] = {
     "items": {"item_id": "1", "version": 1, "attributes": {"title": "a chair"}, "embedding": [0.1, 0.2]},
@@ -97,6 +107,9 @@ _TYPES: list[Any] = [
     schemas.ScoreRequest,
     schemas.RecommendRequest,
     schemas.PrefetchRequest,
+    schemas.StageRequest,
+    schemas.ActivateRequest,
+    schemas.ActionRequest,
     schemas.Ranked,
     schemas.Prefetching,
     schemas.Explanation,
@@ -216,8 +229,9 @@ def _ranked(answer: Answer, query: schemas.Query, gives: str) -> Response:
 
 def _prefetch(service: Service, user_id: str, body: Body) -> Response:
     request = decode(_PREFETCH, body.take() or b"{}")
-    generation = service.generations.pin()
-    state = service.users.prefetch(generation, user_id_of(user_id), request.as_of)
+    user_id = user_id_of(user_id)
+    generation = service.generations.pin(user_id)
+    state = service.users.prefetch(generation, user_id, request.as_of)
     return reply(schemas.Prefetching(generation.name, state, service.settings.prefetch_ttl_s), 202)
 
 
@@ -267,7 +281,7 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
 
 def _explain(service: Service, user_id: str, item_id: str, as_of: str | None) -> Response:
     query = schemas.Query(user_id=user_id_of(user_id), as_of=None if as_of is None else moment_text(as_of))
-    generation = service.generations.pin()
+    generation = service.generations.pin(query.user_id)
     source = service.users.find(query)
     candidate = Candidates.of_ids([user_id_of(item_id, "item_id")], service.settings.hash_key.encode())
     hot, cold, found = generation.arena.gather_both(candidate.keys)
@@ -310,16 +324,52 @@ def _event_routes(app: FastAPI, service: Service) -> None:
                 example=_EXAMPLES[kind],
                 also_takes={"application/x-ndjson": "one event a line"},
                 errors=(400, 413, 415, 422, 503),
+                admin=kind == "models",
             ),
             name=f"publish {kind}",
         )
         async def publish(request: Request) -> Response:
+            if kind == "models":
+                service.rights.check(request.headers.get("authorization"))
             body, media = await body_of(request, JSON, "application/x-ndjson")
             rows = await service.run(lambda: checked(kind, body.take(), media != JSON))
             return reply(await service.feed.publish(kind, rows), 202)
 
+    def action_route(action: str, meaning: str, body_type: type[msgspec.Struct], example: dict[str, Any]) -> None:
+        decoder = msgspec.json.Decoder(body_type)
+
+        @app.post(
+            f"/v1/generations/{{generation}}/{action}",
+            summary=meaning,
+            status_code=202,
+            openapi_extra=documented(
+                takes=body_type,
+                gives=schemas.Accepted,
+                status=202,
+                example=example,
+                optional_body=action != "stage",
+                errors=(400, 409, 413, 415, 422, 503),
+                admin=True,
+            ),
+            name=action,
+        )
+        async def publish(generation: str, request: Request) -> Response:
+            service.rights.check(request.headers.get("authorization"))
+            body, _ = await body_of(request, JSON, empty=True)
+            event = await service.run(_model_event, action, generation, decoder, body)
+            return reply(await service.feed.roll_out(event), 202)
+
     for kind, body_type in KINDS.items():
         route(kind, body_type)
+    for action, (meaning, options, example) in _ACTIONS.items():
+        action_route(action, meaning, options, example)
+
+
+def _model_event(action: str, generation: str, decoder: msgspec.json.Decoder[Any], body: Body) -> bytes:
+    """What the same words in a command or on `models` would be. Raises ProblemError 400 or 422."""
+    options = msgspec.to_builtins(decode(decoder, body.take() or b"{}"))
+    (event,) = checked("models", msgspec.json.encode({"action": action, "generation": generation, **options}), False)
+    return event
 
 
 # ---- operation

@@ -21,7 +21,8 @@ from kafka.errors import KafkaError
 from api.problems import ProblemError, decode
 from api.schemas import Accepted
 from infra.settings import Settings
-from streams.events import BehaviourBody, EventError, ItemUpdate, ModelEvent, UserBody, item
+from streams import models, rollout
+from streams.events import BehaviourBody, EventError, ItemUpdate, ModelEvent, UserBody, item, model
 from streams.publish import TOPICS, Kind, Publisher, PublishError, check
 
 T = TypeVar("T")
@@ -48,6 +49,13 @@ class Feed:
             await self._with_broker(lambda: self._connected().publish(kind, rows, bulk=True))
         return Accepted(len(rows), self._settings.topic(TOPICS[kind]))
 
+    async def roll_out(self, event: bytes) -> Accepted:
+        """A model event that `checked` has seen, unless the log would refuse it. Raises ProblemError 409 with the
+        reason, 503.
+        """
+        await self._with_broker(lambda: self._unless_refused(event))
+        return Accepted(1, self._settings.topic(TOPICS["models"]))
+
     async def item_event(self, partition: int, offset: int) -> dict[str, Any] | None:
         """The record at this place of `items`; None where compaction has removed it. Raises ProblemError 503."""
         return await self._with_broker(lambda: _record(self._settings, partition, offset))
@@ -57,6 +65,16 @@ class Feed:
         with self._lock:
             if self._publisher is not None:
                 self._publisher.close()
+
+    def _unless_refused(self, event: bytes) -> None:
+        publisher = self._connected()
+        try:
+            why = models.refusal(self._settings, model(event), _WAIT_S)
+        except rollout.Refused as error:
+            raise ProblemError(503, "not-ready", str(error)) from error
+        if why:
+            raise ProblemError(409, "refused", why)
+        publisher.models([event])
 
     def _connected(self) -> Publisher:
         with self._lock:
@@ -72,7 +90,7 @@ class Feed:
         except TimeoutError as error:
             said = "the Kafka broker has not answered in time; events may still arrive"
             raise ProblemError(503, "broker-away", said) from error
-        except (PublishError, KafkaError) as error:
+        except (PublishError, KafkaError, models.ModelsError) as error:
             raise ProblemError(503, "broker-away", str(error)) from error
 
 

@@ -2,8 +2,10 @@
 
 Before the first step of every request: a request takes `Generations.pin()` and uses nothing else until its answer, so
 user block, rows and head come from one generation whatever happens meanwhile. A generation that was swapped away lives
-until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. A generation
+until the last request that pinned it has ended, or, as the one to roll back to, until the next switch. The next one is
+loaded before the switch, which waits until all processes of the host have said that they could serve it. A generation
 that cannot be loaded never replaces one that can. A retired one is deleted only when no process uses it any more.
+A canary is pinned by the requests of its share of the users, wherever it is loaded, and by no others.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable
 
 from api.problems import ProblemError
 from api.retrieval import RetrievalError, RetrievalView
+from api.schemas import Id
 from encoders.bundle import Bundle, BundleError, load_bundle
 from encoders.fold import Head, UserFold
 from index.arena import ArenaReader
@@ -28,11 +31,12 @@ from index.layout import RowLayout
 from index.lock import UserLock
 from index.n2o import N2OReader
 from infra.settings import Settings
-from streams import rollout
+from streams import fleet, rollout
 
 LOG = logging.getLogger(__name__)
 _LOOK_S = 0.02  # a switch waits so long at most
 _LOAD_S = 0.1
+_TELL_S = 1.0  # between two words to the supervisor where nothing has changed
 _AGAIN_S = 2.0  # until a generation whose stores could not be opened is tried again
 
 
@@ -51,15 +55,16 @@ class Generation:
 
 
 class Generations:
-    """The served generation and the one before it, both loaded and warm: a rollback moves a pointer.
+    """The served generation, the one before it and the next one, loaded and warm: a switch moves a pointer.
 
-    One thread follows `serving.json` and moves the pointer; another loads, so that a switch to what is loaded never
-    waits for a load. `histories` is None until the host has some.
+    One thread follows `serving.json`, moves the pointer, and says what is loaded; another loads, so that a switch to
+    what is loaded never waits for a load. `histories` is None until the host has some.
     """
 
     def __init__(self, settings: Settings, warm_up: Callable[[Generation], None] = lambda _: None) -> None:
         self._settings, self._warm_up = settings, warm_up
         self._active: Generation | None = None
+        self._canary: tuple[Generation, float] | None = None  # and its share of the users
         self._reason = "no model event has activated a generation yet"
         self._retrieval: RetrievalView | None = None
         self._loaded: dict[str, Generation] = {}
@@ -72,6 +77,8 @@ class Generations:
         self.last_change: int | None = None  # of the served rows, ms since the epoch; None: not since they are served
         self._seen: tuple[str, bytes] = ("", b"")
         self._file: tuple[int, int, int] | None = None  # the serving file that was read last
+        self._told: tuple[list[str], dict[str, str]] | None = None  # to the supervisor: what is loaded, what fails
+        self._tell_due = 0.0
         self._lock = threading.Lock()  # for the pointers and the two dicts behind them
         self._stop = threading.Event()
         self._threads = [
@@ -80,21 +87,29 @@ class Generations:
         ]
 
     def start(self) -> None:
-        self.poll()
-        for thread in self._threads:
-            thread.start()
+        """Returns when what the host serves is loaded, or cannot be."""
+        looking, loading = self._threads
+        self._look()
+        looking.start()  # first: whoever waits for this process hears of it while it loads
+        self._load_missing()
+        loading.start()
 
     def close(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        fleet.leave(self._settings)
 
-    def pin(self) -> Generation:
-        """The generation for one request. Raises ProblemError 503 with the reason while there is none."""
-        generation = self._active
+    def pin(self, user_id: Id | None = None) -> Generation:
+        """The generation for one request of this user; of none, or one who is sent along: the one that serves most.
+        Raises ProblemError 503 with the reason while there is none.
+        """
+        generation, canary = self._active, self._canary
         if generation is None:
             raise ProblemError(503, "not-ready", self._reason)
-        return generation
+        if canary is None or user_id is None or rollout.bucket(canary[0].name, str(user_id)) >= canary[1]:
+            return generation
+        return canary[0]
 
     @property
     def active(self) -> Generation | None:
@@ -122,6 +137,10 @@ class Generations:
         """Of the active generation; right after a swap, until its own is built, of the one before."""
         return self._retrieval
 
+    def retrieval_of(self, generation: Generation) -> RetrievalView | None:
+        """Of a pinned generation, or, until it has its own, of the active one."""
+        return self._views.get(generation.name, self._retrieval)
+
     def poll(self) -> None:
         """One look at the files of the host; what has changed is taken over, and loaded where that is needed."""
         self._look()
@@ -134,6 +153,21 @@ class Generations:
             self._reason = str(error)
             return
         self._follow()
+        self._tell()
+
+    def _tell(self) -> None:
+        """What is loaded and what cannot be, when that has changed and each second."""
+        with self._lock:
+            warm = sorted(self._loaded)
+        wanted = [state.generation for state in _ready_for(self.serving)]
+        failed = {name: self._missing[name] for name in wanted if name not in warm and name in self._missing}
+        now = time.monotonic()
+        if (warm, failed) != self._told or now > self._tell_due:
+            self._told, self._tell_due = (warm, failed), now + _TELL_S
+            try:
+                fleet.tell(self._settings, warm, failed)
+            except OSError as error:  # a disk that is full keeps nobody from being served
+                self._say("report", f"the supervisor cannot be told what is loaded: {error}")
 
     def _read(self) -> rollout.Serving:
         """The serving file, decoded only where it was replaced. Raises Refused."""
@@ -151,22 +185,28 @@ class Generations:
     def _follow(self) -> None:
         """Points at what is to be served, if it is loaded; otherwise what was served goes on."""
         with self._lock:
-            serving = self.serving
-            name = serving.active
-            if name is None:
-                gone = f"{self._settings.serving_file} has gone; what it named is still served"
-                self._reason = _waiting_for(serving) if self._active is None else gone
-                return
-            generation = self._loaded.get(name)
-            if generation is None:
-                self._reason = self._missing.get(name, f"generation {name} is being loaded")
-                return
-            if generation is not self._active:
-                # first: whoever sees the generation sees its index too, where it has one
-                self._retrieval = self._views.get(name, self._retrieval)
-                self._active = generation
-                LOG.info("generation served", extra={"generation": name})
-            self._reason = self.stale
+            self._point()
+            canary = self.serving.canary
+            held = self._loaded.get(canary.generation) if canary is not None else None
+            self._canary = (held, canary.share) if canary is not None and held is not None else None
+
+    def _point(self) -> None:
+        serving = self.serving
+        name = serving.active
+        if name is None:
+            gone = f"{self._settings.serving_file} has gone; what it named is still served"
+            self._reason = _waiting_for(serving) if self._active is None else gone
+            return
+        generation = self._loaded.get(name)
+        if generation is None:
+            self._reason = self._missing.get(name, f"generation {name} is being loaded")
+            return
+        if generation is not self._active:
+            # first: whoever sees the generation sees its index too, where it has one
+            self._retrieval = self._views.get(name, self._retrieval)
+            self._active = generation
+            LOG.info("generation served", extra={"generation": name})
+        self._reason = self.stale
 
     def _load_missing(self) -> None:
         """Loads what may have to be served, drops what may not, and takes over what is new about the rest."""
@@ -286,9 +326,12 @@ def _load(settings: Settings, name: str, sha256: str) -> Generation:
 
 
 def _ready_for(serving: rollout.Serving) -> list[rollout.GenerationState]:
-    """What a process holds: the active generation first, and the one before while a rollback to it is possible."""
-    found = [serving.generations.get(name) for name in (serving.active, serving.previous) if name is not None]
-    return [state for state in found if state is not None and state.state in ("active", "former")]
+    """What a process holds: the active generation first, the canary, the next one, and the one before while a rollback
+    to it is possible."""
+    canary = serving.canary.generation if serving.canary is not None else None
+    names = dict.fromkeys((serving.active, canary, serving.next, serving.previous))
+    found = [serving.generations.get(name or "") for name in names]
+    return [state for state in found if state is not None and state.state in ("active", "complete", "former")]
 
 
 def _waiting_for(serving: rollout.Serving) -> str:

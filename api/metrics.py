@@ -17,6 +17,7 @@ from infra import telemetry
 
 ROUTES = ("score", "recommend")
 _BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
+_SCORES = (-8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # logits
 _PAUSES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.1)
 
 
@@ -36,12 +37,24 @@ class RequestMetrics:
         degraded = telemetry.counter("forerank_degraded", "Requests served with less, by what was less", ("what",))
         self._degraded = {what: degraded.labels(what) for what in (MISSING, OLD)}
         self._pauses = _Pauses()
+        labels = ("route", "generation")
+        meaning = "Wall time of requests, by the generation that served them"
+        self._total = telemetry.histogram("forerank_generation_seconds", meaning, labels, _BUCKETS)
+        meaning = "Best score of a request's candidates, by the generation that gave it"
+        self._best = telemetry.histogram("forerank_generation_best_score", meaning, labels, _SCORES)
+        meaning = "Candidates without a row, by the generation that lacks it"
+        self._lacking = telemetry.counter("forerank_generation_missing", meaning, labels)
 
     def observe(self, route: str, answer: Answer) -> None:
         for stage, seconds in self._seconds[route].items():
             seconds.observe(getattr(answer.stages, stage) / 1e3)
         self._asked[route].inc(len(answer.candidates))
         self._missing[route].inc(len(answer.rows.missing))
+        generation = answer.generation.name  # so that a canary can be held against what serves the others
+        self._total.labels(route, generation).observe(answer.stages.total / 1e3)
+        self._lacking.labels(route, generation).inc(len(answer.rows.missing))
+        if len(answer.scores):
+            self._best.labels(route, generation).observe(float(answer.scores.max()))
         for what in answer.degraded:
             if what in self._degraded:
                 self._degraded[what].inc()

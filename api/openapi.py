@@ -15,12 +15,16 @@ from fastapi.openapi.utils import get_openapi
 from api.problems import ProblemBody
 
 _REF = "#/components/schemas/{name}"
+_ADMIN = "admin"
+_BEARER = {"type": "http", "scheme": "bearer", "description": "FORERANK_ADMIN_TOKEN, or what <state>/admin_token holds"}
 _MEANINGS = {
     200: "done",
     202: "accepted",
     204: "there is nothing any more, as asked",
     400: "the body is not what its content type says",
+    401: "the token is missing, or another one",
     404: "there is no such thing",
+    409: "it would be refused; `detail` says why, and nothing was published",
     413: "the body is too large",
     415: "another content type is needed",
     422: "a field is wrong; `field` names it",
@@ -41,11 +45,14 @@ def documented(
     optional_body: bool = False,
     errors: tuple[int, ...] = (),
     empty: tuple[int, ...] = (),
+    admin: bool = False,
 ) -> dict[str, Any]:
     """`openapi_extra` of a route. `takes`, `gives`: msgspec types; `also_*`: media type -> what it holds; `parameters`:
-    query ones; `empty`: further statuses, without a body.
+    query ones; `empty`: further statuses, without a body; `admin`: it needs the token.
     """
     out: dict[str, Any] = {"responses": {}}
+    if admin:
+        out["security"], errors = [{_ADMIN: []}], (401, *errors)
     if takes is not None:
         content = {"application/json": {"schema": _schema(takes), "example": example}}
         content |= {media: {"schema": _binary(meaning)} for media, meaning in (also_takes or {}).items()}
@@ -72,7 +79,7 @@ def add_schemas(app: FastAPI, types: list[Any]) -> None:
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            made["components"] = {"schemas": components}
+            made["components"] = {"schemas": components, "securitySchemes": {_ADMIN: _BEARER}}
             for verbs in made["paths"].values():
                 for operation in verbs.values():
                     _without_pydantic(operation)

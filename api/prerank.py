@@ -131,7 +131,7 @@ class Merger:
     ) -> Answer:
         """One request. Raises ProblemError."""
         clock = Clock()
-        generation = self._generations.pin()
+        generation = self._generations.pin(query.user_id)
         weight = rtp.order_attribute(generation, query.order)
         source = self._users.find(query)
         found_ms = clock.lap()
@@ -185,7 +185,7 @@ class Merger:
     def _retrieve(
         self, generation: Generation, request: RecommendRequest, source: UserSource
     ) -> tuple[Candidates, list[str]]:
-        view = self._generations.retrieval
+        view = self._generations.retrieval_of(generation)
         if view is None:
             raise ProblemError(503, "not-ready", "the retrieval index of this generation is still being built")
         count = request.retrieve or min(RETRIEVED, self._settings.candidates_max)

@@ -15,8 +15,10 @@ T = TypeVar("T")
 
 _TITLES = {
     400: "Bad request",
+    401: "Not allowed without the token",
     404: "Not found",
     405: "Method not allowed",
+    409: "Refused",
     413: "Body too large",
     415: "Unsupported media type",
     422: "Invalid request",
@@ -24,6 +26,7 @@ _TITLES = {
     503: "Not available now",
     504: "Not in time",
 }
+_HEADERS = {401: {"www-authenticate": 'Bearer realm="forerank"'}, 503: {"retry-after": "1"}}
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FIELD_AT = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _FIELD_NAMED = re.compile(r"(?:missing required|contains unknown) field `(?P<name>[^`]+)`")
@@ -49,7 +52,7 @@ class ProblemError(Exception):
         self.body = ProblemBody(f"urn:forerank:problem:{kind}", _TITLES.get(status, "Error"), status, detail, field)
 
     def response(self) -> Response:
-        headers = {"retry-after": "1"} if self.body.status == 503 else None
+        headers = _HEADERS.get(self.body.status)
         return Response(msgspec.json.encode(self.body), self.body.status, headers, "application/problem+json")
 
 

@@ -116,6 +116,26 @@ class PrefetchRequest(Struct, forbid_unknown_fields=True):
     as_of: Time | None = None
 
 
+class StageRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    uri: Annotated[str, Meta(description="file:// URL of the bundle's folder, as the hosts see it")]
+    sha256: Annotated[str, Meta(description="of its manifest.json")]
+    activate_when_complete: bool = False
+
+
+class ActivateRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    share: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(
+            description="of the users, the same ones on every host; the others are served as before; 0: scored, but "
+            "served to nobody; default all"
+        ),
+    ] = None
+
+
+class ActionRequest(Struct, forbid_unknown_fields=True):
+    """No options: the path says all."""
+
+
 # ---- responses
 
 _DEGRADED = Meta(
@@ -273,9 +293,18 @@ class GenerationStatus(Struct, kw_only=True):
     retrieval_items: int = 0
 
 
+class CanaryStatus(Struct):
+    """Serves this share of the users, 0 .. 1."""
+
+    generation: str
+    share: float
+
+
 class Generations(Struct):
     active: str | None
     previous: str | None
+    next: Annotated[str | None, Meta(description="is served once all API processes of the host have loaded it")]
+    canary: CanaryStatus | None
     ready: bool
     reason: str
     generations: list[GenerationStatus]

@@ -30,6 +30,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from infra import telemetry
+from infra.admin import admin_token
 from infra.settings import Settings, environment, variable
 
 LOG = logging.getLogger(__name__)
@@ -50,11 +51,14 @@ class ServeError(RuntimeError):
 
 
 def serve(settings: Settings) -> None:
-    """Raises ServeError when the port is taken or the address is not of this host, or no process can start."""
+    """Raises ServeError when the port is taken or the address is not of this host, or no process can start, and
+    SettingsError where there should be an admin token and is none.
+    """
     with listening(settings) as listener:
         os.environ.update(environment(settings))  # for the processes
         telemetry.start_metrics(settings)  # what is wrong with the state's folder is wrong for all
         telemetry.configure_logging(settings, "api")
+        admin_token(settings)
         own = [_own_socket(settings, place) for place in range(settings.api_processes)] if settings.api_sockets else []
         _Processes(listener, own, settings.api_processes).run()
 

@@ -20,10 +20,12 @@ from api.generations import Generation, Generations
 from api.metrics import RequestMetrics
 from api.prerank import Merger
 from api.recording import Recorder
+from api.rights import Rights
 from api.schemas import InlineUser
 from api.users import Users, moment
 from api.waiting import Waiters
 from index import kernels
+from infra.admin import admin_token
 from infra.settings import Settings
 
 T = TypeVar("T")
@@ -36,7 +38,9 @@ class Service:
     """What one API process owns, from start to stop."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises SettingsError where the file of the admin token holds none."""
         self.settings = settings
+        self.rights = Rights(admin_token(settings))
         self.metrics = RequestMetrics()
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
         self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from api.generations import Generations
 from api.retrieval import arena_of
+from api.schemas import CanaryStatus, GenerationStatus
 from api.schemas import Generations as Report
-from api.schemas import GenerationStatus
 from index.arena import ArenaReader
 from index.errors import StoreError
 from index.layout import LayoutError
@@ -20,6 +20,8 @@ def generations_of(settings: Settings, generations: Generations) -> Report:
     return Report(
         active=active.name if active else None,
         previous=serving.previous,
+        next=serving.next,
+        canary=CanaryStatus(serving.canary.generation, serving.canary.share) if serving.canary else None,
         ready=active is not None and not generations.stale,
         reason=generations.reason,
         generations=[_status(settings, generations, state) for state in states],

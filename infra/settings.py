@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 _PLAIN_NAMES = {"kafka_bootstrap": "KAFKA_BOOTSTRAP", "api_processes": "API_PROCESSES", "api_port": "API_PORT"}
 _LEVELS = ("debug", "info", "warning", "error")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what a bearer token may be (RFC 6750)
 
 
 class SettingsError(ValueError):
@@ -39,6 +41,7 @@ class Settings:
     api_host: str = "127.0.0.1"
     api_port: int = 8080
     api_processes: int = 1
+    admin_token: str = dataclasses.field(default="", repr=False)  # "" = that of `admin_token_file`
     api_sockets: str = ""  # folder of one Unix socket per API process, <place>.sock, for a proxy; "" = none
     history_length: int = 10_000  # newest behaviours kept per user (L)
     tombstone_days: float = 7.0  # D: how long ingest remembers a deletion
@@ -87,6 +90,11 @@ class Settings:
         return self.generation_dir(generation) / "shadow.json"
 
     @property
+    def admin_token_file(self) -> Path:
+        """Made by whoever needs it first, if the setting names no token (infra/admin.py)."""
+        return self.state / "admin_token"
+
+    @property
     def ingest_dir(self) -> Path:
         return self.state / "ingest"
 
@@ -105,6 +113,11 @@ class Settings:
         return self.state / "requests"
 
     @property
+    def api_dir(self) -> Path:
+        """What each API process has loaded, in a file of its own (streams/fleet.py)."""
+        return self.state / "api"
+
+    @property
     def heartbeat_dir(self) -> Path:
         return self.state / "heartbeats"
 
@@ -117,6 +130,11 @@ class Settings:
 def variable(field: str) -> str:
     """The environment variable that sets `field`."""
     return _PLAIN_NAMES.get(field, "FORERANK_" + field.upper())
+
+
+def is_token(text: str) -> bool:
+    """Whether it can be borne in an `Authorization` header."""
+    return _TOKEN.fullmatch(text) is not None
 
 
 def _parse(name: str, text: str, default: object) -> object:
@@ -156,6 +174,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
             raise SettingsError(f"{variable(name)}={getattr(settings, name)} is not a port (1 to 65535)")
     if settings.cross_source and not settings.cross_source.startswith(("http://", "https://")):
         raise SettingsError(f"{variable('cross_source')}={settings.cross_source!r} is not an http or https URL")
+    if settings.admin_token and not is_token(settings.admin_token):  # which is not shown: it may be almost right
+        raise SettingsError(f"{variable('admin_token')} is not made of letters, digits and -._~+/ alone")
     if settings.log_level.lower() not in _LEVELS:
         raise SettingsError(f"{variable('log_level')}={settings.log_level!r} is none of {', '.join(_LEVELS)}")
     return settings

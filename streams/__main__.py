@@ -6,7 +6,8 @@ sentences.
     encode | replicate --generation G
     publish items|users|behaviours|models FILE...     JSONL, CSV or Parquet; - is JSONL from standard input
     model stage BUNDLE --generation G      publish a model event: make a generation of a bundle
-    model activate|rollback|retire G       serve it; serve what was served before it; delete all of it
+    model activate|rollback|retire G       serve it (--share 0.05: to that share of the users); serve what was served
+                                           before it; delete all of it
     status, or model status                what this host serves and how its jobs are
 """
 
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("subject", nargs="?", help="folder of the bundle (stage), or the generation")
     model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
+    model.add_argument(
+        "--share", type=float, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
+    )
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
     return parser
@@ -151,6 +155,8 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
         print(f"`model {options.action}` needs --generation.", file=sys.stderr)
         return 2
     event: dict[str, object] = {"action": options.action, "generation": generation}
+    if options.share is not None:
+        event["share"] = options.share
     try:
         if options.action == "stage":
             if options.subject is None:
@@ -174,10 +180,10 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
         print(f"The broker at {settings.kafka_bootstrap} refused to work: {error}.", file=sys.stderr)
         return 1
     print(f"Published: {options.action} generation {generation}; `python -m streams status` shows what follows.")
-    return _activated(settings, generation) if options.action == "activate" else 0
+    return _activated(settings, generation, options.share) if options.action == "activate" else 0
 
 
-def _activated(settings: Settings, generation: str) -> int:
+def _activated(settings: Settings, generation: str, share: float | None) -> int:
     """Says what this host makes of it: 1 where it will not serve the generation. A machine may only publish."""
     if not settings.serving_file.exists():
         return 0
@@ -187,6 +193,12 @@ def _activated(settings: Settings, generation: str) -> int:
         reason = f" ({known.reason})" if known and known.reason else ""
         state = f"{known.state} here, {known.progress:.0%}{reason}" if known else "not staged here yet"
         print(f"It is {state}, and is served once it is complete.")
+        return 0
+    if share == 0:
+        print("It serves nobody, and is scored beside what is served once API processes have loaded it.")
+        return 0
+    if share is not None and share < 1:
+        print(f"It is served to {share:.2%} of the users once API processes have loaded it.")
         return 0
     try:
         rollout.activate(serving, generation)

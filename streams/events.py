@@ -160,6 +160,9 @@ class ModelEvent(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     uri: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
     sha256: Sha256 | None = None
     activate_when_complete: bool = False
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = (
+        None  # of the users, with activate; None: all, 0: a shadow
+    )
 
 
 class HostReport(msgspec.Struct, omit_defaults=True):
@@ -337,6 +340,8 @@ def model(value: bytes | None) -> ModelEvent:
     if event.action == "stage" and (event.uri is None or event.sha256 is None):
         missing = "uri" if event.uri is None else "sha256"
         raise EventError("malformed", f"a stage event needs `{missing}`", missing)
+    if event.share is not None and event.action != "activate":
+        raise EventError("malformed", "`share` goes with activate alone", "share")
     return event
 
 

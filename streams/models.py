@@ -1,7 +1,7 @@
 """The `models` topic as a log: all its events, in order, for whoever reduces them (rollout.py).
 
-Read from its start by the supervisor, which follows it, and by `python -m streams model`, which asks before it
-publishes whether an event would be refused.
+Read from its start by the supervisor, which follows it, and by `python -m streams model` and the API, which ask before
+they publish whether an event would be refused.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ class ModelsError(RuntimeError):
 class Models:
     """The `models` topic from its start."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ModelsError where there is no such topic."""
-        self._tp = TopicPartition(settings.topic("models"), 0)
+    def __init__(self, settings: Settings, patience_s: float = 60.0) -> None:
+        """`patience_s`: for reading all of it. Raises ModelsError where there is no such topic, or KafkaError."""
+        self._tp, self._patience_s = TopicPartition(settings.topic("models"), 0), patience_s
         self._consumer = KafkaConsumer(
-            bootstrap_servers=settings.kafka_bootstrap.split(","), group_id=None, enable_auto_commit=False
+            bootstrap_servers=settings.kafka_bootstrap.split(","),
+            group_id=None,
+            enable_auto_commit=False,
+            bootstrap_timeout_ms=int(patience_s * 1000),
         )
         if not self._consumer.partitions_for_topic(self._tp.topic):
             self._consumer.close()
@@ -43,9 +46,9 @@ class Models:
         self.following = 0
 
     def read_all(self) -> None:
-        """Everything up to the end as it is now. Raises ModelsError if that takes a minute."""
+        """Everything up to the end as it is now. Raises ModelsError if that takes longer than is waited."""
         end = self._consumer.end_offsets([self._tp])[self._tp]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self._patience_s
         while self._consumer.position(self._tp) < end:
             self.poll(0.5)
             if time.monotonic() > deadline:
@@ -67,11 +70,11 @@ class Models:
         self._consumer.close()
 
 
-def refusal(settings: Settings, event: ModelEvent) -> str:
+def refusal(settings: Settings, event: ModelEvent, patience_s: float = 60.0) -> str:
     """Why the event would be refused by the log as it is now, or why this host, if there is one here, cannot do without
     what would be retired; empty: nothing is against it. Raises ModelsError, KafkaError or Refused.
     """
-    with closing(Models(settings)) as log:
+    with closing(Models(settings, patience_s)) as log:
         log.read_all()
     desired = rollout.reduce_models([*log.events, (log.following, event)])
     why = desired.refused.get(log.following, "")

@@ -11,8 +11,9 @@ Kafka and no Faust.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -44,11 +45,21 @@ class GenerationState(msgspec.Struct, frozen=True, kw_only=True):
     progress: float = 0.0  # 0..1 of the offsets between nothing and `staged_ends`
 
 
+class Canary(msgspec.Struct, frozen=True):
+    """A generation that serves a share of the users, 0 <= share < 1, beside the one that serves the others. With a
+    share of 0 it is a shadow: held ready, and scored beside what is served."""
+
+    generation: str
+    share: float
+
+
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """What this host serves. `decided`: first `models` offset whose event was not yet acted upon."""
 
     active: str | None = None
     previous: str | None = None
+    next: str | None = None  # API processes load it, so that the switch to it finds it warm
+    canary: Canary | None = None
     generations: dict[str, GenerationState] = {}
     decided: int = 0
     refused: dict[str, str] = {}  # offset of a refused `models` event -> reason
@@ -101,12 +112,22 @@ class Staged(msgspec.Struct, frozen=True):
 
 class Desired(msgspec.Struct, frozen=True):
     """What `models` asks for in the end. `wishes`: (offset, generation) to activate, oldest first; the last one that is
-    possible wins. `retired`: what no host may keep, but for one that still serves it."""
+    possible wins. `retired`: what no host may keep, but for one that still serves it. `canary` is never the newest
+    wish."""
 
     staged: dict[str, Staged]
     wishes: list[tuple[int, str]]
     retired: set[str]
     refused: dict[int, str]
+    canary: Canary | None = None
+
+
+def bucket(generation: str, user_id: str) -> float:
+    """Where a user stands among all for this canary, 0 <= bucket < 1: he is of a share that is greater. So those of a
+    share are of every greater one too, on every host, and each canary has users of its own.
+    """
+    digest = hashlib.blake2b(user_id.encode(), digest_size=8, key=generation.encode()).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53  # as many bits as a float has
 
 
 def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
@@ -115,6 +136,7 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
     wishes: list[tuple[int, str]] = []
     errors: dict[int, str] = {}
     retired: set[str] = set()
+    canary: Canary | None = None
     for offset, event in events:
         name = event.generation
         if event.action == "stage":
@@ -133,21 +155,28 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
         elif event.action == "activate":
             if name in retired:
                 errors[offset] = f"generation {name} was retired"
-            else:
+            elif event.share is None or event.share == 1:
                 wishes.append((offset, name))
+            elif why := _alone([wished for _, wished in wishes], name):
+                errors[offset] = why
+            else:
+                canary = Canary(name, event.share)
         elif event.action == "retire":
             if why := _kept([wished for _, wished in wishes], name):
                 errors[offset] = why
             else:
                 retired.add(name)
                 wishes = [wish for wish in wishes if wish[1] != name]
+                canary = _other(canary, name)
         else:
             others = [wish for wish in wishes if wish[1] != name]
             if others:
-                wishes = others
+                wishes, canary = others, _other(canary, name)
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
-    return Desired(staged, wishes, retired, errors)
+        if wishes:
+            canary = _other(canary, wishes[-1][1])  # it is to serve all
+    return Desired(staged, wishes, retired, errors, canary)
 
 
 def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
@@ -164,8 +193,8 @@ def stage(serving: Serving, offset: int, event: ModelEvent) -> Serving:
 
 
 def wait(serving: Serving, generation: str, reason: str) -> Serving:
-    """The same state, and what it waits for; only of those that are prepared or deleted."""
-    known = _expect(serving, generation, ("staged", "retiring", "retired"), "prepared")
+    """The same state, and what it waits for; only of those that are prepared, loaded or deleted."""
+    known = _expect(serving, generation, ("staged", "complete", "former", "retiring", "retired"), "prepared")
     return _with(serving, msgspec.structs.replace(known, reason=reason))
 
 
@@ -202,24 +231,49 @@ def verified(serving: Serving, generation: str, found: Verification) -> Serving:
     return _with(serving, msgspec.structs.replace(known, state=state, reason=found.reason))
 
 
+def prepare(serving: Serving, generation: str | None) -> Serving:
+    """Has API processes load it before it is served; None: nothing. Raises Refused where it is not complete."""
+    if serving.next == generation:
+        return serving
+    out = serving
+    left = serving.generations.get(serving.next or "")
+    if left is not None and left.state in ("complete", "former"):
+        out = _with(out, msgspec.structs.replace(left, reason=""))
+    if generation is not None:
+        _expect(serving, generation, ("complete", "former"), "loaded")
+    return msgspec.structs.replace(out, next=generation)
+
+
 def activate(serving: Serving, generation: str) -> Serving:
     """Makes it the served generation; the one before becomes `former`. Raises Refused where it is not complete."""
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
-    if known.state == "former" and generation != serving.previous:
+    if not _possible(serving, known):
         raise Refused(f"generation {generation} {_TOO_OLD}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
     if serving.active is not None:
         out = _with(out, msgspec.structs.replace(out.generations[serving.active], state="former"))
-    return msgspec.structs.replace(out, active=generation, previous=serving.active)
+    canary = _other(serving.canary, generation)
+    return msgspec.structs.replace(out, active=generation, previous=serving.active, next=None, canary=canary)
+
+
+def canary_of(desired: Desired, serving: Serving) -> Canary | None:
+    """What this host should serve a share of the users from. One that is to serve all does so until it does."""
+    wish, held = desired.canary, serving.canary
+    if wish is None and held is not None and held.generation == pending(desired, serving):
+        return held
+    known = serving.generations.get(wish.generation) if wish is not None else None
+    if known is None or serving.active in (None, known.generation) or not _possible(serving, known):
+        return None
+    return wish
 
 
 def fail(serving: Serving, generation: str, reason: str) -> Serving:
     """Any state but active -> failed. The active generation keeps serving; only its reason is recorded."""
     known = serving.generations[generation]
     state: State = "active" if known.state == "active" else "failed"
-    return _with(serving, msgspec.structs.replace(known, state=state, reason=reason))
+    return _without(_with(serving, msgspec.structs.replace(known, state=state, reason=reason)), generation)
 
 
 def retire(serving: Serving, generation: str) -> Serving:
@@ -227,7 +281,7 @@ def retire(serving: Serving, generation: str) -> Serving:
     known = serving.generations[generation]
     if known.state == "active":
         raise Refused(f"generation {generation} is served and cannot be retired")
-    out = _with(serving, msgspec.structs.replace(known, state="retiring", reason=""))
+    out = _without(_with(serving, msgspec.structs.replace(known, state="retiring", reason="")), generation)
     previous = None if serving.previous == generation else serving.previous
     return msgspec.structs.replace(out, previous=previous)
 
@@ -262,19 +316,19 @@ def try_again(serving: Serving) -> Serving:
 
 
 def wanted(desired: Desired, serving: Serving) -> list[str]:
-    """Staged generations that this host does not know yet and needs: those later than the active one and the pending
-    one, or, where none is active, those from the newest wish on that has not failed."""
+    """Staged generations that this host does not know yet and needs: those later than the active one and those that
+    something waits for, or, where none is active, those from the newest wish on that has not failed."""
     failed = {name for name, known in serving.generations.items() if known.state == "failed"}
     if serving.active is not None:
         since = serving.generations[serving.active].offset + 1
     else:
         hopes = [desired.staged[name].offset for _, name in desired.wishes if name not in failed]
         since = hopes[-1] if hopes else 0
-    waits = pending(desired, serving)
+    waits = waiting(desired, serving)
     return [
         name
         for name, found in desired.staged.items()
-        if (found.offset >= since or name == waits) and name not in serving.generations and name not in desired.retired
+        if (found.offset >= since or name in waits) and name not in serving.generations and name not in desired.retired
     ]
 
 
@@ -300,25 +354,32 @@ def pending(desired: Desired, serving: Serving) -> str | None:
     return None
 
 
+def waiting(desired: Desired, serving: Serving) -> list[str]:
+    """What has to be kept fresh for the sake of a wish: the pending generation and the canary."""
+    canary = desired.canary.generation if desired.canary is not None else None
+    return [name for name in (pending(desired, serving), canary) if name is not None]
+
+
 def explain(desired: Desired, serving: Serving) -> Serving:
-    """Notes at a former generation why the newest wish, which is for it, does not come true."""
-    name = desired.wishes[-1][1] if desired.wishes else ""
-    known = serving.generations.get(name)
-    if known is None or known.state != "former" or name == serving.previous:
-        return serving
-    return _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+    """Notes at a former generation why the newest wish, or a share, which is for it, does not come true."""
+    canaries = [desired.canary.generation] if desired.canary is not None else []
+    for name in [*(name for _, name in desired.wishes[-1:]), *canaries]:
+        known = serving.generations.get(name)
+        if known is not None and known.state == "former" and not _possible(serving, known):
+            serving = _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+    return serving
 
 
-def running(serving: Serving, waits: str | None = None) -> list[str]:
-    """Generations that need jobs: the active one, one former, those staged later than the active one, and that which
-    `waits` to be activated.
+def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
+    """Generations that need jobs: the active one, one former, the canary, those staged later than the active one, and
+    those that something `waits` for.
     """
     since = serving.generations[serving.active].offset if serving.active else -1
+    served = {serving.active, serving.previous, serving.canary.generation if serving.canary else None}
     return [
         name
         for name, known in serving.generations.items()
-        if name in (serving.active, serving.previous)
-        or (known.state in (*UNREADY, "complete") and (known.offset > since or name == waits))
+        if name in served or (known.state in (*UNREADY, "complete") and (known.offset > since or name in waits))
     ]
 
 
@@ -372,8 +433,23 @@ def write(path: Path, serving: Serving) -> None:
 
 
 def _possible(serving: Serving, known: GenerationState) -> bool:
-    """Whether it can be activated now."""
-    return known.state == "complete" or (known.state == "former" and known.generation == serving.previous)
+    """Whether it can be activated now: its rows are all there, and kept fresh."""
+    fresh = {serving.previous, serving.canary.generation if serving.canary else None}
+    return known.state == "complete" or (known.state == "former" and known.generation in fresh)
+
+
+def _other(canary: Canary | None, generation: str) -> Canary | None:
+    """The canary, unless it is this generation."""
+    return None if canary is not None and canary.generation == generation else canary
+
+
+def _alone(wished: list[str], generation: str) -> str:
+    """Why the generation cannot serve a share, by what was wished for (oldest first); empty: it can."""
+    if not wished:
+        return f"there is no generation beside which {generation} could serve a share"
+    if wished[-1] == generation:
+        return f"generation {generation} is the one that serves all; activate another one before it serves a share"
+    return ""
 
 
 def _kept(wished: list[str], generation: str) -> str:
@@ -385,6 +461,12 @@ def _kept(wished: list[str], generation: str) -> str:
         what = f"generation {generation} is the one that a rollback from {newest} would go to"
         return f"{what}; activate another one, or roll back from {generation}, before it is retired"
     return ""
+
+
+def _without(serving: Serving, generation: str) -> Serving:
+    """It is neither to be loaded nor to serve a share."""
+    next_one = None if serving.next == generation else serving.next
+    return msgspec.structs.replace(serving, next=next_one, canary=_other(serving.canary, generation))
 
 
 def _with(serving: Serving, generation: GenerationState) -> Serving:

@@ -36,10 +36,11 @@ def status(settings: Settings) -> int:
     print(f"Kafka: {settings.kafka_bootstrap} {'answers' if _broker_answers(settings) else 'does not answer'}")
     api = f"http://{settings.api_host}:{settings.api_port}"
     print(f"API: {api} {'answers' if _api_answers(settings) else 'does not answer'}")
-    print(f"serving: {serving.active or 'no generation'}")
+    share = f", and {serving.canary.share:.2%} of the users {serving.canary.generation}" if serving.canary else ""
+    print(f"serving: {serving.active or 'no generation'}{share}")
     for known in serving.generations.values():
         print(f"  {_generation(settings, known)}")
-        for looked in (_verification(settings, known), _shadow(settings, known)):
+        for looked in (_verification(settings, known), _shadow(settings, serving, known)):
             if looked:
                 print(f"    {looked}")
     for offset, reason in serving.refused.items():
@@ -77,9 +78,11 @@ def _verification(settings: Settings, known: rollout.GenerationState) -> str:
     return "verified: " * (found.verdict == "yes") + "; ".join([*parts, *found.unsaid])
 
 
-def _shadow(settings: Settings, known: rollout.GenerationState) -> str:
-    """What its shadow found, until it serves all; empty while there is none."""
-    found = rollout.read_shadow(settings.shadow_file(known.generation)) if known.state == "complete" else None
+def _shadow(settings: Settings, serving: rollout.Serving, known: rollout.GenerationState) -> str:
+    """What was found of a shadow; empty where it is none, and while nothing was."""
+    if serving.canary is None or (serving.canary.generation, serving.canary.share) != (known.generation, 0.0):
+        return ""
+    found = rollout.read_shadow(settings.shadow_file(known.generation))
     return f"shadow of {found.against}: {_scores(found)}" if found is not None else ""
 
 

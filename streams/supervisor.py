@@ -11,6 +11,16 @@ more like the result:
               earlier waits until the generation is complete here
     retire    everything of the generation is deleted, in the steps of retire.py
 
+An activation has steps too, and after a kill goes on from the first:
+
+    1  `serving.json` names the generation as `next`: API processes load and warm it
+    2  every API process of the host that says anything has it warm (fleet.py)
+    3  the switch: `serving.json` names it as `active`
+    4  `hosts` is told
+
+A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation. A
+canary is an activation whose switch sets `canary` instead; while its share is 0 a job scores what is asked for with it.
+
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
 repeats nothing.
@@ -42,13 +52,13 @@ from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
 from infra.kafka.wipe import DERIVED
 from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
-from streams import bundles, events, retire, rollout
+from streams import bundles, events, fleet, retire, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.models import Models, ModelsError
 from streams.retire import NotYetError
-from streams.rollout import Refused, Serving
+from streams.rollout import Canary, Refused, Serving
 from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
 
 LOG = logging.getLogger(__name__)
@@ -96,11 +106,18 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
 class Supervisor:
     """`round()` again and again; leaving the `with` stops all jobs."""
 
-    def __init__(self, settings: Settings, retrieval: bool, step: Callable[[int], object] = int) -> None:
-        """`step(number)` is called after each step of retire.py. Raises SupervisorError, ModelsError, BrokerError,
-        TopicError, KafkaError or Refused where it cannot start.
+    def __init__(
+        self,
+        settings: Settings,
+        retrieval: bool,
+        step: Callable[[int], object] = int,
+        activation_step: Callable[[int], object] = int,
+    ) -> None:
+        """`step(number)` is called after each step of retire.py, `activation_step(number)` after each of an activation.
+        Raises SupervisorError, ModelsError, BrokerError, TopicError, KafkaError or Refused where it cannot start.
         """
         self._settings, self._retrieval, self._step = settings, retrieval, step
+        self._activation_step = activation_step
         ensure_topics(settings)
         _check_cluster(settings)
         clear_metrics(settings)
@@ -143,12 +160,13 @@ class Supervisor:
             )
         )
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
-        self._activate(rollout.next_active(desired, self.serving))
+        loading = self._activate(rollout.next_active(desired, self.serving))
+        self._share(rollout.canary_of(desired, self.serving), loading)
         self._put(rollout.explain(desired, self.serving))
         for name in rollout.retiring(desired, self.serving):
             if time.monotonic() >= self._retire_due.get(name, 0.0):
                 self._retire(name)
-        waits = rollout.pending(desired, self.serving)
+        waits = rollout.waiting(desired, self.serving)
         running = rollout.running(self.serving, waits)
         waiting = [name for name in running if self.serving.generations[name].state == "staged"]
         for name in [*waiting, *rollout.wanted(desired, self.serving)]:
@@ -158,7 +176,8 @@ class Supervisor:
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
-        self._hosts.report(self.serving, self._progress)
+        if self.serving.active in self._hosts.report(self.serving, self._progress):
+            self._activation_step(4)
         self._clean_up()
 
     def _bury(self) -> int:
@@ -249,17 +268,46 @@ class Supervisor:
         elif found.verdict == "no":
             LOG.error("generation %s has failed: %s", name, found.reason)
 
-    def _activate(self, name: str | None) -> None:
-        if name is None:
-            return
-        back = name == self.serving.previous  # it was served before, with or without an index
-        if self._retrieval and not back and not self._retrieval_ready(name):
-            return
+    def _activate(self, name: str | None) -> bool:
+        """Whether API processes are loading it."""
+        back = name is not None and name == self.serving.previous  # it was served before, with or without an index
+        if name is None or not (back or self._retrieval_ready(name)):
+            return False
         try:
+            if not back and self.serving.active is not None and not self._warm(name):
+                return True
             self._put(rollout.activate(self.serving, name))
-            LOG.info("generation %s: active", name)
         except Refused as error:
             LOG.warning("activation refused: %s", error)
+            return False
+        LOG.info("generation %s: active", name)
+        self._activation_step(3)
+        return False
+
+    def _share(self, canary: Canary | None, loading: bool) -> None:
+        """Serves it, once it is warm; `loading`: API processes load another generation first."""
+        held, ready = self.serving.canary, False
+        if canary is not None:
+            name = canary.generation
+            known = held is not None and held.generation == name
+            servable = known or name == self.serving.previous or self._retrieval_ready(name)
+            ready = known or (servable and not loading and self._warm(name))
+            loading = loading or (servable and not ready)
+        serving = self.serving if loading else rollout.prepare(self.serving, None)
+        self._put(msgspec.structs.replace(serving, canary=canary if ready else None))
+        if self.serving.canary != held:
+            LOG.info("canary: %s", self.serving.canary)
+
+    def _warm(self, name: str) -> bool:
+        """Whether all API processes could serve it at once; what it waits for is its reason. Raises Refused."""
+        self._put(rollout.prepare(self.serving, name))
+        self._activation_step(1)
+        waits = fleet.waits_for(fleet.reports(self._settings), name, retire.now_ms())
+        self._put(rollout.wait(self.serving, name, waits))
+        if waits:
+            return False
+        self._activation_step(2)
+        return True
 
     def _retire(self, name: str) -> None:
         if self.serving.generations[name].state != "retiring":
@@ -294,6 +342,8 @@ class Supervisor:
             self._put(rollout.wait(self.serving, name, waits.get(name, "")))
 
     def _retrieval_ready(self, name: str) -> bool:
+        if not self._retrieval:
+            return True
         waited = time.monotonic() - self._complete_since.setdefault(name, time.monotonic())
         return (self._settings.generation_dir(name) / "retrieval" / "current").exists() or waited > _RETRIEVAL_S
 
@@ -307,6 +357,9 @@ class Supervisor:
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
             if self._retrieval and state != "filling":
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
+            canary = self.serving.canary
+            if canary is not None and (canary.generation, canary.share) == (name, 0.0):
+                needed[f"shadow-{name}"] = ["api", "shadow", "--generation", name]
             if state == "verifying":
                 needed[f"verify-{name}"] = ["api", "verify", "--generation", name]
         self._jobs.keep(needed)
@@ -395,7 +448,7 @@ class Jobs:
         return name in self._gave_up
 
     def _silent(self, name: str, process: processes.Process) -> bool:
-        if name.startswith("retrieval-"):  # it has no heartbeat, and nobody waits for it
+        if name.startswith(("retrieval-", "shadow-")):  # they have no heartbeat, and nobody waits for them
             return False
         if name.startswith("verify-"):
             return time.monotonic() - self._started.setdefault(name, time.monotonic()) > _VERIFY_S
@@ -415,8 +468,9 @@ class Hosts:
         self._said: dict[str, tuple[str, str]] = {}
         self._due = self._sign_due = 0.0
 
-    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> None:
-        now = time.monotonic()
+    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> list[str]:
+        """The generations of which something was said."""
+        now, told = time.monotonic(), list[str]()
         if now > self._sign_due:
             self._sign_due = now + _SIGN_S
             self._say("", "up", "", None)
@@ -429,8 +483,10 @@ class Hosts:
                 continue
             self._said[name] = said
             self._say(name, known.state, known.reason, progress(name))
+            told.append(name)
         if periodic:
             self._due = now + _REPORT_S
+        return told
 
     def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
         host = self._settings.host

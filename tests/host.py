@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from encoders.fold import Behaviours, ItemFold, reference_scores
 from index.histories import HistoriesReader, HistoriesWriter, StoredBehaviour, StoredProfile
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
+from infra.admin import admin_token
 from infra.settings import Settings, environment
 from streams import rollout
 from tests.conftest import answered, wait_until
@@ -161,6 +163,20 @@ class Host:
         self.serving = rollout.Serving(active=generation, previous=self.serving.active, generations=states)
         rollout.write(self.settings.serving_file, self.serving)
 
+    def prepare(self, generation: str) -> None:
+        """As the supervisor does before it switches."""
+        made = rollout.GenerationState(
+            generation=generation,
+            state="complete",
+            offset=len(self.serving.generations),
+            uri="file:///nowhere",
+            sha256=self.bundles[generation].sha256,
+            progress=1.0,
+        )
+        known = {**self.serving.generations, generation: made}
+        self.serving = rollout.prepare(msgspec.structs.replace(self.serving, generations=known), generation)
+        rollout.write(self.settings.serving_file, self.serving)
+
     def behave(self, behaviours: Sequence[Seen], profiles: dict[str, dict[str, Any] | None] | None = None) -> None:
         """Behaviours and profiles (None erases) into the histories."""
         if self._histories is None:
@@ -235,6 +251,11 @@ class Host:
         return self._client
 
     @property
+    def rights(self) -> dict[str, str]:
+        """Headers of a caller who may change what is served."""
+        return {"authorization": f"Bearer {admin_token(self.settings)}"}
+
+    @property
     def log(self) -> str:
         return (self.settings.state / "api.log").read_text()
 
@@ -283,6 +304,4 @@ class Host:
 
 
 def _json(value: Any) -> bytes:
-    import msgspec
-
     return msgspec.json.encode(value)

@@ -208,7 +208,7 @@ def test_attributes_of_too_many_items(host: Host) -> None:
     ],
 )
 def test_events_name_index_and_field(host: Host, path: str, body: Any, field: str | None) -> None:
-    problem(host.client.post(f"/v1/events/{path}", json=body), 422, field)
+    problem(host.client.post(f"/v1/events/{path}", json=body, headers=host.rights), 422, field)
 
 
 def test_the_line_of_bad_ndjson_is_named(host: Host) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,7 +23,7 @@ from api.retrieval import RetrievalView
 from api.service import Service
 from index.errors import StoreLockedError
 from index.lock import unused
-from streams import rollout
+from streams import fleet, rollout
 from tests.host import HOUR, NOW, Host, Seen, catalogue
 
 ITEMS = catalogue(120)
@@ -196,6 +199,155 @@ def test_a_rollback_under_requests_loads_nothing(own_host: Callable[..., Host]) 
         began = time.monotonic()
         host.wait_for(lambda name=name: served() == name)  # type: ignore[misc]
         print(f"back to {name} after {1000 * (time.monotonic() - began):.0f} ms")
+
+
+def test_no_request_waits_or_fails_at_a_switch_to_what_is_warm(own_host: Callable[..., Host]) -> None:
+    """Two processes say that the next generation is warm; then its bundle is taken away, so that a load would fail, and
+    the switch is made under requests. Prints what they took, and how long the switch took to reach all of them."""
+    host = own_host(api_processes=2)
+    for seed, name in enumerate(("g1", "g2")):
+        filled(host, name, seed)
+    host.behave(PAST, {"u": PROFILE})
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
+    wanted = {name: host.reference(name, PAST, PROFILE, IDS, NOW) for name in ("g1", "g2")}
+    stop, wrong = threading.Event(), list[str]()
+    asked: list[tuple[float, float, str]] = []  # when, seconds, generation
+
+    def ask() -> None:
+        while not stop.is_set():
+            began = time.monotonic()
+            with httpx.Client(base_url=client.base_url, timeout=30.0) as own:  # any of the processes
+                answer = own.post("/v1/score", json=body)
+            found = answer.json()
+            if not answer.is_success:
+                wrong.append(answer.text)
+            elif np.abs(np.array(found["scores"]) - wanted[found["generation"]]).max() > 1e-5:
+                wrong.append(f"not the scores of {found['generation']}")
+            else:
+                asked.append((began, time.monotonic() - began, found["generation"]))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for one in threads:
+        one.start()
+    try:
+        host.prepare("g2")
+        host.wait_for(lambda: [set(one.warm) for one in fleet.reports(host.settings)] == [{"g1", "g2"}] * 2, 60.0)
+        assert not any(name == "g2" for *_, name in asked)
+        found = client.get("/v1/generations").json()
+        assert (found["active"], found["next"]) == ("g1", "g2")
+        folder = host.settings.generation_dir("g2")
+        (folder / "bundle").rename(folder / "away")
+        before = len(asked)
+        host.wait_for(lambda: len(asked) > before + 50 or bool(wrong))
+        switched = time.monotonic()
+        host.activate("g2")
+        host.wait_for(lambda: [name for *_, name in asked[-20:]] == ["g2"] * 20 or bool(wrong))
+    finally:
+        stop.set()
+        for one in threads:
+            one.join()
+    assert wrong == []
+    late = max(began for began, _, name in asked if name == "g1")
+    around = [took for began, took, _ in asked if switched - 0.1 < began < switched + 0.2]
+    others = [took for began, took, _ in asked if began < switched - 0.1]
+    print(
+        f"all on g2 {1000 * max(0.0, late - switched):.0f} ms after the write; requests around it "
+        f"{1000 * np.median(around):.1f} ms (most {1000 * max(around):.1f}), before {1000 * np.median(others):.1f} "
+        f"(most {1000 * max(others):.1f})"
+    )
+    workers = [one.pid for one in fleet.reports(host.settings)]
+    os.kill(workers[0], signal.SIGTERM)
+    host.wait_for(lambda: workers[0] not in [one.pid for one in fleet.reports(host.settings)])
+
+
+def test_a_process_says_why_it_cannot_load_the_next_generation_and_when_it_can(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    filled(host, "g2", seed=1)
+    host.activate("g1")
+    arena = host.settings.generation_dir("g2") / "n2o" / "arena"
+    arena.rename(arena.with_name("away"))
+    arena.write_text("no folder")
+    host.prepare("g2")
+    generations = Generations(host.settings)
+
+    def said() -> str:
+        generations.poll()
+        generations.poll()  # what was loaded is told at the next look
+        (mine,) = fleet.reports(host.settings)
+        assert mine.warm in (["g1"], ["g1", "g2"])
+        return fleet.waits_for([mine], "g2", mine.time)
+
+    assert "generation g2 cannot be loaded: " in said()
+    assert generations.pin().name == "g1"
+    arena.unlink()
+    arena.with_name("away").rename(arena)
+    host.wait_for(lambda: said() == "")
+    rollout.write(host.settings.serving_file, rollout.prepare(host.serving, None))
+    generations.poll()
+    assert (generations.loaded("g2"), generations.pin().name) == (None, "g1")
+
+
+def test_a_canary_serves_its_share_of_the_users_and_no_others(own_host: Callable[..., Host]) -> None:
+    """On two processes, by every route; a greater share keeps its users; nothing is mixed."""
+    host = own_host(api_processes=2)
+    for seed, name in enumerate(("g1", "g2")):
+        filled(host, name, seed)
+        host.retrieval(name)
+    host.behave(PAST, {"u": PROFILE})
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    host.prepare("g2")
+    host.wait_for(lambda: all("g2" in one.warm for one in fleet.reports(host.settings)), 60.0)
+    users = [str(number) for number in range(60)]
+    wanted = {name: host.reference(name, [], None, IDS, NOW) for name in ("g1", "g2")}
+
+    def served() -> set[str]:
+        """Those that g2 serves. Each of the answers is right for the generation that it names."""
+        out = set()
+        for user in users:
+            with httpx.Client(base_url=client.base_url, timeout=30.0) as own:  # any of the processes
+                sent = int(user) if int(user) % 2 else user  # the same user
+                body = {"user_id": sent, "candidates": IDS, "as_of": NOW}
+                found = own.post("/v1/score", json=body).json()
+            np.testing.assert_allclose(found["scores"], wanted[found["generation"]], rtol=0, atol=1e-5)
+            out |= {user} if found["generation"] == "g2" else set()
+        return out
+
+    def share(share: float | None) -> set[str]:
+        canary = None if share is None else rollout.Canary("g2", share)
+        host.serving = msgspec.structs.replace(host.serving, next=None, canary=canary)
+        rollout.write(host.settings.serving_file, host.serving)
+        expected = {user for user in users if rollout.bucket("g2", user) < (share or 0)}
+        host.wait_for(lambda: served() == expected, 60.0)
+        return expected
+
+    few, many = share(0.2), share(0.6)
+    assert served() == many
+    assert set() < few < many < set(users)
+    assert client.get("/v1/generations").json()["canary"] == {"generation": "g2", "share": 0.6}
+
+    for user, name in ((min(many), "g2"), (min(set(users) - many), "g1")):
+        assert client.post(f"/v1/users/{user}/prefetch", json={"as_of": NOW}).json()["generation"] == name
+        found = client.get("/v1/explain", params={"user_id": user, "item_id": IDS[0], "as_of": NOW}).json()
+        assert (found["generation"], found["score"]) == (name, pytest.approx(wanted[name][0], abs=1e-4))
+        found = client.post("/v1/recommend", json={"user_id": user, "as_of": NOW, "k": len(IDS)}).json()
+        assert (found["generation"], found["degraded"]) == (name, [])  # candidates of its own retrieval
+        scores = dict(zip(found["ids"], found["scores"], strict=True))
+        there = [at for at, name in enumerate(IDS) if name in scores]
+        np.testing.assert_allclose([scores[IDS[at]] for at in there], wanted[name][there], rtol=0, atol=1e-5)
+    inline = {"user": {"behaviours": []}, "candidates": IDS, "as_of": NOW}
+    assert {client.post("/v1/score", json=inline).json()["generation"] for _ in range(5)} == {"g1"}
+    metrics = client.get("/metrics").text
+    for name in ("g1", "g2"):
+        labels = f'{{generation="{name}",route="score"}}'
+        assert f"forerank_generation_seconds_count{labels}" in metrics
+        assert f"forerank_generation_best_score_count{labels}" in metrics
+    assert share(None) == set()
 
 
 def test_a_generation_that_was_dropped_is_freed(own_host: Callable[..., Host]) -> None:

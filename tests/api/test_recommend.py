@@ -310,7 +310,11 @@ def test_the_document_describes_every_route(host: Host) -> None:
     events = {f"/v1/events/{kind}" for kind in ("items", "behaviours", "users", "models")}
     ranking = {"/v1/score", "/v1/recommend", "/v1/users/{user_id}/prefetch"}
     looking = {"/v1/explain", "/v1/items/{item_id}", "/v1/generations", "/healthz", "/readyz", "/metrics"}
-    assert set(document["paths"]) == events | ranking | looking
+    actions = {f"/v1/generations/{{generation}}/{name}" for name in ("stage", "activate", "rollback", "retire")}
+    assert set(document["paths"]) == events | ranking | looking | actions
+    secured = {path for path, verbs in document["paths"].items() if any("security" in one for one in verbs.values())}
+    assert secured == actions | {"/v1/events/models"}
+    assert all("401" in document["paths"][path]["post"]["responses"] for path in secured)
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

@@ -29,6 +29,7 @@ _BY_NAME = {field.name: _BY_TYPE[type(field.default)] for field in dataclasses.f
     "kafka_controller_port": _PORT,
     "api_port": _PORT,
     "cross_source": st.sampled_from(["", "http://features:9000", "https://features"]),
+    "admin_token": st.from_regex(r"[A-Za-z0-9._~+/-]{1,20}={0,2}", fullmatch=True),
     "log_level": st.sampled_from(["debug", "info", "warning", "error", "INFO"]),
 }
 
@@ -61,6 +62,14 @@ def test_an_unusable_value_names_its_variable(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=name) as caught:
         load({name: text})
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["two words", "sécret", "line\n"])
+def test_a_token_that_no_header_can_bear_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(SettingsError, match="FORERANK_ADMIN_TOKEN") as caught:
+        load({"FORERANK_ADMIN_TOKEN": token})
+    assert token not in str(caught.value)
+    assert "s3cret" not in repr(load({"FORERANK_ADMIN_TOKEN": "s3cret"}))
 
 
 def test_empty_counts_as_unset() -> None:

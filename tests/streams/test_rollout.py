@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +20,8 @@ def stage(name: str, *, sha: str = "a", when_complete: bool = True) -> ModelEven
     return ModelEvent("stage", name, f"file:///{sha}", sha * 64, when_complete)
 
 
-def activate(name: str) -> ModelEvent:
-    return ModelEvent("activate", name)
+def activate(name: str, share: float | None = None) -> ModelEvent:
+    return ModelEvent("activate", name, share=share)
 
 
 def complete(serving: Serving, name: str) -> Serving:
@@ -182,7 +183,7 @@ def test_an_activation_waits_until_its_generation_is_complete() -> None:
     desired = rollout.reduce_models(log)
     assert (rollout.pending(desired, serving), rollout.next_active(desired, serving)) == ("a", None)
     assert rollout.running(serving) == ["b", "c"]
-    assert rollout.running(serving, "a") == ["a", "b", "c"]
+    assert rollout.running(serving, ["a"]) == ["a", "b", "c"]
     elsewhere = rollout.activate(complete(rollout.stage(Serving(), 1, stage("b")), "b"), "b")
     assert rollout.wanted(desired, elsewhere) == ["a", "c"]
     assert rollout.pending(desired, rollout.fail(serving, "a", "bad")) == "c"
@@ -313,7 +314,7 @@ NAMES = st.sampled_from(NAMES_USED)
 EVENTS = st.lists(
     st.one_of(
         st.builds(stage, NAMES, sha=st.sampled_from("xy"), when_complete=st.booleans()),
-        st.builds(activate, NAMES),
+        st.builds(activate, NAMES, st.sampled_from([None, 0.1, 0.5, 1.0])),
         st.builds(ModelEvent, st.sampled_from(["rollback", "retire"]), NAMES),
     ),
     max_size=12,
@@ -331,7 +332,7 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         desired = rollout.reduce_models(enumerate(log[:end]))
         for name in rollout.wanted(desired, serving):
             serving = rollout.stage(serving, desired.staged[name].offset, desired.staged[name].event)
-        for name in rollout.running(serving, rollout.pending(desired, serving)):
+        for name in rollout.running(serving, rollout.waiting(desired, serving)):
             step = data.draw(st.sampled_from(["stay", "complete", "fail"]))
             if step == "complete" and serving.generations[name].state == "staged":
                 serving = complete(serving, name)
@@ -339,8 +340,12 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
             elif step == "fail":
                 serving = rollout.fail(serving, name, "reason")
         chosen = rollout.next_active(desired, serving)
-        if chosen is not None:
+        if chosen != serving.previous:
+            serving = rollout.prepare(serving, chosen)
+        if chosen is not None and data.draw(st.booleans()):
             serving = rollout.activate(serving, chosen)
+        if data.draw(st.booleans()):
+            serving = msgspec.structs.replace(serving, canary=rollout.canary_of(desired, serving))
         for name in rollout.retiring(desired, serving):
             serving = rollout.retire(serving, name)
             if data.draw(st.booleans()):
@@ -350,6 +355,14 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         assert active == ([serving.active] if serving.active else [])
         assert set(active) <= been_complete
         assert serving.active is None or serving.active in rollout.running(serving)
+        for name in (serving.next, serving.canary.generation if serving.canary else None):
+            assert name is None or serving.generations[name].state in ("complete", "former")
+        if serving.canary is not None:
+            assert serving.canary.generation in rollout.running(serving)
+            assert serving.canary.generation != serving.active
+            assert serving.canary.generation in been_complete
+    if (chosen := rollout.next_active(desired, serving)) is not None:
+        serving = rollout.activate(serving, chosen)
     assert rollout.next_active(desired, serving) is None
     assert rollout.reduce_models(enumerate(log)) == desired
 
@@ -357,11 +370,101 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         waits = rollout.pending(desired, serving)
         if waits is None:
             break
-        assert waits in rollout.wanted(desired, serving) or waits in rollout.running(serving, waits)
+        assert waits in rollout.wanted(desired, serving) or waits in rollout.running(serving, [waits])
         if waits not in serving.generations:
             serving = rollout.stage(serving, desired.staged[waits].offset, desired.staged[waits].event)
         serving = rollout.activate(complete(serving, waits), waits)
     assert rollout.pending(desired, serving) is None
+
+
+@given(EVENTS)
+def test_what_the_log_says_of_shares(log: list[ModelEvent]) -> None:
+    """A model of its own: who serves a share is whoever was given one last and has not been ended since."""
+    desired, expected = rollout.reduce_models([]), None
+    for offset, event in enumerate(log):
+        before, desired = desired, rollout.reduce_models(enumerate(log[: offset + 1]))
+        newest = desired.wishes[-1][1] if desired.wishes else None
+        if offset not in desired.refused:
+            if event.action == "activate" and event.share in (0.1, 0.5):
+                expected = rollout.Canary(event.generation, event.share)
+                assert before.wishes == desired.wishes
+                assert newest not in (None, event.generation)
+            elif expected is not None and expected.generation == event.generation and event.action != "stage":
+                expected = None
+        if expected is not None and expected.generation == newest:
+            expected = None
+        assert desired.canary == expected
+        if offset in desired.refused:
+            assert (desired.canary, desired.wishes) == (before.canary, before.wishes)
+        assert desired.canary is None or desired.canary.generation in desired.staged.keys() - desired.retired
+
+
+@given(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,63}", fullmatch=True), st.text(max_size=40))
+def test_every_user_has_a_place_that_no_share_moves(generation: str, user_id: str) -> None:
+    """So whoever is of a share is of every greater one too."""
+    place = rollout.bucket(generation, user_id)
+    assert 0 <= place < 1
+    assert place == rollout.bucket(generation, user_id)
+
+
+def test_shares_are_as_large_as_they_say_and_canaries_have_users_of_their_own() -> None:
+    users = [f"u{number}" for number in range(20_000)]
+    places = np.array([[rollout.bucket(name, user) for name in ("g1", "g2")] for user in users])
+    for share in (0.01, 0.05, 0.5, 0.99):
+        deviation = np.sqrt(share * (1 - share) / len(users))
+        assert np.abs((places < share).mean(0) - share).max() < 5 * deviation
+    both = (places < 0.5).all(1).mean()
+    assert abs(both - 0.25) < 5 * np.sqrt(0.25 * 0.75 / len(users))
+    assert rollout.bucket("g1", "u1") == 0.2528561231566253  # for ever: a new version moves nobody
+
+
+def test_a_share_ends_with_an_activation_for_all_a_rollback_or_a_retirement() -> None:
+    log = [(0, stage("a")), (1, stage("b", when_complete=False)), (2, activate("b", 0.1))]
+    assert rollout.reduce_models(log).canary == rollout.Canary("b", 0.1)
+    assert rollout.reduce_models([*log, (3, activate("b", 0.3))]).canary == rollout.Canary("b", 0.3)
+    for event in (activate("b"), activate("b", 1.0), ModelEvent("rollback", "b"), retire("b")):
+        desired = rollout.reduce_models([*log, (3, event)])
+        assert (desired.canary, desired.refused) == (None, {})
+    other = [*log, (3, stage("c"))]
+    assert rollout.reduce_models(other).canary == rollout.Canary("b", 0.1)  # beside c now
+    assert rollout.reduce_models([*other, (4, activate("a", 0.1))]).canary == rollout.Canary("a", 0.1)
+
+    refused = rollout.reduce_models([(0, stage("a", when_complete=False)), (1, activate("a", 0.1))]).refused
+    assert refused == {1: "there is no generation beside which a could serve a share"}
+    assert "is the one that serves all" in rollout.reduce_models([(0, stage("a")), (1, activate("a", 0.1))]).refused[1]
+    # what becomes the newest wish by another one's rollback does not fall back to a share later
+    log = [(0, stage("a")), (1, stage("b")), (2, activate("a", 0.1)), (3, ModelEvent("rollback", "b")), (4, stage("c"))]
+    assert rollout.reduce_models(log).canary is None
+
+
+def test_a_host_serves_a_share_when_it_can_and_until_the_same_serves_all() -> None:
+    """Its jobs go on, also as a former generation and when it was staged before the active one."""
+    log = [(0, stage("a", when_complete=False)), (1, stage("b")), (2, activate("a", 0.1))]
+    desired = rollout.reduce_models(log)
+    new = rollout.activate(complete(rollout.stage(Serving(), 1, stage("b")), "b"), "b")
+    assert rollout.wanted(desired, new) == ["a"]
+    serving = rollout.stage(new, 0, stage("a", when_complete=False))
+    assert rollout.canary_of(desired, serving) is None
+    assert rollout.running(serving, rollout.waiting(desired, serving)) == ["b", "a"]
+    serving = complete(serving, "a")
+    canary = rollout.Canary("a", 0.1)
+    assert rollout.canary_of(desired, serving) == canary
+    shared = msgspec.structs.replace(serving, canary=canary)
+    assert rollout.running(shared) == ["b", "a"]
+
+    all_users = rollout.reduce_models([*log, (3, activate("a"))])
+    assert (all_users.canary, rollout.canary_of(all_users, shared)) == (None, canary)
+    served = rollout.activate(shared, "a")
+    assert (served.active, served.previous, served.canary) == ("a", "b", None)
+    assert rollout.canary_of(desired, served) is None
+    for ended in (rollout.fail(shared, "a", "bad"), rollout.retire(shared, "a")):
+        assert (ended.active, ended.canary, rollout.canary_of(desired, ended)) == ("b", None, None)
+
+    back = msgspec.structs.replace(served, canary=rollout.Canary("b", 0.5))  # of the one before
+    third = rollout.activate(complete(rollout.stage(back, 5, stage("c")), "c"), "c")
+    assert (third.previous, third.canary, third.generations["b"].state) == ("a", rollout.Canary("b", 0.5), "former")
+    assert rollout.running(third) == ["b", "a", "c"]
+    assert rollout.activate(third, "b").active == "b"
 
 
 def test_the_file_is_replaced_whole_while_it_is_read(tmp_path: Path) -> None:
@@ -410,4 +513,30 @@ def test_what_a_staged_generation_waits_for_is_forgotten_when_it_fills() -> None
     assert (serving.generations["a"].state, serving.generations["a"].reason) == ("staged", "the broker is away")
     assert rollout.fill(serving, "a", [1]).generations["a"].reason == ""
     with pytest.raises(Refused):
-        rollout.wait(complete(serving, "a"), "a", "the broker is away")
+        rollout.wait(rollout.activate(complete(serving, "a"), "a"), "a", "the broker is away")
+
+
+def test_the_next_generation_is_loaded_before_it_is_served() -> None:
+    serving = rollout.activate(complete(staged("a", "b", "c"), "a"), "a")
+    with pytest.raises(Refused, match="staged and cannot be loaded"):
+        rollout.prepare(serving, "b")
+    serving = complete(complete(serving, "b"), "c")
+    waiting = rollout.wait(rollout.prepare(serving, "b"), "b", "API process 7 has not loaded it yet")
+    assert (waiting.active, waiting.next, waiting.generations["b"].state) == ("a", "b", "complete")
+    assert rollout.prepare(waiting, "b") == waiting
+    served = rollout.activate(waiting, "b")
+    assert (served.active, served.previous, served.next, served.generations["b"].reason) == ("b", "a", None, "")
+
+    other = rollout.prepare(waiting, "c")  # the wish has changed meanwhile
+    assert (other.next, other.generations["b"].reason) == ("c", "")
+    assert rollout.prepare(waiting, None) == serving
+    failed = rollout.fail(waiting, "b", "bad")
+    assert (failed.next, failed.generations["b"].reason) == (None, "bad")
+    assert rollout.fail(waiting, "c", "bad").next == "b"
+    assert rollout.retire(waiting, "b").next is None
+
+
+def test_a_file_of_before_there_was_a_next_generation_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "serving.json"
+    path.write_text('{"active":"a","previous":null,"generations":{},"decided":3,"refused":{},"format":1}')
+    assert rollout.read(path) == Serving(active="a", decided=3)
