@@ -1,17 +1,21 @@
-"""`python -m api serve|retrieval|verify|up|down|demo`: parses, calls once, and turns errors into one sentence."""
+"""`python -m api serve|retrieval|verify|shadow|up|down|demo`: parses, calls once, and says errors in one sentence."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from infra import running, telemetry
 from infra import settings as settings_module
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
+
+_NICE = 5  # of what nobody waits for: a third of the share of others on a machine that is busy
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("--once", action="store_true", help="build it now, and end")
     verify = commands.add_parser("verify", help="whether a complete generation may be served; the supervisor runs it")
     verify.add_argument("--generation", required=True)
+    shadow = commands.add_parser("shadow", help="score recorded requests with a generation that serves nobody")
+    shadow.add_argument("--generation", required=True)
     commands.add_parser("up", help="broker, nearline jobs and API, without demo data")
     commands.add_parser("down", help="stop what up or demo started, and only that")
     demo = commands.add_parser("demo", help="the whole path on a catalogue, step by step")
@@ -75,17 +81,15 @@ def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
             return 1
         print(f"The retrieval index of {options.generation} has {count} items.")
         return 0
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    os.nice(5)  # a late index costs nobody anything; a late answer does
+    stop = _stopped()
+    _give_way()  # a late index costs nobody anything; a late answer does
     rebuild.follow(settings, options.generation, stop)
     return 0
 
 
 def _verify(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.configure_logging(settings, f"verify-{options.generation}")
-    os.nice(10)  # requests and fresh rows go first
+    _give_way()
     from api.verify import verify
     from streams.rollout import Refused
 
@@ -96,6 +100,32 @@ def _verify(settings: Settings, options: argparse.Namespace) -> int:
         return 1
     print(f"Generation {options.generation} is verified." if found.verdict == "yes" else found.reason, flush=True)
     return 0 if found.verdict == "yes" else 1
+
+
+def _shadow(settings: Settings, options: argparse.Namespace) -> int:
+    telemetry.start_metrics(settings)
+    telemetry.configure_logging(settings, f"shadow-{options.generation}")
+    stop = _stopped()
+    _give_way()
+    from api.shadow import follow
+
+    follow(settings, options.generation, stop)
+    return 0
+
+
+def _stopped() -> threading.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _give_way() -> None:
+    """Requests and fresh rows go first. Where the kernel groups processes by session it weighs the groups first."""
+    os.nice(_NICE)
+    with contextlib.suppress(OSError):  # a kernel without groups
+        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 def _up(settings: Settings, _: argparse.Namespace) -> int:
@@ -139,7 +169,15 @@ def _demo(settings: Settings, options: argparse.Namespace) -> int:
     return run(settings, data)
 
 
-_COMMANDS = {"serve": _serve, "retrieval": _retrieval, "verify": _verify, "up": _up, "down": _down, "demo": _demo}
+_COMMANDS = {
+    "serve": _serve,
+    "retrieval": _retrieval,
+    "verify": _verify,
+    "shadow": _shadow,
+    "up": _up,
+    "down": _down,
+    "demo": _demo,
+}
 
 
 if __name__ == "__main__":

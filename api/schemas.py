@@ -124,8 +124,11 @@ class StageRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 class ActivateRequest(Struct, forbid_unknown_fields=True, omit_defaults=True):
     share: Annotated[
-        Annotated[float, Meta(gt=0, le=1)] | None,
-        Meta(description="of the users, the same ones on every host; the others are served as before; default all"),
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(
+            description="of the users, the same ones on every host; the others are served as before; 0: scored, but "
+            "served to nobody; default all"
+        ),
     ] = None
 
 

@@ -90,7 +90,7 @@ def verify(settings: Settings, generation: str) -> Verification:
         later = isinstance(error, NotYetError | StoreMissingError | KafkaError)
         found.verdict, found.reason = "again" if later else "no", f"not verified{' yet' if later else ''}: {error}"
     found.time = time.time_ns() // 1_000_000
-    rollout.write_verification(settings.verification_file(generation), found)
+    rollout.write_beside(settings.verification_file(generation), found)
     return found
 
 
@@ -434,7 +434,7 @@ def _ratio(found: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 def _replay(settings: Settings, new: Generation, live: Generation, result: Verification) -> None:
     """Raises NotVerifiedError."""
     found, deadline = Comparison(), time.monotonic() + _REPLAY_S
-    with _users(settings) as users:
+    with users_of(settings) as users:
         for _, request in newest(settings.requests_dir, KEPT):
             scored = score(request, live, new, users.find)
             if scored is not None:
@@ -472,8 +472,8 @@ def _judge_scores(settings: Settings, found: Comparison) -> None:
 
 
 @contextmanager
-def _users(settings: Settings) -> Iterator[Users]:
-    """Of the host's histories, where it has some."""
+def users_of(settings: Settings) -> Iterator[Users]:
+    """Users of the host's histories, where it has some, for a process that serves nobody."""
     try:
         histories = HistoriesReader(settings.histories_dir)
     except StoreError:

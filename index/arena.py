@@ -36,6 +36,7 @@ PAGE = 4096
 SPARE = 16  # one record in so many is room for what is to come
 LEAST_RECORDS = 1024  # room of an empty arena, and as much beside it in any other
 _TRIES = 8
+_SAMPLED = 1 << 13  # entries that a sample looks at, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,12 +364,12 @@ class ArenaReader:
                 return keys[:count], rows[:count]
 
     def sample(self, count: int, random: np.random.Generator) -> NDArray[np.uint64]:
-        """Keys u8[m, 2] of at most `count` live rows, drawn evenly; all of them where there are not many more. Reads a
-        bounded part of the table, however large it is.
+        """Keys u8[m, 2] of live rows, drawn evenly: `count` of them, all where there are not so many, and fewer only
+        where a large table has become almost empty, because a bounded part of it is read.
         """
         files = self._current()
         entries = files.table.view("<u8").reshape(-1, table.ENTRY // 8)[: files.entries]
-        looked_at = int(count / table.LOAD) * 2  # half of a table may be deleted rows, or room to grow
+        looked_at = max(_SAMPLED, int(count / table.LOAD) * 3)  # most of a table may be deleted rows, or room to grow
         if files.entries > looked_at:
             entries = entries[np.unique(random.integers(files.entries, size=looked_at))]
         low, high, word = (entries[:, at].copy() for at in range(3))

@@ -87,6 +87,10 @@ class Settings:
         """Where the API process at a place listens, if `api_sockets` names a folder; made by the API's parent."""
         return Path(self.api_sockets).resolve() / f"{place}.sock"
 
+    def shadow_file(self, generation: str) -> Path:
+        """How far its scores are from the active generation's; written by its shadow, atomically."""
+        return self.generation_dir(generation) / "shadow.json"
+
     @property
     def admin_token_file(self) -> Path:
         """Made by whoever needs it first, if the setting names no token (infra/admin.py)."""

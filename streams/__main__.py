@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
     model.add_argument(
-        "--share", type=float, help="with activate: of the users, 0 .. 1; the others are served as before"
+        "--share", type=float, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
     )
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
@@ -197,6 +197,9 @@ def _activated(settings: Settings, generation: str, share: float | None) -> int:
         reason = f" ({known.reason})" if known and known.reason else ""
         state = f"{known.state} here, {known.progress:.0%}{reason}" if known else "not staged here yet"
         print(f"It is {state}, and is served once it is complete.")
+        return 0
+    if share == 0:
+        print("It serves nobody, and is scored beside what is served once API processes have loaded it.")
         return 0
     if share is not None and share < 1:
         print(f"It is served to {share:.2%} of the users once API processes have loaded it.")

@@ -160,7 +160,9 @@ class ModelEvent(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     uri: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
     sha256: Sha256 | None = None
     activate_when_complete: bool = False
-    share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None  # of the users, with activate; None: all
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = (
+        None  # of the users, with activate; None: all, 0: a shadow
+    )
 
 
 class HostReport(msgspec.Struct, omit_defaults=True):

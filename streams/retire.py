@@ -39,7 +39,7 @@ from streams.groups import GroupError, group_admin
 from streams.hosts import HostsError, read_hosts
 
 Step = Callable[[int], object]
-_JOBS = ("encode", "replicate", "reconcile", "retrieval", "verify")
+_JOBS = ("encode", "replicate", "reconcile", "retrieval", "verify", "shadow")
 _LOGS = (".json", ".log", ".log.1")
 _STOP_S = 10.0
 

@@ -49,7 +49,8 @@ class GenerationState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Canary(msgspec.Struct, frozen=True):
-    """A generation that serves a share of the users, 0 < share < 1, beside the one that serves the others."""
+    """A generation that serves a share of the users, 0 <= share < 1, beside the one that serves the others. With a
+    share of 0 it is a shadow: held ready, and scored beside what is served."""
 
     generation: str
     share: float
@@ -92,6 +93,19 @@ class Verification(msgspec.Struct, kw_only=True, omit_defaults=True):
     spread: float | None = None  # standard deviation of the scores over the active generation's
     overlap: float | None = None  # mean share of the best 100 that are the same
     unsaid: list[str] = []
+
+
+class Shadow(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the scores of a generation that serves nobody are from those of the active one (`against`), by recorded
+    requests: `shadow.json` in its folder. Figures as in `Verification`."""
+
+    against: str
+    time: int
+    requests: int
+    not_finite: int
+    shift: float | None
+    spread: float | None
+    overlap: float | None
 
 
 class Staged(msgspec.Struct, frozen=True):
@@ -426,7 +440,15 @@ def read_verification(path: Path) -> Verification | None:
         return Verification(verdict="again", reason=f"{path} is no verification: {error}")
 
 
-def write_verification(path: Path, found: Verification) -> None:
+def read_shadow(path: Path) -> Shadow | None:
+    """None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Shadow)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def write_beside(path: Path, found: Verification | Shadow) -> None:
     """Replaces the file in one step."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))

@@ -19,6 +19,7 @@ from streams import bundles, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport
 from streams.hosts import HostsError, read_hosts
+from streams.rollout import Shadow, Verification
 from streams.worker import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
@@ -42,8 +43,9 @@ def status(settings: Settings) -> int:
     print(f"serving: {serving.active or 'no generation'}{share}")
     for known in serving.generations.values():
         print(f"  {_generation(settings, known)}")
-        if looked := _verification(settings, known):
-            print(f"    {looked}")
+        for looked in (_verification(settings, known), _shadow(settings, serving, known)):
+            if looked:
+                print(f"    {looked}")
     for offset, reason in serving.refused.items():
         print(f"  refused (models offset {offset}): {reason}")
     for process in processes.listing(settings.state / "logs"):
@@ -106,19 +108,31 @@ def _verification(settings: Settings, known: rollout.GenerationState) -> str:
     if found.unencodable:
         parts[0] += f", {found.unencodable} cannot be encoded"
     if found.requests:
-        figures = [
-            ("mean score", found.shift, "+.2f", " deviations"),
-            ("spread", found.spread, ".2f", " times"),
-            ("best 100", found.overlap, ".0%", " the same"),
-        ]
-        said = [f"{name} {value:{form}}{unit}" for name, value, form, unit in figures if value is not None]
-        parts.append(f"{found.requests} requests, " + ", ".join(said))
+        parts.append(_scores(found))
     return "verified: " * (found.verdict == "yes") + "; ".join([*parts, *found.unsaid])
+
+
+def _shadow(settings: Settings, serving: rollout.Serving, known: rollout.GenerationState) -> str:
+    """What was found of a shadow; empty where it is none, and while nothing was."""
+    if serving.canary is None or (serving.canary.generation, serving.canary.share) != (known.generation, 0.0):
+        return ""
+    found = rollout.read_shadow(settings.shadow_file(known.generation))
+    return f"shadow of {found.against}: {_scores(found)}" if found is not None else ""
+
+
+def _scores(found: Verification | Shadow) -> str:
+    figures = [
+        ("mean score", found.shift, "+.2f", " deviations"),
+        ("spread", found.spread, ".2f", " times"),
+        ("best 100", found.overlap, ".0%", " the same"),
+    ]
+    said = [f"{name} {value:{form}}{unit}" for name, value, form, unit in figures if value is not None]
+    return ", ".join([f"{found.requests} requests", *said])
 
 
 def _told(settings: Settings, process: processes.Process) -> str:
     """What the job says of itself; those of the API's side say nothing."""
-    if process.name.startswith(("retrieval-", "verify-")):
+    if process.name.startswith(("retrieval-", "verify-", "shadow-")):
         return ""
     beat = read_heartbeat(settings.heartbeat_dir, process.name)
     if beat is None or beat.pid != process.pid:

@@ -19,7 +19,7 @@ An activation has steps too, and after a kill goes on from the first:
     4  `hosts` is told
 
 A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation. A
-canary is an activation whose switch sets `canary` instead.
+canary is an activation whose switch sets `canary` instead; while its share is 0 a job scores what is asked for with it.
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
@@ -395,6 +395,9 @@ class Supervisor:
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
             if self._retrieval and state != "filling" and self.serving.generations[name].reason != rollout.REMADE:
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
+            canary = self.serving.canary
+            if canary is not None and (canary.generation, canary.share) == (name, 0.0):
+                needed[f"shadow-{name}"] = ["api", "shadow", "--generation", name]
             if state == "verifying":
                 needed[f"verify-{name}"] = ["api", "verify", "--generation", name]
         self._jobs.keep(needed)
@@ -497,7 +500,7 @@ class Jobs:
         return name in self._gave_up
 
     def _silent(self, name: str, process: processes.Process) -> bool:
-        if name.startswith("retrieval-"):  # it has no heartbeat, and nobody waits for it
+        if name.startswith(("retrieval-", "shadow-")):  # they have no heartbeat, and nobody waits for them
             return False
         if name.startswith("verify-"):
             return time.monotonic() - self._started.setdefault(name, time.monotonic()) > _VERIFY_S

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,9 +21,11 @@ from api.recording import KEPT, Recorder, newest
 from api.replay import Comparison, Scored
 from api.schemas import InlineUser, Query
 from infra.settings import Settings
+from streams import rollout
+from streams.rollout import Shadow
 from tests.api.conftest import USERS, behaviours_of
 from tests.conftest import wait_until
-from tests.host import NOW, Host, catalogue
+from tests.host import NOW, CatalogueItem, Host, Seen, catalogue
 
 
 def scored(live: Any, new: Any) -> Scored:
@@ -155,3 +160,68 @@ def test_each_form_of_a_ranking_request_is_recorded_with_what_scores_it_again(
         assert abs(one.time - time.time() * 1000) < 60_000
     assert folder.exists() is bool(per_s)
     assert msgspec.json.decode(client.get("/v1/generations").content)["active"] == "g1"
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_shadow_scores_what_is_asked_for_in_a_process_of_its_own(own_host: Callable[..., Host]) -> None:
+    """g2 is g1 again, g3 another model; g1 serves all the while."""
+    host = own_host(record_per_s=1000.0)
+    items = catalogue(300)
+    for name, seed in (("g3", 3), ("g2", 1), ("g1", 1)):
+        host.bundle(name, seed)
+        host.write(name, items)
+    host.behave(behaviours_of(items), dict(USERS))
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    ids = [item.item_id for item in items]
+
+    def ask() -> None:
+        answer = client.post("/v1/score", json={"user_id": "anna", "candidates": ids, "as_of": NOW}).json()
+        assert answer["generation"] == "g1"
+
+    def shadow_of(name: str) -> Shadow | None:
+        return rollout.read_shadow(host.settings.shadow_file(name))
+
+    def seen(name: str) -> bool:
+        found = shadow_of(name)
+        return found is not None and found.requests >= 10
+
+    shadows = [
+        subprocess.Popen([sys.executable, "-m", "api", "shadow", "--generation", name], env=host.environ())
+        for name in ("g2", "g3")
+    ]
+    try:
+        for _ in range(10):
+            ask()
+        for name in ("g2", "g3"):
+            wait_until(lambda name=name: seen(name), f"{name} has scored ten requests", 150.0)  # type: ignore[misc]
+        same, other = shadow_of("g2"), shadow_of("g3")
+        assert same is not None
+        assert other is not None
+        assert (same.against, same.shift, same.spread, same.overlap) == ("g1", 0.0, 1.0, 1.0)
+        assert (other.against, other.not_finite) == ("g1", 0)
+        wanted = [
+            host.reference(name, anna(items), USERS["anna"], ids, NOW).astype(np.float64) for name in ("g1", "g3")
+        ]
+        assert other.shift == pytest.approx((wanted[1].mean() - wanted[0].mean()) / wanted[0].std(), abs=1e-3)
+        assert other.spread == pytest.approx(wanted[1].std() / wanted[0].std(), rel=1e-3)
+        text = client.get("/metrics").text
+        assert re.search(r'forerank_shadow\{figure="overlap",generation="g2"\} 1\.0', text)
+        host.activate("g3")
+        wait_until(
+            lambda: (found := shadow_of("g2")) is not None and found.against == "g3", "it is against g3 now", 150.0
+        )
+        for process in shadows:
+            process.terminate()
+            assert process.wait(30) == 0
+    finally:
+        for process in shadows:
+            process.kill()
+            process.wait()
+
+
+def anna(items: Sequence[CatalogueItem]) -> list[Seen]:
+    return [one for one in behaviours_of(items) if one.user_id == "anna"]

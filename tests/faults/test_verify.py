@@ -28,6 +28,7 @@ from index.layout import RowLayout, aligned_empty
 from index.n2o import DELETED, ROW, N2OWriter, RowBatch
 from index.row_codec import HEADER
 from infra import processes
+from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events, rollout
 from streams.events import partition_of
@@ -105,6 +106,7 @@ def test_a_good_one_is_verified_however_often_its_verification_is_killed_and_a_d
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
 ) -> None:
     host = settings(partitions=2)
+    ensure_topics(host)
     bodies = [*bodies_of(300), {"item_id": "1", "version": 2, "deleted": True}, {"item_id": "unfit", "version": 1}]
 
     def diverge(model: Any) -> None:
@@ -147,6 +149,7 @@ def test_rows_that_are_missing_or_damaged_are_found_and_what_is_live_serves_on(
     """Neither shows in counts and digests, which know ids and versions: a number of one row is another one, in the
     store from which the arena is made; and a row is deleted that the topic has."""
     host = settings(partitions=2)
+    ensure_topics(host)
     with supervised(host) as supervisor, Publisher(host) as publisher:
         publisher.items(bodies_of(200))
         wait_until(lambda: sum(Chain(host, bundle_path).end_offsets("items")) == 200, "ingest wrote items")
@@ -209,6 +212,7 @@ def test_recorded_requests_are_scored_by_both_and_scores_that_ran_away_fail_it(
     settings: Callable[..., Settings], bundle_path: Path, tmp_path: Path
 ) -> None:
     host = settings(partitions=2, record_per_s=1000.0)
+    ensure_topics(host)
     bodies = bodies_of(300)
     ids = [body["item_id"] for body in bodies]
 
@@ -240,16 +244,38 @@ def test_recorded_requests_are_scored_by_both_and_scores_that_ran_away_fail_it(
             found = found_of(host, "same")
             assert (found.verdict, found.requests, found.unsaid) == ("yes", 6, [])
             assert (found.shift, found.spread, found.overlap) == (pytest.approx(0, abs=1e-6), pytest.approx(1), 1.0)
-            assert (
-                "6 requests, mean score +0.00 deviations, spread 1.00 times, best 100 100% the same"
-                in command(host, "status").stdout
-            )
+            told = command(host, "status").stdout
+            assert "6 requests, mean score +0.00 deviations, spread 1.00 times, best 100 100% the same" in told
+            _shadowed(host, publisher, client, bundle_path, ids)
+
+
+def _shadowed(host: Settings, publisher: Publisher, client: httpx.Client, bundle: Path, ids: list[object]) -> None:
+    """`activate` with a share of 0: scored by a job, served to nobody, until the share ends."""
+    stage(publisher, bundle, "shade", activate=False)
+    publisher.models([{"action": "activate", "generation": "shade", "share": 0}])
+    wait_until(lambda: "shadow-shade" in jobs(host), "its shadow runs", DEADLINE_S)
+
+    def compared() -> bool:
+        answer = client.post("/v1/score", json={"user_id": "u9", "candidates": ids}).json()
+        assert answer["generation"] == "same"
+        found = rollout.read_shadow(host.shadow_file("shade"))
+        return found is not None and found.requests > 6
+
+    wait_until(compared, "it has scored what is asked for", DEADLINE_S)
+    found = rollout.read_shadow(host.shadow_file("shade"))
+    assert found is not None
+    assert (found.against, found.overlap, found.not_finite) == ("same", 1.0, 0)
+    assert "shadow of same: " in command(host, "status").stdout
+    publisher.models([{"action": "rollback", "generation": "shade"}])
+    wait_until(lambda: "shadow-shade" not in jobs(host), "its shadow is over", DEADLINE_S)
+    assert serving(host).active == "same"
 
 
 def test_a_broker_that_is_away_is_no_fault_of_the_generation(
     settings: Callable[..., Settings], bundle_path: Path
 ) -> None:
     host = settings(partitions=2)
+    ensure_topics(host)
     with supervised(host) as supervisor, Publisher(host) as publisher:
         publisher.items(bodies_of(20))
         stage(publisher, bundle_path, "a")

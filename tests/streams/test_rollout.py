@@ -69,7 +69,7 @@ def test_what_is_filled_is_complete_once_it_is_verified_and_an_activation_waits_
     path = tmp_path / "verify.json"
     assert rollout.read_verification(path) is None
     found = Verification(verdict="no", reason="x", rows=3, error=0.5, shift=-1.5, unsaid=["y"])
-    rollout.write_verification(path, found)
+    rollout.write_beside(path, found)
     assert rollout.read_verification(path) == found
     path.write_text("{")
     torn = rollout.read_verification(path)
