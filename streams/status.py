@@ -53,7 +53,16 @@ def _generation(settings: Settings, known: rollout.GenerationState) -> str:
         progress = ArenaReader.open(folder / "n2o", bundles.layout_of(folder / "bundle")).progress()
         rows = f", {progress.count.sum()} rows"
     reason = f" ({known.reason})" if known.reason else ""
-    return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{reason}"
+    fills = _fill(settings, known.generation) if known.state == "filling" else ""
+    return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{fills}{reason}"
+
+
+def _fill(settings: Settings, generation: str) -> str:
+    """How fast its encoder reads, and how long at that rate; nothing before it does."""
+    beat = read_heartbeat(settings.heartbeat_dir, f"encode-{generation}")
+    if beat is None or beat.rate < 1:
+        return ""
+    return f", {beat.rate:.0f}/s, {beat.lag} waiting, {beat.lag / beat.rate:.0f} s to go"
 
 
 def _told(settings: Settings, process: processes.Process) -> str:
@@ -69,7 +78,8 @@ def _told(settings: Settings, process: processes.Process) -> str:
         return f", silent for {silent:.0f} s, then {beat.state}{reason}"
     behind = f" for up to {beat.lag_s:.0f} s" if beat.lag and beat.lag_s >= 1 else ""
     dead = f", {beat.dead} dead letters" if beat.dead else ""
-    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{behind}{dead}{reason}"
+    rate = f" ({beat.rate:.0f}/s)" if beat.rate >= 1 else ""
+    return f", {beat.state}, {beat.handled} records handled{rate}, {beat.lag} waiting{behind}{dead}{reason}"
 
 
 def _supervised(settings: Settings) -> bool:
