@@ -17,7 +17,7 @@ from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 from streams import bundles, rollout
 from streams.bundles import BundleFileError
-from streams.worker import read_heartbeat
+from streams.heartbeat import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
 _ANSWER_S = 3.0

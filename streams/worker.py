@@ -17,11 +17,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import faust
-import msgspec
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from faust.sensors import Monitor
@@ -34,6 +32,7 @@ from infra.telemetry import counter, gauge
 from streams.bulk import BulkReadError
 from streams.events import EventError, Header, dead_letter_headers, fitting_headers, header, header_list
 from streams.groups import GroupError
+from streams.heartbeat import Heartbeat
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -62,36 +61,6 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Sequence[Header] | Mapping[str, bytes]
-
-
-class Heartbeat(msgspec.Struct):
-    """What a job says about itself every second, in `<heartbeat_dir>/<job>.json`. Times in ms, lag in records."""
-
-    job: str
-    pid: int
-    time: int = 0
-    state: str = "starting"
-    handled: int = 0
-    lag: int = 0
-    lag_s: float = 0.0  # the oldest record that waits has waited so long at most
-    rate: float = 0.0  # records handled a second, over the last ten seconds
-    dead: int = 0  # records sent to a dead-letter topic since the process started
-    reason: str = ""
-    status: int = 0  # exit status, once stopped
-
-    def write(self, folder: Path) -> None:
-        self.time = time.time_ns() // 1_000_000
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f"{self.job}.json.new"
-        new.write_bytes(msgspec.json.encode(self))
-        new.replace(folder / f"{self.job}.json")
-
-
-def read_heartbeat(folder: Path, job: str) -> Heartbeat | None:
-    try:
-        return msgspec.json.decode((folder / f"{job}.json").read_bytes(), type=Heartbeat)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
 
 
 class Outgoing(NamedTuple):

@@ -21,8 +21,9 @@ from streams import events
 from streams.encode import prepare
 from streams.events import Item
 from streams.groups import group_admin
+from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
-from streams.worker import Job, read_heartbeat
+from streams.worker import Job
 from tests.conftest import wait_until
 from tests.streams.chain import EMBEDDING, Chain, Expected, check_rows, item_body, oracle, patch_body, running_chain
 

@@ -26,8 +26,8 @@ from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
 from streams.events import ModelEvent
+from streams.heartbeat import Heartbeat
 from streams.status import status
-from streams.worker import Heartbeat
 from tests.conftest import free_ports
 from tests.rows import batch_of
 from tests.streams.chain import ROOT
