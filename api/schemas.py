@@ -285,6 +285,9 @@ class GenerationStatus(Struct, kw_only=True):
     completeness: float
     covered: Annotated[list[int], Meta(description="last `items` offset covered, per partition")]
     rows: int = 0
+    rate: Annotated[float, Meta(description="`items` records that its encoder on this host handles a second")] = 0.0
+    lag: Annotated[int, Meta(description="`items` records that wait for it")] = 0
+    eta_s: Annotated[float | None, Meta(description="until none would wait at that rate, while it fills")] = None
     arena_bytes: int = 0
     last_change: Annotated[
         int | None, Meta(description="when rows last changed, as this process saw it, ms; null: not since it started")

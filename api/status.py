@@ -10,6 +10,7 @@ from index.arena import ArenaReader
 from index.errors import StoreError
 from index.layout import LayoutError
 from infra.settings import Settings
+from streams.heartbeat import read_heartbeat
 from streams.rollout import GenerationState
 
 
@@ -41,6 +42,11 @@ def _status(settings: Settings, generations: Generations, state: GenerationState
         completeness=state.progress,
         covered=state.covered,
     )
+    beat = read_heartbeat(settings.heartbeat_dir, f"encode-{name}")
+    if beat is not None and beat.state != "stopped":
+        out.rate, out.lag = beat.rate, beat.lag
+        if state.state == "filling" and beat.rate >= 1:
+            out.eta_s = round(beat.lag / beat.rate, 1)
     if arena is not None:
         progress, size = arena.progress(), arena.size()
         out.rows = int(progress.count.sum())

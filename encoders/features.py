@@ -181,7 +181,6 @@ class ItemEncoder:
         attributes: list[float] = []
         batch = self._bags.batch()
         for row, item in enumerate(items):
-            mark = batch.mark()
             try:
                 batch.add(item.features)
                 slots = self._slots_of(item.crosses)
@@ -189,7 +188,7 @@ class ItemEncoder:
                 embedding = self._embedding_of(item.embedding)
             except (FeatureError, TypeError, AttributeError, OverflowError) as error:
                 errors[row] = str(error)
-                batch.reset(mark)
+                batch.reset(row)
                 batch.add({})
                 slots, values, embedding = self._no_slots, self._no_numbers, self._no_embedding
             crosses += slots
@@ -286,7 +285,7 @@ class _Bags:
 
 
 class _Batch:
-    """Columns under construction; `mark` and `reset` undo a row that failed half way."""
+    """Columns under construction; `reset` undoes a row that failed half way."""
 
     def __init__(self, bags: _Bags) -> None:
         self._of = bags
@@ -294,11 +293,11 @@ class _Batch:
         self._offsets: list[int] = []
         self._numerics: list[float] = []
 
-    def mark(self) -> tuple[int, int, int]:
-        return len(self._ids), len(self._offsets), len(self._numerics)
-
-    def reset(self, mark: tuple[int, int, int]) -> None:
-        del self._ids[mark[0] :], self._offsets[mark[1] :], self._numerics[mark[2] :]
+    def reset(self, rows: int) -> None:
+        """Back to so many rows."""
+        bags = rows * len(self._of.memos)
+        del self._ids[self._offsets[bags] if bags < len(self._offsets) else len(self._ids) :]
+        del self._offsets[bags:], self._numerics[rows * len(self._of.numerics) :]
 
     def add(self, features: Mapping[str, Any]) -> None:
         ids = self._ids

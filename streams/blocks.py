@@ -126,6 +126,10 @@ def split(batch: RowBatch, layout: RowLayout, max_bytes: int = MAX_BLOCK_BYTES) 
     Each piece covers up to its last row; the last one has the batch's `covered` and fill proof.
     """
     per_row = _PER_ROW + layout.hot.itemsize + layout.cold.itemsize
+    at_most = 4 * sum(map(len, batch.ids)) + sum(map(len, batch.attributes)) + len(batch.ids) * per_row  # UTF-8
+    if _HEAD.size + at_most <= max_bytes:
+        yield batch
+        return
     start, size = 0, _HEAD.size
     for row, (text, attributes) in enumerate(zip(batch.ids, batch.attributes, strict=True)):
         more = per_row + len(text.encode()) + len(attributes)

@@ -233,21 +233,36 @@ def _item(record: Record) -> Item:
     return Item(item_id, version, record.timestamp, record.timestamp, True)
 
 
-async def prepare(job: Job, generation: str) -> Plan:
-    """Loads the bundle; fills the generation if its group has no offsets, or catches up in bulk if it is far behind."""
+async def prepare(job: Job, generation: str, step: Callable[[int], object] = int) -> Plan:
+    """Loads the bundle; fills the generation if its group has no offsets, or catches up in bulk if it is far behind. A
+    fill leaves the processors to others; a generation that catches up may be served. Before the group is joined:
+
+        1  all blocks, of a fill with the proof, are acknowledged
+        2  the group's offsets are committed
+
+    `step(number)` is called after each. Killed before 2, all of it is repeated.
+    """
     settings, topic = job.settings, job.settings.topic("items")
     try:
         bundle = await asyncio.to_thread(load_bundle, settings.generation_dir(generation) / "bundle")
     except BundleError as error:
         raise JobError(f"bad bundle: {error}", BAD_BUNDLE) from error
     torch.set_num_threads(1)
-    encode = Encode(settings, generation, bundle, job.send, lambda: _offsets(job, topic)[1])
+
+    def encode(send: Send) -> Encode:
+        return Encode(settings, generation, bundle, send, lambda: _offsets(job, topic)[1])
+
     committed, ends = await asyncio.to_thread(_offsets, job, topic)
     starts = bulk_starts(committed, ends)
     if starts is not None:
-        committed = await fill(job, encode, topic, starts)
+        if starts:
+            committed = await fill(job, encode(job.send), topic, starts)
+        else:
+            committed = await job.in_background(lambda send: fill(job, encode(send), topic, []))
+        step(1)
         await asyncio.to_thread(_commit, job, topic, committed)
-    return Plan({topic: committed}, encode)
+        step(2)
+    return Plan({topic: committed}, encode(job.send))
 
 
 def _offsets(job: Job, topic: str) -> tuple[list[int], list[int]]:

@@ -31,7 +31,7 @@ from index.n2o import N2OWriter
 from infra.settings import Settings
 from streams.bulk import open_reader
 from streams.encode import Encode
-from streams.fill import Proof, chunks
+from streams.fill import Proof, as_records
 from streams.groups import group_admin
 from streams.worker import BAD_BUNDLE, Job, JobError
 
@@ -77,7 +77,8 @@ async def _reconcile(job: Job, encode: Encode, writer: N2OWriter, topic: str, by
     # the older record before it was read, and the block of the newer one may have no more than a patch.
     for _ in range(2):
         async with open_reader(settings, settings.topic("items"), ends or None) as reader:
-            async for by_partition in chunks(reader.batches()):
+            async for found in reader.batches():
+                by_partition = as_records(found)
                 covered = {partition: records[-1].offset for partition, records in by_partition.items()}
                 batches, _refused = encode.rows(by_partition, covered)  # encode has sent their dead letters
                 proof.add(batches)

@@ -23,7 +23,8 @@ from pathlib import Path
 from index.arena import ArenaReader
 from index.errors import StoreError
 from index.layout import RowLayout
-from index.n2o import N2OWriter
+from index.n2o import N2OWriter, RowBatch
+from infra.priority import Background
 from infra.settings import Settings
 from infra.telemetry import counter
 from streams import blocks
@@ -45,6 +46,7 @@ class Replicate:
         """`following`: offset of the next block per partition."""
         self._writer, self._layout, self._following = writer, layout, list(following)
         self._hops = Hops()
+        self._background = None if writer.progress().filled.all() else Background()
 
     async def batch(self, records: Sequence[Record]) -> None:
         batches = []
@@ -63,11 +65,21 @@ class Replicate:
         if batches:
             before = self._writer.progress()
             without_row = self._writer.without_row
-            self._writer.apply(batches)  # 2
+            await self._apply(batches)  # 2
             if without_row < self._writer.without_row:
                 meaning = "Patches of attributes whose item had no row, because it could not be encoded"
                 counter("forerank_patches_without_row", meaning).inc(self._writer.without_row - without_row)
             self._hops.observe([batch for batch, _ in batches], before, time.time_ns() // 1_000_000)
+
+    async def _apply(self, batches: list[tuple[RowBatch, int]]) -> None:
+        """Leaves the processors to others until the generation is filled."""
+        if self._background is None:
+            self._writer.apply(batches)
+            return
+        await asyncio.wrap_future(self._background.submit(lambda: self._writer.apply(batches)))
+        if self._writer.progress().filled.all():
+            self._background.close()
+            self._background = None
 
     def close(self) -> None:
         self._writer.close()

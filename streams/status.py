@@ -18,9 +18,9 @@ from infra.settings import Settings
 from streams import bundles, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport
+from streams.heartbeat import read_heartbeat
 from streams.hosts import HostsError, read_hosts
 from streams.rollout import Shadow, Verification
-from streams.worker import read_heartbeat
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
 _ANSWER_S = 3.0
@@ -63,7 +63,16 @@ def _generation(settings: Settings, known: rollout.GenerationState) -> str:
         progress = ArenaReader.open(folder / "n2o", bundles.layout_of(folder / "bundle")).progress()
         rows = f", {progress.count.sum()} rows"
     reason = f" ({known.reason})" if known.reason else ""
-    return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{reason}"
+    fills = _fill(settings, known.generation) if known.state == "filling" else ""
+    return f"{known.generation}: {known.state}, {known.progress:.0%}{rows}{fills}{reason}"
+
+
+def _fill(settings: Settings, generation: str) -> str:
+    """How fast its encoder reads, and how long at that rate; nothing before it does."""
+    beat = read_heartbeat(settings.heartbeat_dir, f"encode-{generation}")
+    if beat is None or beat.rate < 1:
+        return ""
+    return f", {beat.rate:.0f}/s, {beat.lag} waiting, {beat.lag / beat.rate:.0f} s to go"
 
 
 def _others(settings: Settings) -> None:
@@ -143,7 +152,8 @@ def _told(settings: Settings, process: processes.Process) -> str:
         return f", silent for {silent:.0f} s, then {beat.state}{reason}"
     behind = f" for up to {beat.lag_s:.0f} s" if beat.lag and beat.lag_s >= 1 else ""
     dead = f", {beat.dead} dead letters" if beat.dead else ""
-    return f", {beat.state}, {beat.handled} records handled, {beat.lag} waiting{behind}{dead}{reason}"
+    rate = f" ({beat.rate:.0f}/s)" if beat.rate >= 1 else ""
+    return f", {beat.state}, {beat.handled} records handled{rate}, {beat.lag} waiting{behind}{dead}{reason}"
 
 
 def _supervised(settings: Settings) -> bool:

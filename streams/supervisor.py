@@ -56,10 +56,11 @@ from streams import bundles, events, fleet, retire, rollout
 from streams.bundles import BundleFileError
 from streams.events import HostReport, ModelEvent
 from streams.groups import GroupError, group_admin
+from streams.heartbeat import read_heartbeat
 from streams.models import Models, ModelsError
 from streams.retire import NotYetError
 from streams.rollout import Canary, Refused, Serving
-from streams.worker import BAD_BUNDLE, DONE, NEEDS_REFILL, Record, dead_letter, read_heartbeat
+from streams.worker import BAD_BUNDLE, DONE, NEEDS_REFILL, Record, dead_letter
 
 LOG = logging.getLogger(__name__)
 _ROUND_S = 0.2

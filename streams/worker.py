@@ -15,29 +15,32 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import faust
-import msgspec
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from faust.sensors import Monitor
 from faust.transport.drivers import aiokafka as aiokafka_driver
 
 from infra.kafka.broker import BrokerError
+from infra.priority import Background
 from infra.settings import Settings
 from infra.telemetry import counter, gauge
 from streams.bulk import BulkReadError
 from streams.events import EventError, Header, dead_letter_headers, fitting_headers, header, header_list
 from streams.groups import GroupError
+from streams.heartbeat import Heartbeat
 
+T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 STALL_S = 30.0  # records waiting, none handled for so long: the agent has died silently
 NEEDS_REFILL, BAD_BUNDLE = 3, 4  # exit statuses: a restart cannot help
 DONE = "done"  # reason of a job that has come to its end
 _BEAT_S = 1.0
+_RATE_BEATS = 10  # over which a rate is taken
 _DEAD_BYTES = 900_000  # of a dead letter: what a publisher got through plus our headers might not pass again
 
 
@@ -59,35 +62,6 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Sequence[Header] | Mapping[str, bytes]
-
-
-class Heartbeat(msgspec.Struct):
-    """What a job says about itself every second, in `<heartbeat_dir>/<job>.json`. Times in ms, lag in records."""
-
-    job: str
-    pid: int
-    time: int = 0
-    state: str = "starting"
-    handled: int = 0
-    lag: int = 0
-    lag_s: float = 0.0  # the oldest record that waits has waited so long at most
-    dead: int = 0  # records sent to a dead-letter topic since the process started
-    reason: str = ""
-    status: int = 0  # exit status, once stopped
-
-    def write(self, folder: Path) -> None:
-        self.time = time.time_ns() // 1_000_000
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f"{self.job}.json.new"
-        new.write_bytes(msgspec.json.encode(self))
-        new.replace(folder / f"{self.job}.json")
-
-
-def read_heartbeat(folder: Path, job: str) -> Heartbeat | None:
-    try:
-        return msgspec.json.decode((folder / f"{job}.json").read_bytes(), type=Heartbeat)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
 
 
 class Outgoing(NamedTuple):
@@ -202,19 +176,41 @@ class Job:
         self._tasks.append(asyncio.create_task(work))
 
     async def send(self, records: Sequence[Outgoing]) -> None:
-        """See Send. Batches are built here: handing aiokafka one record at a time costs several times as much."""
+        """See Send."""
         assert self._producer is not None
+        await self._send(self._producer, records)
+
+    async def in_background(self, work: Callable[[Send], Coroutine[Any, Any, T]]) -> T:
+        """Runs `work` in a thread of low priority; it gets the `send` of a producer in an event loop of its own."""
+
+        async def main() -> T:
+            async with self._new_producer() as producer:
+                return await work(lambda records: self._send(producer, records))
+
+        with Background() as background:
+            return await asyncio.wrap_future(background.submit(lambda: asyncio.run(main())))
+
+    def _new_producer(self) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            bootstrap_servers=self.settings.kafka_bootstrap,
+            acks="all",
+            max_batch_size=256 << 10,
+            max_request_size=4 << 20,
+        )
+
+    async def _send(self, producer: AIOKafkaProducer, records: Sequence[Outgoing]) -> None:
+        """Batches are built here: handing aiokafka one record at a time costs several times as much."""
         by_place: dict[tuple[str, int], list[Outgoing]] = {}
         for record in records:
             by_place.setdefault((record.topic, record.partition), []).append(record)
         acks = []
         for (topic, partition), found in by_place.items():
-            batch = self._producer.create_batch()
+            batch = producer.create_batch()
             for _, _, key, value, headers, timestamp in found:
                 while batch.append(timestamp=timestamp, key=key, value=value, headers=list(headers)) is None:  # full
-                    acks.append(await self._producer.send_batch(batch, topic, partition=partition))
-                    batch = self._producer.create_batch()
-            acks.append(await self._producer.send_batch(batch, topic, partition=partition))
+                    acks.append(await producer.send_batch(batch, topic, partition=partition))
+                    batch = producer.create_batch()
+            acks.append(await producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*acks)
         if dead := [record for record in records if record.topic.endswith(".dlq")]:
             self.heartbeat.dead += len(dead)
@@ -236,6 +232,11 @@ class Job:
         self.heartbeat.handled += count
         self._moved = time.monotonic()
 
+    def read_up_to(self, topic: str, following: Mapping[int, int]) -> None:
+        """What is read before the group is joined, for the lag: next offset by partition."""
+        found = {(topic, partition): offset for partition, offset in following.items()}
+        self._next = self._next | found  # another thread may be looking at the old one
+
     def say(self, state: str) -> None:
         self.heartbeat.state = state
         self._moved = time.monotonic()
@@ -250,12 +251,7 @@ class Job:
         app: faust.App | None = None
         self.background(self._beat())
         try:
-            self._producer = AIOKafkaProducer(
-                bootstrap_servers=self.settings.kafka_bootstrap,
-                acks="all",
-                max_batch_size=256 << 10,
-                max_request_size=4 << 20,
-            )
+            self._producer = self._new_producer()
             await self._producer.start()
             preparing = asyncio.ensure_future(prepare(self))
             await _first(preparing, stop.wait())
@@ -346,6 +342,7 @@ class Job:
         consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap, group_id=None)
         await consumer.start()
         counted = 0
+        beats: deque[tuple[float, int]] = deque(maxlen=_RATE_BEATS + 1)
         try:
             while True:
                 try:
@@ -359,6 +356,10 @@ class Job:
                     self._moved = time.monotonic()  # idle is no stall
                 if self.heartbeat.lag > 0 and time.monotonic() - self._moved > STALL_S:
                     self._end(1, f"{self.heartbeat.lag} records wait and none was handled for {STALL_S:.0f} s")
+                beats.append((time.monotonic(), self.heartbeat.handled))
+                if len(beats) > 1:
+                    (since, before), (now, after) = beats[0], beats[-1]
+                    self.heartbeat.rate = round((after - before) / (now - since), 1)
                 self.heartbeat.write(self.settings.heartbeat_dir)
                 counter("forerank_records", "Records handled by a nearline job", ("job",)).labels(self.name).inc(
                     self.heartbeat.handled - counted

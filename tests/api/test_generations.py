@@ -24,6 +24,7 @@ from api.service import Service
 from index.errors import StoreLockedError
 from index.lock import unused
 from streams import fleet, rollout
+from streams.heartbeat import Heartbeat
 from tests.host import HOUR, NOW, Host, Seen, catalogue
 
 ITEMS = catalogue(120)
@@ -68,6 +69,14 @@ def test_nothing_is_served_without_a_model(own_host: Callable[..., Host]) -> Non
     host.wait_for(lambda: "filling" in reason(host))
     assert "25 %" in reason(host)
     assert client.get("/v1/generations").json()["generations"][0]["rows"] == len(ITEMS)
+    beat = Heartbeat("encode-g1", 1, state="filling", lag=9_000, rate=3_000.0)
+    beat.write(host.settings.heartbeat_dir)
+    (told,) = client.get("/v1/generations").json()["generations"]
+    assert (told["rate"], told["lag"], told["eta_s"]) == (3_000.0, 9_000, 3.0)
+    beat.state = "stopped"
+    beat.write(host.settings.heartbeat_dir)
+    (told,) = client.get("/v1/generations").json()["generations"]
+    assert (told["rate"], told["lag"], told["eta_s"]) == (0.0, 0, None), "what an ended job said is no news"
 
     host.activate("g1")
     host.ready()

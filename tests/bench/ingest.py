@@ -31,8 +31,8 @@ from infra.kafka.topics import ensure_topics
 from infra.processes import Process
 from infra.settings import Settings, environment
 from streams import events
+from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
-from streams.worker import read_heartbeat
 from tests.bench.costs_nearline import cpu_us
 from tests.bench.report import Report
 from tests.bench.stack import wait

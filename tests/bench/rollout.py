@@ -28,7 +28,7 @@ import numpy as np
 from encoders.bundle import Bundle, load_bundle, seeded_bundle
 from infra.settings import Settings
 from streams import rollout
-from streams.worker import read_heartbeat
+from streams.heartbeat import read_heartbeat
 from tests.bench.ingest import write_items
 from tests.bench.main_path import RATE
 from tests.bench.report import Report

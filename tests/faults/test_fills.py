@@ -17,7 +17,8 @@ from infra.settings import Settings
 from streams import events
 from streams.fill import BULK_LAG
 from streams.groups import group_admin
-from streams.worker import BAD_BUNDLE, read_heartbeat
+from streams.heartbeat import read_heartbeat
+from streams.worker import BAD_BUNDLE
 from tests.conftest import wait_until
 from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 

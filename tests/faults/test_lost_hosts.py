@@ -20,8 +20,9 @@ from encoders.bundle import Bundle
 from infra.settings import Settings
 from streams import rollout
 from streams.checkpoints import Manifest
+from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
-from streams.worker import NEEDS_REFILL, read_heartbeat
+from streams.worker import NEEDS_REFILL
 from tests.conftest import wait_until
 from tests.faults.test_reconcile import DEADLINE_S, away, encoded, forget_rows
 from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain

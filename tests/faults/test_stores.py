@@ -13,7 +13,8 @@ from kafka import TopicPartition
 from encoders.bundle import Bundle
 from infra.kafka.broker import admin_of
 from infra.settings import Settings
-from streams.worker import NEEDS_REFILL, read_heartbeat
+from streams.heartbeat import read_heartbeat
+from streams.worker import NEEDS_REFILL
 from tests.conftest import wait_until
 from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 

@@ -31,8 +31,8 @@ from infra.kafka.topics import ensure_rows_topic, ensure_topics
 from infra.settings import Settings, environment
 from streams import events
 from streams.events import Item, ItemPatch
+from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
-from streams.worker import read_heartbeat
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parent.parent.parent

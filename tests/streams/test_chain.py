@@ -17,7 +17,7 @@ from index.n2o import PATCHED
 from infra.settings import Settings
 from streams import blocks, events
 from streams.freshness import HOPS
-from streams.worker import read_heartbeat
+from streams.heartbeat import read_heartbeat
 from tests.conftest import wait_until
 from tests.streams.chain import check_rows, item_body, oracle, running_chain
 

@@ -16,7 +16,7 @@ from kafka import KafkaConsumer, TopicPartition
 from infra.kafka.broker import admin_of
 from infra.settings import Settings
 from streams import events
-from streams.worker import Heartbeat, read_heartbeat
+from streams.heartbeat import Heartbeat, read_heartbeat
 from tests.conftest import wait_until
 from tests.streams.chain import Chain, item_body, running_chain
 

@@ -12,8 +12,9 @@ import pytest
 from infra import processes
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
+from streams.heartbeat import Heartbeat, read_heartbeat
 from streams.supervisor import Jobs
-from streams.worker import NEEDS_REFILL, Heartbeat, read_heartbeat
+from streams.worker import NEEDS_REFILL
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.e2e

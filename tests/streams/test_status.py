@@ -28,9 +28,9 @@ from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
 from streams.events import HostReport, ModelEvent
+from streams.heartbeat import Heartbeat
 from streams.rollout import Verification
 from streams.status import status
-from streams.worker import Heartbeat
 from tests.conftest import free_ports
 from tests.rows import batch_of
 from tests.streams.chain import ROOT
@@ -141,7 +141,7 @@ def test_what_each_job_says_and_how_old_it_is(
 ) -> None:
     fresh, silent, new, builder = (job(name) for name in ("encode-a", "ingest", "replicate-a", "retrieval-a"))
     for process in (fresh, silent):
-        Heartbeat(process.name, process.pid, state="running", handled=7, lag=2, lag_s=41.6, dead=3).write(
+        Heartbeat(process.name, process.pid, state="running", handled=7, lag=2, lag_s=41.6, rate=3.4, dead=3).write(
             away.heartbeat_dir
         )
     Heartbeat("replicate-a", new.pid + 1, state="running").write(away.heartbeat_dir)  # of the process before
@@ -152,7 +152,9 @@ def test_what_each_job_says_and_how_old_it_is(
     path.write_text(path.read_text().replace(f'"time":{beat.time}', f'"time":{past}'))
     status(away)
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": pid " in line)
-    assert told["encode-a"] == f"pid {fresh.pid}, running, 7 records handled, 2 waiting for up to 42 s, 3 dead letters"
+    assert told["encode-a"] == (
+        f"pid {fresh.pid}, running, 7 records handled (3/s), 2 waiting for up to 42 s, 3 dead letters"
+    )
     assert told["ingest"].startswith(f"pid {silent.pid}, silent for 9")
     assert "waiting" not in told["ingest"]
     assert told["replicate-a"] == f"pid {new.pid}, starting"
@@ -289,3 +291,6 @@ def test_status_has_the_rows_of_each_generation_and_what_it_waits_for(
     status(away)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["  a: filling, 0%, 3 rows", "  b: staged, 0% (no broker)"]
+    Heartbeat("encode-a", 1, state="filling", lag=5_000, rate=1_000.0).write(away.heartbeat_dir)
+    status(away)
+    assert "  a: filling, 0%, 3 rows, 1000/s, 5000 waiting, 5 s to go" in capsys.readouterr().out.splitlines()

@@ -26,8 +26,8 @@ from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events, rollout
+from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
-from streams.worker import read_heartbeat
 from tests.conftest import JARS, free_ports, wait_until
 from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle
 
