@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from infra.admin import admin_token
 from infra.kafka.broker import Broker
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
@@ -150,4 +151,5 @@ def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def client(running: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running.url, timeout=30.0) as one:
         running.wait_for(lambda: one.get("/healthz").is_success, "the API answers", 90.0)
+        one.headers["authorization"] = f"Bearer {admin_token(running.settings)}"
         yield one

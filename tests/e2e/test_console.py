@@ -137,7 +137,7 @@ def test_what_cannot_be_done_is_said(browser: Browser, filled: Running) -> None:
 
 def test_the_documentation_lists_and_tries_routes(page: Page, filled: Running) -> None:
     page.goto(filled.url + "/docs")
-    expect(page.locator("#routes details")).to_have_count(13)
+    expect(page.locator("#routes details")).to_have_count(17)
     route = page.locator("#routes details").filter(has_text="/v1/score").first
     route.locator("summary").click()
     route.locator("textarea").fill('{"user_id": "eva", "candidates": ["i1"]}')
