@@ -119,7 +119,7 @@ def test_a_wrong_request_names_its_field(host: Host) -> None:
         ("A/stage", STAGE, "generation"),
         ("a/activate", {"generation": "b"}, "generation"),
         ("a/retire", {"force": True}, "force"),
-        ("a/activate", {"share": 0}, "share"),
+        ("a/activate", {"share": -0.1}, "share"),
         ("a/activate", {"share": 1.5}, "share"),
         ("a/rollback", {"share": 0.5}, "share"),
     ):
