@@ -1,18 +1,26 @@
-"""The `hosts` topic as a log: what every host has said about its generations."""
+"""The `hosts` topic: what every host says about its generations, and all that hosts have said."""
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import msgspec
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 
+from index.arena import Progress
 from infra.settings import Settings
+from streams import events
 from streams.events import HostReport
+from streams.rollout import Serving
 
+LOG = logging.getLogger(__name__)
 _READ_S = 10.0
+_REPORT_S = 5.0
+_SIGN_S = 60.0  # between two life signs
 
 
 class HostsError(RuntimeError):
@@ -44,3 +52,52 @@ def read_hosts(settings: Settings) -> list[HostReport]:
     except msgspec.DecodeError as error:
         raise HostsError(f"topic {place.topic} holds what is no report: {error}") from error
     return out
+
+
+class Hosts:
+    """What this host says on `hosts`: at each change of state, every few seconds while something fills, and each minute
+    that it is there.
+    """
+
+    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._settings, self._producer = settings, producer
+        self._said: dict[str, tuple[str, str]] = {}
+        self._due = self._sign_due = 0.0
+
+    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> list[str]:
+        """The generations of which something was said."""
+        now, told = time.monotonic(), list[str]()
+        if now > self._sign_due:
+            self._sign_due = now + _SIGN_S
+            self._say("", "up", "", None)
+        periodic = now > self._due
+        for name, known in serving.generations.items():
+            said = (known.state, known.reason)
+            if said == self._said.get(name) or (
+                said[0] == self._said.get(name, ("",))[0] == "filling" and not periodic
+            ):
+                continue
+            self._said[name] = said
+            self._say(name, known.state, known.reason, progress(name))
+            told.append(name)
+        if periodic:
+            self._due = now + _REPORT_S
+        return told
+
+    def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
+        host = self._settings.host
+        report = HostReport(
+            host=host,
+            generation=generation,
+            state=state,
+            time=time.time_ns() // 1_000_000,
+            reason=reason,
+            covered=found.covered.tolist() if found else [],
+            counts=found.count.tolist() if found else [],
+            digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
+        )
+        key = f"{host}/{generation}" if generation else host
+        try:
+            self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
+        except KafkaError as error:
+            LOG.warning("no report on hosts: %s", error)

@@ -54,9 +54,10 @@ from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
 from streams import bundles, events, fleet, retire, rollout
 from streams.bundles import BundleFileError
-from streams.events import HostReport, ModelEvent
+from streams.events import ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.heartbeat import read_heartbeat
+from streams.hosts import Hosts
 from streams.models import Models, ModelsError
 from streams.retire import NotYetError
 from streams.rollout import Canary, Refused, Serving
@@ -73,8 +74,6 @@ _RETIRE_AGAIN_S = 1.0
 _CLEAN_AGAIN_S = 5.0
 _STEADY_S = 60.0  # a job that ran so long starts again without delay
 _STOP_S = 10.0
-_REPORT_S = 5.0
-_SIGN_S = 60.0  # between two life signs on `hosts`
 _SEND_S = 5
 
 
@@ -509,55 +508,6 @@ class Jobs:
         if beat is not None and beat.pid == process.pid:
             return time.time() - beat.time / 1000 > self._silent_s
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
-
-
-class Hosts:
-    """What this host says on `hosts`: at each change of state, every few seconds while something fills, and each minute
-    that it is there.
-    """
-
-    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
-        self._settings, self._producer = settings, producer
-        self._said: dict[str, tuple[str, str]] = {}
-        self._due = self._sign_due = 0.0
-
-    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> list[str]:
-        """The generations of which something was said."""
-        now, told = time.monotonic(), list[str]()
-        if now > self._sign_due:
-            self._sign_due = now + _SIGN_S
-            self._say("", "up", "", None)
-        periodic = now > self._due
-        for name, known in serving.generations.items():
-            said = (known.state, known.reason)
-            if said == self._said.get(name) or (
-                said[0] == self._said.get(name, ("",))[0] == "filling" and not periodic
-            ):
-                continue
-            self._said[name] = said
-            self._say(name, known.state, known.reason, progress(name))
-            told.append(name)
-        if periodic:
-            self._due = now + _REPORT_S
-        return told
-
-    def _say(self, generation: str, state: str, reason: str, found: Progress | None) -> None:
-        host = self._settings.host
-        report = HostReport(
-            host=host,
-            generation=generation,
-            state=state,
-            time=time.time_ns() // 1_000_000,
-            reason=reason,
-            covered=found.covered.tolist() if found else [],
-            counts=found.count.tolist() if found else [],
-            digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
-        )
-        key = f"{host}/{generation}" if generation else host
-        try:
-            self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
-        except KafkaError as error:
-            LOG.warning("no report on hosts: %s", error)
 
 
 @contextmanager
