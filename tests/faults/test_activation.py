@@ -4,7 +4,6 @@ go on, of one generation each.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +21,7 @@ from streams import fleet, rollout
 from streams.publish import Publisher
 from streams.supervisor import Supervisor
 from tests.conftest import wait_until
+from tests.faults.killed import killed_at, until_killed
 from tests.host import NOW, CatalogueItem, Host
 from tests.streams.chain import CONFIG, FEATURES, item_body
 from tests.streams.test_supervisor import command, jobs, serving, state_of, supervised
@@ -36,12 +36,7 @@ EXACT = 1e-5  # rows are fp32
 
 def supervise_until(settings: Settings, last: int) -> None:
     """Kills itself after that step of an activation."""
-
-    def step(number: int) -> None:
-        if number == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with Supervisor(settings, retrieval=False, activation_step=step) as supervisor:
+    with Supervisor(settings, retrieval=False, activation_step=killed_at(last)) as supervisor:
         while True:
             supervisor.round()
 
@@ -137,18 +132,10 @@ def test_an_activation_that_is_killed_after_each_of_its_steps_is_completed(
 ) -> None:
     """Each supervisor finds what the killed one left, and is killed one step later, under requests."""
     mine = settings(partitions=2, api_processes=2)
-    spawn = multiprocessing.get_context("spawn")
     with served(mine, bundle, bundle_path, tmp_path / "other") as host, Callers(host) as callers:
         assert command(mine, "model", "activate", "b").returncode == 0
         for last in range(1, STEPS + 1):
-            child = spawn.Process(target=supervise_until, args=(mine, last))
-            child.start()
-            try:
-                child.join(DEADLINE_S)
-                assert child.exitcode == -signal.SIGKILL, f"no kill after step {last}"
-            finally:
-                child.kill()
-                child.join()
+            until_killed(supervise_until, mine, last)
             found = serving(mine)
             if last < 3:
                 assert (found.active, found.next, found.generations["b"].state) == ("a", "b", "complete")

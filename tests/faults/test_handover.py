@@ -5,9 +5,6 @@ what the bundle makes of the newest record of its item on `items`.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +22,7 @@ from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
 from streams.worker import Job
 from tests.conftest import wait_until
+from tests.faults.killed import killed_at, until_killed
 from tests.streams.chain import EMBEDDING, Chain, Expected, check_rows, item_body, oracle, patch_body, running_chain
 
 ITEMS = 12_000
@@ -32,13 +30,8 @@ ITEMS = 12_000
 
 def encode_until(settings: Settings, generation: str, last: int) -> None:
     """The job, which kills itself after that step."""
-
-    def step(number: int) -> None:
-        if number == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     name = f"encode-{generation}"
-    Job.start(settings, name, name, lambda job: prepare(job, generation, step))
+    Job.start(settings, name, name, lambda job: prepare(job, generation, killed_at(last)))
 
 
 class Changes:
@@ -95,7 +88,6 @@ def test_the_hand_over_from_a_fill_to_faust_while_items_change(
 ) -> None:
     random = np.random.default_rng(1)
     first = [item_body(f"item {number}", 1, random) for number in range(ITEMS)]
-    spawn = multiprocessing.get_context("spawn")
     with running_chain(settings(partitions=2, session_timeout_ms=2_000), bundle_path) as chain:
 
         def committed() -> list[int]:
@@ -104,10 +96,7 @@ def test_the_hand_over_from_a_fill_to_faust_while_items_change(
 
         def killed_after(step: int) -> None:
             before = sum(chain.end_offsets("items"))
-            process = spawn.Process(target=encode_until, args=(chain.settings, "one", step))
-            process.start()
-            process.join(150)
-            assert process.exitcode == -signal.SIGKILL
+            until_killed(encode_until, chain.settings, "one", step)
             wait_until(lambda: sum(chain.end_offsets("items")) > before, "items changed meanwhile")
 
         chain.add_generation("one")

@@ -4,7 +4,6 @@ answering requests meanwhile and says that it is not ready, whatever is killed.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from streams.groups import group_admin
 from streams.publish import Publisher
 from streams.worker import NEEDS_REFILL, Job
 from tests.conftest import answered, wait_until
+from tests.faults.killed import killed_at, until_killed
 from tests.streams.chain import ROOT, Chain, check_rows, item_body, oracle, patch_body, running_chain
 from tests.streams.test_supervisor import jobs, serving, supervised
 
@@ -36,13 +36,8 @@ DEADLINE_S = 150.0
 
 def reconcile_until(settings: Settings, generation: str, last: int) -> None:
     """Kills itself after that step."""
-
-    def step(number: int) -> None:
-        if number == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     name = f"reconcile-{generation}"
-    Job.start(settings, name, name, lambda job: reconcile.prepare(job, generation, step))
+    Job.start(settings, name, name, lambda job: reconcile.prepare(job, generation, killed_at(last)))
 
 
 def encoded(chain: Chain, generation: str) -> None:
@@ -76,7 +71,6 @@ def test_killed_after_any_step_it_is_repeated_and_then_replicate_goes_on(
 ) -> None:
     random = np.random.default_rng(1)
     first, second = away(random)
-    spawn = multiprocessing.get_context("spawn")
     host = settings(partitions=2, session_timeout_ms=2_000, tombstone_days=1e-5)
     with running_chain(host, bundle_path) as chain:  # type: ignore[arg-type]
         chain.add_generation("one")
@@ -99,14 +93,7 @@ def test_killed_after_any_step_it_is_repeated_and_then_replicate_goes_on(
             chain.start("replicate:one")
             wait_until(lambda: chain.ended("replicate:one") is not None, "replicate ends", DEADLINE_S)
             assert chain.ended("replicate:one") == NEEDS_REFILL
-            child = spawn.Process(target=reconcile_until, args=(chain.settings, "one", last))
-            child.start()
-            try:
-                child.join(DEADLINE_S)
-                assert child.exitcode == -signal.SIGKILL, f"no kill after step {last}"
-            finally:
-                child.kill()
-                child.join()
+            until_killed(reconcile_until, chain.settings, "one", last)
             assert arena.progress().filled.all() == (last in (1, 4)), "trusted only before and after"
             assert arena.gather(stay).found.all(), "what is there is read on"
             live = [item_body(f"{k}", 10 + last, random) for k in range(last, 8)]

@@ -5,7 +5,6 @@ is not retired; and the topic stays while another host needs it.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from infra.settings import Settings
 from streams.publish import Publisher
 from streams.supervisor import Supervisor
 from tests.conftest import wait_until
+from tests.faults.killed import killed_at, until_killed
 from tests.streams.chain import Chain, check_rows, item_body, oracle
 from tests.streams.test_supervisor import command, jobs, running, serving, state_of, supervised
 
@@ -30,12 +30,7 @@ DEADLINE_S = 150.0
 
 def supervise_until(settings: Settings, last: int) -> None:
     """Kills itself after that step."""
-
-    def step(number: int) -> None:
-        if number == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with Supervisor(settings, retrieval=False, step=step) as supervisor:
+    with Supervisor(settings, retrieval=False, step=killed_at(last)) as supervisor:
         while True:
             supervisor.round()
 
@@ -64,7 +59,6 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
     chain = Chain(host, bundle_path)
     bodies = [item_body(f"{at}", 1, np.random.default_rng(at)) for at in range(50)]
     stage = {"action": "stage", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
-    spawn = multiprocessing.get_context("spawn")
     with supervised(host) as first, Publisher(host) as publisher:
         publisher.items(bodies)
         publisher.models([stage | {"generation": "live", "activate_when_complete": True}])
@@ -94,14 +88,7 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
 
         publisher.models([{"action": "retire", "generation": "gone"}])
         for last in range(1, STEPS + 1):
-            child = spawn.Process(target=supervise_until, args=(host, last))
-            child.start()
-            try:
-                child.join(DEADLINE_S)
-                assert child.exitcode == -signal.SIGKILL, f"no kill after step {last}"
-            finally:
-                child.kill()
-                child.join()
+            until_killed(supervise_until, host, last)
             after = left_of(host, "gone")
             assert after < before or last == 5, f"step {last} deletes something"  # 5 is a report
             assert state_of(host, "gone") == ("retiring" if last < 5 else "retired")
