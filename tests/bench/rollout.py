@@ -33,7 +33,7 @@ from tests.bench.ingest import write_items
 from tests.bench.main_path import RATE
 from tests.bench.report import Report
 from tests.bench.stack import Arena, BenchStack, wait
-from tests.bench.switching import TOLERANCE, Outcome, switch_under_load
+from tests.bench.switching import SETTINGS, TOLERANCE, Outcome, switch_under_load
 from tests.bench.world import World
 
 
@@ -58,8 +58,7 @@ def bundles(folder: Path, count: int) -> list[tuple[Path, Bundle]]:
 
 def _switches(report: Report, seed: int, quick: bool) -> Outcome:
     world = World(20_000, seed)
-    own = {"api_processes": 2, "prefetch_bytes": Settings.prefetch_bytes, "retrieval_interval_s": 10.0}
-    with BenchStack(**own) as stack:
+    with BenchStack(**SETTINGS) as stack:
         seconds, every_s = (60.0, 5.0) if quick else (600.0, 20.0)
         outcome = switch_under_load(
             stack, world, bundles(stack.folder, 3), seconds=seconds, every_s=every_s, rate=200.0, seed=seed

@@ -35,6 +35,7 @@ from tests.bench.world import World, as_of, ms
 
 TOLERANCE = 1e-5  # of fp32 bundles
 CLIENTS = 16
+SETTINGS = {"api_processes": 2, "prefetch_bytes": Settings.prefetch_bytes, "retrieval_interval_s": 10.0}
 _STEP_S = 120.0
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infra.settings import Settings
 from tests.bench.rollout import bundles
 from tests.bench.stack import BenchStack
-from tests.bench.switching import TOLERANCE, switch_under_load
+from tests.bench.switching import SETTINGS, TOLERANCE, switch_under_load
 from tests.bench.world import World
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -17,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 @pytest.mark.timeout(900)
 def test_switches_and_kills_under_load_mix_nothing_and_fail_nothing() -> None:
     world = World(20_000, seed=3)
-    with BenchStack(api_processes=2, prefetch_bytes=Settings.prefetch_bytes, retrieval_interval_s=10.0) as stack:
+    with BenchStack(**SETTINGS) as stack:
         loaded = bundles(stack.folder, 3)
         outcome = switch_under_load(stack, world, loaded, seconds=60.0, every_s=5.0, rate=200.0, seed=3, one_of=50)
     answers = outcome.load.answers
