@@ -40,7 +40,8 @@ from streams.hosts import HostsError, read_hosts
 
 Step = Callable[[int], object]
 _JOBS = ("encode", "replicate", "reconcile", "retrieval", "verify", "shadow")
-_LOGS = (".json", ".log", ".log.1")
+_BEATS = (".json", ".json.new")  # the second is what a process left that was killed while it wrote
+_LOGS = (".json", ".json.tmp", ".log", ".log.1")
 _STOP_S = 10.0
 
 
@@ -61,7 +62,8 @@ def leave(settings: Settings, generation: str, step: Step = int) -> None:
         step(2)
         for name in jobs:  # 3
             _delete(settings.state / "faust" / name)
-            for path in (settings.heartbeat_dir / f"{name}.json", *(logs / f"{name}{end}" for end in _LOGS)):
+            beats = (settings.heartbeat_dir / f"{name}{end}" for end in _BEATS)
+            for path in (*beats, *(logs / f"{name}{end}" for end in _LOGS)):
                 path.unlink(missing_ok=True)
         step(3)
         with group_admin(settings) as groups:

@@ -85,6 +85,8 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
         live = {name: pid for name, pid in jobs(host).items() if name.endswith("-live")}
         first.kill()
         first.wait(10)
+        for torn in (host.heartbeat_dir / "verify-gone.json.new", host.state / "logs" / "verify-gone.json.tmp"):
+            torn.write_bytes(b"{")  # its writer was killed
 
         publisher.models([{"action": "retire", "generation": "gone"}])
         for last in range(1, STEPS + 1):

@@ -88,7 +88,12 @@ def test_hosts_agree_however_far_each_of_them_is(
         stack.enter_context(supervised(two))
         active("g3", two)
         wait_until(lambda: state_of(two, "g1") == "retired", "g1 is retired on the second host", LIMIT_S)
-        wait_until(lambda: not left_of(one, "g1") | left_of(two, "g1"), "nothing is left of g1", LIMIT_S)
+        wait_until(
+            lambda: not left_of(one, "g1") | left_of(two, "g1"),
+            "nothing is left of g1",
+            LIMIT_S,
+            log=lambda: "; ".join(f"{left_of(host, 'g1')}, {serving(host).generations['g1']}" for host in (one, two)),
+        )
         wanted = oracle([*bodies, *changed])
         for host, chain in zip((one, two), chains, strict=True):
             wait_until(lambda host=host: running(host, "replicate-g3"), "replicate runs", LIMIT_S)  # type: ignore[misc]
