@@ -91,9 +91,9 @@ class Groups:
                 raise GroupError(f"The offsets of group {group} could not be set ({names}): is another member running?")
             time.sleep(0.2)
 
-    def delete(self, group: str) -> None:
-        """Deletes the group, and removes members that died without leaving it; done where there is none. Call it when
-        the group's jobs have ended. Raises GroupError while it has members without a static id, or the broker cannot.
+    def delete(self, group: str) -> bool:
+        """Deletes the group, and removes members that died without leaving it; False: there is none. Call it when the
+        group's jobs have ended. Raises GroupError while it has members without a static id, or the broker cannot.
         """
         try:
             dead = [MemberToRemove(group_instance_id=instance) for instance in self.members(group) if instance]
@@ -104,6 +104,7 @@ class Groups:
             outcome = type(error).__name__
         if outcome not in ("OK", "GroupIdNotFoundError"):
             raise GroupError(f"Consumer group {group} could not be deleted ({outcome}).")
+        return bool(outcome == "OK")
 
     def _offsets(self, topic: str, spec: OffsetSpec) -> list[int]:
         wanted = [TopicPartition(topic, partition) for partition in range(self._partitions)]

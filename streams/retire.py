@@ -78,7 +78,11 @@ def leave(settings: Settings, generation: str, step: Step = int) -> None:
 
 
 def clean_up(settings: Settings, generations: Collection[str], step: Step = int) -> dict[str, str]:
-    """Steps 6 and 7 of those that no host keeps; gives why the others have to wait. Raises NotYetError."""
+    """Steps 6 and 7 of those that no host keeps; gives why the others have to wait. Raises NotYetError.
+
+    What was deleted is looked for once more: a request of a job that was killed may be handled after the deletion and
+    make its group anew.
+    """
     waits = {}
     try:
         reports, now = read_hosts(settings), now_ms()
@@ -87,12 +91,15 @@ def clean_up(settings: Settings, generations: Collection[str], step: Step = int)
                 waits[generation] = f"its topic is kept until {', '.join(hosts)} has retired it"
                 continue
             with group_admin(settings) as groups:
-                groups.delete(settings.topic(f"encode-{generation}"))  # 6
+                own = groups.delete(settings.topic(f"replicate-{settings.host}-{generation}"))
+                shared = groups.delete(settings.topic(f"encode-{generation}"))  # 6
             if settings.checkpoint_uri:
                 checkpoints.forget(settings, generation)
             step(6)
-            delete_rows_topic(settings, generation)  # 7
+            topic = delete_rows_topic(settings, generation)  # 7
             step(7)
+            if own or shared or topic:
+                waits[generation] = "what it had in Kafka was deleted, and is looked for once more"
     except (BrokerError, GroupError, HostsError, CheckpointError) as error:
         raise NotYetError(str(error)) from error
     return waits

@@ -79,15 +79,17 @@ def ensure_rows_topic(settings: Settings, generation: str) -> Topic:
     return topic
 
 
-def delete_rows_topic(settings: Settings, generation: str) -> None:
-    """Deletes `rows.<generation>`; done where there is none. Raises BrokerError."""
+def delete_rows_topic(settings: Settings, generation: str) -> bool:
+    """Deletes `rows.<generation>`; False: there is none. Raises BrokerError."""
     name = rows_topic_of(settings, generation).name
     with admin_of(settings.kafka_bootstrap) as admin:
         try:
-            if name in admin.list_topics():
-                admin.delete_topics([name])
+            if name not in admin.list_topics():
+                return False
+            admin.delete_topics([name])
+            return True
         except UnknownTopicOrPartitionError:  # another host was quicker
-            pass
+            return False
         except KafkaError as error:
             raise BrokerError(f"Topic {name} could not be deleted: {error}.") from error
 

@@ -43,7 +43,7 @@ def test_hosts_agree_however_far_each_of_them_is(
         wait_until(lambda: all(serving(host).active == name for host in hosts), f"{name} is active", LIMIT_S)
 
     with ExitStack() as stack, Publisher(one) as publisher:
-        stack.enter_context(supervised(one))
+        first = stack.enter_context(supervised(one))
         second = stack.enter_context(supervised(two))
         publisher.items(bodies)
         publisher.models([stage | {"generation": "g1", "activate_when_complete": True}])
@@ -85,14 +85,17 @@ def test_hosts_agree_however_far_each_of_them_is(
         assert f"topic {one.topic('rows.g1')}" in left_of(one, "g1")  # the dead host may need it
         assert (serving(two).active, state_of(two, "g1")) == ("g1", "active")
 
-        stack.enter_context(supervised(two))
+        second = stack.enter_context(supervised(two))
         active("g3", two)
         wait_until(lambda: state_of(two, "g1") == "retired", "g1 is retired on the second host", LIMIT_S)
         wait_until(
             lambda: not left_of(one, "g1") | left_of(two, "g1"),
             "nothing is left of g1",
             LIMIT_S,
-            log=lambda: "; ".join(f"{left_of(host, 'g1')}, {serving(host).generations['g1']}" for host in (one, two)),
+            log=lambda: "; ".join(
+                f"{left_of(host, 'g1')}, {serving(host).generations['g1']}, supervisor's status {process.poll()}"
+                for host, process in ((one, first), (two, second))
+            ),
         )
         wanted = oracle([*bodies, *changed])
         for host, chain in zip((one, two), chains, strict=True):
