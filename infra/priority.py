@@ -1,4 +1,5 @@
-"""Work that leaves the processors to whoever else wants them: a generation that is filled, beside one that is served.
+"""Work that leaves the processors to whoever else wants them: the nearline jobs to the API, and among the jobs a
+generation that is filled to the one that is served.
 
 Two things decide on Linux, each where the other has no effect. Within a control group (a container, a systemd unit) it
 is the thread's nice value. Elsewhere the kernel may first share the processors among sessions (`sched_autogroup`), and
@@ -19,8 +20,17 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-NICE = 10  # a tenth of the usual weight, so it never comes to a stop
+JOB = 5  # of a nearline job: a third of the weight that requests have
+NICE = 10  # of what runs in the background: a tenth, so it never comes to a stop
 _AUTOGROUP = Path("/proc/self/autogroup")
+
+
+def lower(pid: int) -> None:
+    """Gives a process that was just started in a session of its own the weight of a job."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, pid, JOB)
+    _weigh(JOB, Path(f"/proc/{pid}/autogroup"))
 
 
 class Background:
@@ -30,7 +40,10 @@ class Background:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "background", initializer=_step_back)
-        _weigh(NICE)
+        self._own = os.getsid(0) == os.getpid()  # another one's session keeps its weight
+        self._before = _weight()
+        if self._own:
+            _weigh(NICE)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         return self._pool.submit(work)
@@ -38,7 +51,8 @@ class Background:
     def close(self) -> None:
         """Waits for the work in hand."""
         self._pool.shutdown()
-        _weigh(0)
+        if self._own:
+            _weigh(self._before)
 
     def __enter__(self) -> Background:
         return self
@@ -53,13 +67,18 @@ def _step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
-def _weigh(nice: int) -> None:
-    """The session's weight, if the session is this process's own. Does nothing on a kernel without them."""
-    if os.getsid(0) != os.getpid() or not _AUTOGROUP.exists():
-        return
+def _weight() -> int:
+    """The session's."""
+    with suppress(OSError, IndexError, ValueError):  # no such kernel; the session is in no group
+        return int(_AUTOGROUP.read_text().split()[-1])
+    return 0
+
+
+def _weigh(nice: int, session: Path = _AUTOGROUP) -> None:
+    """Does nothing on a kernel that does not weigh sessions."""
     for _ in range(20):
         try:
-            _AUTOGROUP.write_text(str(nice))
+            session.write_text(str(nice))
         except BlockingIOError:  # without rights, once in a tenth of a second on the whole machine
             time.sleep(0.1)
         except OSError:

@@ -46,7 +46,7 @@ from index import room
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
 from index.room import RoomError
-from infra import processes
+from infra import priority, processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
 from infra.kafka.wipe import DERIVED
@@ -490,6 +490,7 @@ class Jobs:
             return
         self._due.pop(name, None)
         process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        priority.lower(process.pid)
         self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:

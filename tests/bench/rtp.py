@@ -60,6 +60,7 @@ from index.arena import ArenaReader, ArenaWriter, Progress
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter
+from infra import priority
 from infra.settings import Settings, environment
 from tests.bench import http_load, limits, users
 from tests.bench.lsh_bits import Case, arrays_of
@@ -569,8 +570,10 @@ def _under_nearline(report: Report, host: Host, served: http_load.Connection, as
 
 
 def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any, written: Any) -> None:
-    """Process: what encode and replicate do, without Kafka, on the same rows again and again; `written` counts them
-    from 0 on, when the store is open."""
+    """Process: what encode and replicate do, without Kafka, on the same rows again and again, and at a job's priority;
+    `written` counts them from 0 on, when the store is open."""
+    os.setsid()
+    priority.lower(os.getpid())
     bundle = load_bundle(path / "bundle")
     layout, fold, world = RowLayout.from_json(bundle.manifest.row), ItemFold(bundle), World(2_000, 1)
     torch.set_num_threads(1)

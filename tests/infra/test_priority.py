@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.priority import NICE
+from infra.priority import JOB, NICE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads and sessions are Linux's")
 _AUTOGROUP = Path("/proc/self/autogroup")
 _LOOK = """
 import os, pathlib, threading
-from infra.priority import Background
+from infra.priority import Background, lower
 def look():
     path = pathlib.Path("/proc/self/autogroup")
     weight = (path.read_text().split() if path.exists() else [])[-1:]  # empty in a session that is in no group
@@ -44,6 +44,13 @@ def test_the_thread_steps_back_and_the_process_is_afterwards_as_before() -> None
     assert [int(seen[0]) for seen in (before, thread, main, after)] == [mine, max(mine, NICE), mine, mine]
     if _AUTOGROUP.exists():
         assert [seen[1] for seen in (before, thread, main, after)] == ["0", str(NICE), str(NICE), "0"]
+
+
+def test_a_job_has_a_lower_weight_and_its_background_a_lower_one_still() -> None:
+    before, thread, main, after = run(_LOOK.replace("\nlook()", "\nlower(os.getpid())\nlook()", 1))
+    assert [int(seen[0]) for seen in (before, thread, main, after)] == [JOB, NICE, JOB, JOB]
+    if _AUTOGROUP.exists():
+        assert [seen[1] for seen in (before, thread, main, after)] == [str(at) for at in (JOB, NICE, NICE, JOB)]
 
 
 def test_the_weight_of_a_session_that_is_not_its_own_stays() -> None:

@@ -21,7 +21,7 @@ import pytest
 from kafka import KafkaProducer
 
 from encoders.bundle import Bundle, manifest_sha256, seeded_bundle
-from infra import processes
+from infra import priority, processes
 from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
@@ -162,6 +162,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         os.kill(ingest, signal.SIGKILL)
         wait_until(lambda: jobs(host).get("ingest", ingest) != ingest, "ingest is started again")
         before = jobs(host)
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in before.values()} == {priority.JOB}, "requests go first"
         supervisor.kill()
         supervisor.wait(10)
         with Publisher(host) as publisher:
