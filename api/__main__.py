@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
-from infra import running, telemetry
+from infra import priority, running, telemetry
 from infra import settings as settings_module
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
-
-_NICE = 5  # of what nobody waits for: a third of the share of others on a machine that is busy
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,14 +78,14 @@ def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
         print(f"The retrieval index of {options.generation} has {count} items.")
         return 0
     stop = _stopped()
-    _give_way()  # a late index costs nobody anything; a late answer does
+    priority.lower(os.getpid(), priority.NICE)  # a late index costs nobody anything; a late answer does
     rebuild.follow(settings, options.generation, stop)
     return 0
 
 
 def _verify(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.configure_logging(settings, f"verify-{options.generation}")
-    _give_way()
+    priority.lower(os.getpid(), priority.NICE)  # requests and fresh rows go first
     from api.verify import verify
     from streams.rollout import Refused
 
@@ -106,7 +102,7 @@ def _shadow(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, f"shadow-{options.generation}")
     stop = _stopped()
-    _give_way()
+    priority.lower(os.getpid(), priority.NICE)  # requests and fresh rows go first
     from api.shadow import follow
 
     follow(settings, options.generation, stop)
@@ -119,13 +115,6 @@ def _stopped() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
-
-
-def _give_way() -> None:
-    """Requests and fresh rows go first. Where the kernel groups processes by session it weighs the groups first."""
-    os.nice(_NICE)
-    with contextlib.suppress(OSError):  # a kernel without groups
-        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 def _up(settings: Settings, _: argparse.Namespace) -> int:

@@ -21,16 +21,17 @@ from typing import TypeVar
 
 T = TypeVar("T")
 JOB = 5  # of a nearline job: a third of the weight that requests have
-NICE = 10  # of what runs in the background: a tenth, so it never comes to a stop
+NICE = 10  # of what nobody waits for: a tenth, so it never comes to a stop
 _AUTOGROUP = Path("/proc/self/autogroup")
 
 
-def lower(pid: int) -> None:
-    """Gives a process that was just started in a session of its own the weight of a job."""
+def lower(pid: int, nice: int) -> None:
+    """A process that has just begun gives way, and its session with it if that is its own."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, pid, JOB)
-    _weigh(JOB, Path(f"/proc/{pid}/autogroup"))
+            os.setpriority(os.PRIO_PROCESS, pid, nice)
+            if os.getsid(pid) == pid:
+                _weigh(nice, Path(f"/proc/{pid}/autogroup"))
 
 
 class Background:
