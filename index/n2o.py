@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -384,10 +385,14 @@ class N2OWriter:
         arena = ArenaWriter.create(self._path, self._layout, self._partitions, int(self._progress.count.sum()))
         count = np.zeros(self._partitions, np.int64)
         digest = np.zeros(self._partitions, np.uint64)
-        for _, keys, partitions, hot, cold in self._chunks():
-            arena.apply(keys, np.full(len(keys), table.PUT, np.uint8), hot, cold)
-            np.add.at(count, partitions, 1)
-            np.add.at(digest, partitions, digest_of(keys, cold["version"]))
+        with ThreadPoolExecutor(1) as other:  # the next chunk is read meanwhile
+            put = other.submit(lambda: None)
+            for _, keys, partitions, hot, cold in self._chunks():
+                np.add.at(count, partitions, 1)
+                np.add.at(digest, partitions, digest_of(keys, cold["version"]))
+                put.result()
+                put = other.submit(arena.apply, keys, np.full(len(keys), table.PUT, np.uint8), hot, cold)
+            put.result()
         if not np.array_equal(count, self._progress.count) or not np.array_equal(digest, self._progress.digest):
             raise N2OError(
                 f"{self._path} holds {int(count.sum())} rows where {int(self._progress.count.sum())} were stored, "
@@ -458,13 +463,16 @@ def _stored_progress(rocks: Rdict, partitions: int, path: Path) -> tuple[Any, Pr
 
 def _all_rows(rocks: Rdict, path: Path) -> Iterator[tuple[bytes, bytes]]:
     """(id, value) of all rows. Raises N2OError when the iteration ends early."""
-    iterator = rocks.iter()
-    iterator.seek(ROW)
-    while iterator.valid():
-        key = iterator.key()
+    last = ROW
+    pairs = cast("Iterator[tuple[bytes, bytes]]", rocks.items(from_key=ROW))  # end in silence where one is damaged
+    for key, value in pairs:
         if not key.startswith(ROW):
-            break
-        yield key[len(ROW) :], iterator.value()
+            return
+        last = key
+        yield key[len(ROW) :], value
+    iterator = rocks.iter()
+    iterator.seek(last)
+    if iterator.valid():
         iterator.next()
     try:
         iterator.status()

@@ -444,6 +444,26 @@ def test_rocksdb_that_lost_rows_is_an_error_and_no_smaller_index(tmp_path: Path)
         N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
 
 
+@pytest.mark.parametrize("part", [0.3, 0.6])
+def test_rows_that_cannot_be_read_are_an_error_and_no_end(tmp_path: Path, part: float) -> None:
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+    writer.apply([(block(0, [Change(at, 5, at, False) for at in range(3_000)], 2_999), 0)])
+    writer._rocks.flush()
+    writer.close()
+    (rows,) = (tmp_path / "rocks").glob("*.sst")
+    raw = bytearray(rows.read_bytes())
+    at = int(part * len(raw))
+    raw[at : at + 64] = bytes(64)
+    rows.write_bytes(raw)
+    reader = N2OReader(tmp_path)
+    with pytest.raises(N2OError, match="cannot be read to its end"):
+        reader.ids()
+    reader.close()
+    shutil.rmtree(tmp_path / "arena")
+    with pytest.raises(N2OError):
+        N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
+
+
 def test_an_arena_that_disagrees_is_built_anew(tmp_path: Path) -> None:
     writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
     changes = [Change(at, 5, at, False) for at in range(10)]
