@@ -146,9 +146,9 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
     async def score(request: Request) -> Response:
         body, media = await body_of(request, JSON, _BINARY, arrow.MEDIA)
         if media == _BINARY:
-            return await service.run(_score_binary, service, body, request.query_params)
+            return await service.rank(_score_binary, service, body, request.query_params)
         gives = preferred(request, media, JSON, arrow.MEDIA)
-        return await service.run(_score, service, body, media, request.query_params, gives)
+        return await service.rank(_score, service, body, media, request.query_params, gives)
 
     @app.post(
         "/v1/recommend",
@@ -163,7 +163,7 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
     )
     async def recommend(request: Request) -> Response:
         body, _ = await body_of(request, JSON)
-        return await service.run(_recommend, service, body, preferred(request, JSON, arrow.MEDIA))
+        return await service.rank(_recommend, service, body, preferred(request, JSON, arrow.MEDIA))
 
     @app.post(
         "/v1/users/{user_id:path}/prefetch",
@@ -180,7 +180,7 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
     )
     async def prefetch(user_id: str, request: Request) -> Response:
         body, _ = await body_of(request, JSON, empty=True)
-        return await service.run(_prefetch, service, user_id, body)
+        return await service.rank(_prefetch, service, user_id, body)
 
     return {"/v1/score": score, "/v1/recommend": recommend}
 
@@ -245,7 +245,7 @@ def _lookup_routes(app: FastAPI, service: Service) -> None:
         openapi_extra=documented(gives=schemas.Explanation, errors=(404, 422, 503)),
     )
     async def explain_score(user_id: str, item_id: str, as_of: str | None = None) -> Response:
-        return await service.run(_explain, service, user_id, item_id, as_of)
+        return await service.rank(_explain, service, user_id, item_id, as_of)
 
     @app.get(
         "/v1/items/{item_id:path}",

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 from api import items
+from api.admission import Admission, FullError
 from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
 from api.metrics import RequestMetrics
 from api.prerank import Merger
+from api.problems import ProblemError
 from api.recording import Recorder
 from api.rights import Rights
 from api.schemas import InlineUser
@@ -43,6 +45,7 @@ class Service:
         self.rights = Rights(admin_token(settings))
         self.metrics = RequestMetrics()
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
+        self._admission = Admission("requests", settings.requests_max)
         self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
         self.generations = Generations(settings, self._warm_up)
         crosses = crosses_of(settings)
@@ -70,6 +73,14 @@ class Service:
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.requests, work, *arguments)
+
+    async def rank(self, work: Callable[..., T], *arguments: Any) -> T:
+        """`run` of what has a deadline. Raises ProblemError `overloaded` where too many wait for a thread already."""
+        try:
+            future = self._admission.submit(self.requests, work, *arguments)
+        except FullError as error:
+            raise ProblemError(503, "overloaded", "as many requests wait as may; try again") from error
+        return await asyncio.wrap_future(future)
 
     def _warm_up(self, generation: Generation) -> None:
         """Compiles kernels, runs one empty user through the model and infers the hottest users before the first request

@@ -61,6 +61,7 @@ class Settings:
     cross_timeout_s: float = 1.0  # of a fetch
     deadline_ms: float = 50.0  # of a request that names none; crosses are waited for during 0.4 of it
     candidates_max: int = 20_000  # per request
+    requests_max: int = 512  # that score or wait to, per process; more are refused
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
     record_per_s: float = 2.0  # requests that an API process keeps on disk, to be scored again by new generations
     verify_norm: float = (
@@ -166,6 +167,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         ("api_processes", 1),
         ("history_length", 1),
         ("take_max", 1),
+        ("requests_max", 1),
         ("user_misses", 1),
         ("cross_misses", 1),
     ):

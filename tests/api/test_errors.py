@@ -254,3 +254,30 @@ def test_no_event_is_no_error(host: Host) -> None:
 def test_the_process_lives_and_logged_no_error(host: Host) -> None:
     assert host.client.get("/readyz").status_code == 200
     assert "Traceback" not in host.log
+
+
+def test_more_requests_than_may_wait_are_refused_at_once_and_nothing_else_is(own_host: Callable[..., Host]) -> None:
+    host = own_host(requests_max=1)
+    items = catalogue(2_000)
+    host.bundle("g1")
+    host.write("g1", items)
+    host.activate("g1")
+    client = host.start()
+    host.ready()
+    body = {"user_id": "anna", "candidates": [item.item_id for item in items] * 5}
+    found: list[httpx.Response] = []
+
+    def crowd() -> bool:
+        with ThreadPoolExecutor(8) as pool:
+            waits = [pool.submit(client.post, "/v1/score", json=body) for _ in range(8)]
+            found.extend(one.result() for one in waits)
+        for path in ("/readyz", "/metrics", "/v1/generations"):
+            assert client.get(path).is_success
+        return {response.status_code for response in found} == {200, 503}
+
+    host.wait_for(crowd)
+    refused = next(response for response in found if response.status_code == 503)
+    assert problem(refused, 503, None).type == "urn:forerank:problem:overloaded"
+    assert refused.headers["retry-after"] == "1"
+    assert 'forerank_refused_total{kind="requests"}' in client.get("/metrics").text
+    assert client.post("/v1/score", json=body).is_success
