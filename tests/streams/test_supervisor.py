@@ -225,13 +225,18 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
 ) -> None:
     """The encoder shares nothing with the host but Kafka and the place where bundles are."""
     host = settings(partitions=2, encoders="apart", session_timeout_ms=2_000)
-    apart = dataclasses.replace(host, host=f"{host.host}-encoder", state=tmp_path / "encoder")
+    lost, apart = (dataclasses.replace(host, host=f"encoder-{n}", state=tmp_path / f"encoder-{n}") for n in (1, 2))
     random = np.random.default_rng(5)
     bodies = [item_body(f"{k}", 1, random) for k in range(100)]
     unfit = seeded_bundle(tmp_path / "unfit", dataclasses.replace(CONFIG, embedding_dim=9), features=FEATURES)
     stage = {"action": "stage", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
     chain = Chain(host, bundle_path)
-    with supervised(host), Publisher(host) as publisher, running_chain(apart, bundle_path) as encoders:
+    with (
+        supervised(host),
+        Publisher(host) as publisher,
+        running_chain(lost, bundle_path) as first,
+        running_chain(apart, bundle_path) as encoders,
+    ):
         publisher.items(bodies)
         wait_until(lambda: sum(chain.end_offsets("items")) == 100, "ingest wrote items")
         never = command(apart, "encode", "--generation", "g")
@@ -239,10 +244,15 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
 
         publisher.models([stage | {"generation": "g", "activate_when_complete": True}])
         wait_until(lambda: "replicate-g" in jobs(host), "the host waits for rows")
-        encoders.start("encode:g")
-        wait_until(lambda: serving(host).active == "g", "g is active", alive=lambda: _assert_runs(encoders, "encode:g"))
+        first.start("encode:g")
+        wait_until(lambda: serving(host).active == "g", "g is active", alive=lambda: _assert_runs(first, "encode:g"))
         check_rows(chain, "g", bundle, oracle(bodies))
         assert "encode-g" not in jobs(host)
+
+        # its machine is lost; another one takes its place, under another name
+        wait_until(lambda: first.running("encode:g"), "encode is in its group")
+        first.kill("encode:g")
+        encoders.start("encode:g")
 
         # what an encoder says of a bundle whose fill is proven changes nothing: a later one of another version, perhaps
         with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
