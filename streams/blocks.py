@@ -37,6 +37,7 @@ from index.layout import RowLayout
 from index.n2o import DELETED, PATCHED, FillProof, RowBatch
 
 MAGIC, VERSION = b"FRBK", 2
+REFUSED = "forerank-refused"  # header of an empty record in a block's place: why the bundle cannot be encoded with
 _LAST_KIND = {1: DELETED, 2: PATCHED}  # by version
 MAX_BLOCK_BYTES = 512 << 10  # well below the 1 MB at which brokers refuse a message
 _HEAD = struct.Struct("<4sHHQiIqQQ")

@@ -16,6 +16,9 @@ beyond where the log ended after the last gap; all others are encoded in full, a
 
 A block that is sent again after a crash changes nothing at the hosts. A group without offsets starts with a fill
 (fill.py), which sends its rows through the same two steps.
+
+An encoder apart (FORERANK_ENCODERS) fetches the bundle itself, and says on `rows.<generation>` why it cannot use it: no
+supervisor sees its end.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from kafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from encoders.bundle import Bundle, BundleError, load_bundle
@@ -34,12 +39,15 @@ from encoders.fold import EncodedItems, ItemFold
 from index.layout import RowLayout
 from index.n2o import DELETED, PATCHED, WHOLE, RowBatch
 from infra.kafka.broker import BrokerError
+from infra.kafka.topics import TopicError, ensure_rows_topic
 from infra.settings import Settings
-from streams import blocks, events
+from streams import blocks, bundles, events, rollout
+from streams.bundles import BundleFileError
 from streams.events import EventError, Item
 from streams.fill import Refused, bulk_starts, fill
 from streams.groups import GroupError, group_admin
 from streams.merge import ATTRIBUTES_ONLY
+from streams.models import Models, ModelsError
 from streams.worker import BAD_BUNDLE, Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
 _Live = tuple[list[int], EncodedItems | None]  # places of the live rows, and their columns
@@ -240,8 +248,43 @@ async def prepare(job: Job, generation: str, step: Callable[[int], object] = int
         1  all blocks, of a fill with the proof, are acknowledged
         2  the group's offsets are committed
 
-    `step(number)` is called after each. Killed before 2, all of it is repeated.
+    `step(number)` is called after each. Killed before 2, all of it is repeated. An encoder apart fetches the bundle
+    before, and says on `rows.<generation>` why it is bad.
     """
+    if job.settings.encoders == "local":
+        return await _prepared(job, generation, step)
+    await asyncio.to_thread(_fetch, job.settings, generation)
+    try:
+        return await _prepared(job, generation, step)
+    except JobError as error:
+        if error.status == BAD_BUNDLE:
+            topic, said = job.settings.topic(f"rows.{generation}"), [(blocks.REFUSED, str(error).encode())]
+            await job.send([Outgoing(topic, place, None, b"", said) for place in range(job.settings.partitions)])
+        raise
+
+
+def _fetch(settings: Settings, generation: str) -> None:
+    """Bundle and topic, which a supervisor provides for encoders that it starts. Raises JobError or BrokerError; not
+    BAD_BUNDLE, for a bundle that cannot be had here may be there for all others.
+    """
+    try:
+        with closing(Models(settings)) as log:
+            log.read_all()
+        desired = rollout.reduce_models(log.events)
+        if generation in desired.retired:
+            raise JobError(f"generation {generation} was retired, so nobody needs its encoder")
+        if generation not in desired.staged:
+            raise JobError(f"generation {generation} was never staged")
+        event = desired.staged[generation].event
+        bundles.fetch(event.uri or "", event.sha256 or "", settings.generation_dir(generation) / "bundle")
+        ensure_rows_topic(settings, generation)
+    except (ModelsError, BundleFileError, TopicError) as error:
+        raise JobError(str(error)) from error
+    except KafkaError as error:
+        raise JobError(f"models cannot be read: {error}") from error
+
+
+async def _prepared(job: Job, generation: str, step: Callable[[int], object]) -> Plan:
     settings, topic = job.settings, job.settings.topic("items")
     try:
         bundle = await asyncio.to_thread(load_bundle, settings.generation_dir(generation) / "bundle")

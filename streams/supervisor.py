@@ -391,7 +391,8 @@ class Supervisor:
             state = self.serving.generations[name].state
             if state == "staged":
                 continue
-            for job in ("encode", self._writer_of(name)):
+            encode = ["encode"] if self._settings.encoders == "local" else []
+            for job in (*encode, self._writer_of(name)):
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
             if self._retrieval and state != "filling" and self.serving.generations[name].reason != rollout.REMADE:
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
