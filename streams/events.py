@@ -299,6 +299,9 @@ def _floats(embedding: list[float] | None) -> bytes | None:
     return None if embedding is None else array.array("f", embedding).tobytes()
 
 
+plain_item = _DECODERS[Item].decode  # `item` where all goes well; raises whatever msgspec does
+
+
 def item(value: bytes | None) -> Item:
     """A record of `items` (not a tombstone)."""
     found: Item = _decode(Item, value)
