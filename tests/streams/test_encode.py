@@ -116,3 +116,15 @@ def test_an_attribute_that_does_not_fit_removes_the_row_as_ever(bundle: Bundle) 
     assert log.batch(patched(1, attributes={"bid": 1e300})) == [("a", DELETED)]
     (dead,) = [record for record in log.sent if record.topic == "items.dlq"]
     assert dict(dead.headers)["error_type"] == b"not_encodable"
+
+
+def test_what_is_no_item_is_a_dead_letter_and_spoils_nothing(bundle: Bundle) -> None:
+    log = Log(bundle)
+    gone = Record("items", 0, 2, 7, b"c", None, [("version", b"9")])
+    wrong = [item(1, "b")._replace(key=b"x"), item(3)._replace(value=b"{"), gone._replace(offset=4, key=b"")]
+    found = log.batch(item(0), wrong[0], gone, wrong[1]._replace(key=b"y"), wrong[2], item(5, "d"))
+    assert found == [("a", WHOLE), ("c", DELETED), ("d", WHOLE)]
+    assert log.batch(item(6), gone._replace(offset=7)) == [("a", WHOLE), ("c", DELETED)]
+    log.batch(item(8), *wrong)
+    dead = [dict(record.headers) for record in log.sent if record.topic == "items.dlq"]
+    assert [one["error_type"] for one in dead] == [b"key_mismatch", b"malformed", b"malformed"]
