@@ -109,7 +109,7 @@ class N2OWriter:
     def apply(self, batches: Sequence[tuple[RowBatch, int]], by_version: bool = True) -> int:
         """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
         Raises ValueError on a block that does not fit this index. Not `by_version`: a row replaces what is stored
-        whatever the versions are; then an item may occur once in a call.
+        whatever the versions are; then an item may occur once in a call, and deletions of it before that.
 
         A row's `visible_time` in the arena is taken after RocksDB has the rows, immediately before the first of them is
         published: requests see the row at that time at the earliest, and when `apply` returns at the latest. RocksDB's

@@ -97,8 +97,8 @@ class Encode:
         covered: Mapping[int, int],
         patches_from: Mapping[int, int] | None = None,
     ) -> tuple[list[RowBatch], Refused]:
-        """One RowBatch per partition: of each item the last record, in log order. And the records that have no row.
-        Patched rows only from the offset on that `patches_from` has for a partition.
+        """One RowBatch per partition: of each item the last record and all deletions before it, in log order. And the
+        records that have no row. Patched rows only from the offset on that `patches_from` has for a partition.
         """
         decoded, bounds, refused = _decode(by_partition, patches_from or {})
         live, errors = self._encode(decoded)
@@ -194,17 +194,22 @@ def _decode(
     bounds = {}
     for partition, records in by_partition.items():
         start = len(decoded)
-        last = {record.key: record.offset for record in records}  # log order is version order: the last one counts
+        # log order is version order: the last one counts. But after a deletion, which ends with the tombstone, an item
+        # may be made again with any version, and hosts take a lower one only if they have seen the deletion
+        last = {record.key: record.offset for record in records}
         first_patch = patches_from.get(partition)
         whole = {record.key for record in records if first_patch is None or not _is_patch(record, first_patch)}
         for record in records:
-            if last[record.key] != record.offset:
+            newest = last[record.key] == record.offset
+            if not newest and not _may_delete(record):
                 continue
             try:
                 item = _item(record)
             except EventError as error:
                 refused.append((record, error))
             else:
+                if not newest and not item.deleted:
+                    continue
                 kind = DELETED if item.deleted else WHOLE if record.key in whole else PATCHED
                 decoded.append(_Decoded(record, item, kind))
         bounds[partition] = slice(start, len(decoded))
@@ -215,6 +220,11 @@ def _is_patch(record: Record, first: int = 0) -> bool:
     """Of attributes alone, and not before the offset `first`."""
     name, value = ATTRIBUTES_ONLY
     return record.offset >= first and events.header(record.headers, name) == value
+
+
+def _may_delete(record: Record) -> bool:
+    """Without decoding it."""
+    return record.value is None or b'"deleted":true' in record.value
 
 
 def _item(record: Record) -> Item:
