@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import secrets
-import shutil
 import tempfile
 import threading
 import time
@@ -417,8 +416,9 @@ class N2OReader:
         if not (path / "rocks" / "CURRENT").exists():
             raise StoreMissingError(f"{path} holds no N2O index yet")
         self._path = path
-        self._own = tempfile.mkdtemp(prefix="forerank-n2o-")  # a secondary instance writes its log somewhere
-        self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(self._own))
+        # a secondary instance writes its log, and nothing else, into a folder: once open, that needs no name any more
+        with tempfile.TemporaryDirectory(prefix="forerank-n2o-") as own:
+            self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(own))
 
     def get(self, ids: Sequence[str]) -> list[StoredRow | None]:
         """The rows as they are now; None where there is none. Costs some milliseconds: not for the request path."""
@@ -433,7 +433,6 @@ class N2OReader:
 
     def close(self) -> None:
         self._rocks.close()
-        shutil.rmtree(self._own, ignore_errors=True)
 
 
 def _options() -> Options:
