@@ -28,6 +28,7 @@ from infra.settings import Settings, environment
 from streams import events, rollout
 from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
+from streams.supervisor import Supervisor
 from tests.conftest import JARS, free_ports, wait_until
 from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle
 
@@ -214,6 +215,40 @@ def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
         wait_until(lambda: serving(host).active == "a", "a is active")
         assert (chain.arena("a").progress().covered + 1).tolist() == ends
         check_rows(chain, "a", bundle, oracle(bodies + later))
+
+
+def test_a_generation_that_loses_its_folder_while_it_is_filled_gets_it_again_or_fails(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    host = settings(partitions=2)
+    host.state.mkdir()
+    bodies = [item_body(f"{k}", 1, np.random.default_rng(k)) for k in range(40)]
+    source = tmp_path / "source"
+    shutil.copytree(bundle_path, source)
+    stage = {"action": "stage", "uri": source.as_uri(), "sha256": bundle.sha256, "activate_when_complete": True}
+
+    def round_until(name: str, state: str) -> None:
+        def there() -> bool:
+            supervisor.round()
+            return state_of(host, name) == state
+
+        wait_until(there, f"{name} is {state}", 180)
+
+    with Supervisor(host, retrieval=False) as supervisor, Publisher(host) as publisher:
+        publisher.items(bodies)
+        publisher.models([stage | {"generation": "a"}])
+        round_until("a", "filling")
+        shutil.rmtree(host.generation_dir("a"))
+        round_until("a", "active")
+        chain = Chain(host, bundle_path)
+        publisher.models([stage | {"generation": "b"}])
+        round_until("b", "filling")
+        shutil.rmtree(host.generation_dir("b"))
+        source.rename(tmp_path / "elsewhere")
+        round_until("b", "failed")
+        assert "there is no bundle at" in serving(host).generations["b"].reason
+        assert serving(host).active == "a"
+        assert len(chain.read("rows.a")) > 0
 
 
 def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
