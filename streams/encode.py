@@ -113,8 +113,8 @@ class Encode:
         covered: Mapping[int, int],
         patches_from: Mapping[int, int] | None = None,
     ) -> tuple[list[RowBatch], Refused]:
-        """One RowBatch per partition: of each item the last record, in log order. And the records that have no row.
-        Patched rows only from the offset on that `patches_from` has for a partition.
+        """One RowBatch per partition: of each item the last record and all deletions before it, in log order. And the
+        records that have no row. Patched rows only from the offset on that `patches_from` has for a partition.
         """
         decoded, refused = _decode(by_partition, patches_from or {})
         live, errors = self._encode(decoded)
@@ -207,18 +207,20 @@ def _decode(by_partition: Mapping[int, Sequence[Record]], patches_from: Mapping[
     refused: Refused = []
     for partition, found in by_partition.items():
         start = len(items)
-        last = {record.key: record.offset for record in found}  # log order is version order: the last one counts
+        # log order is version order: the last one counts. But after a deletion, which ends with the tombstone, an item
+        # may be made again with any version, and hosts take a lower one only if they have seen the deletion
+        last = {record.key: record.offset for record in found}
         first_patch = patches_from.get(partition)
         patched: set[bytes | None] = set()
         if first_patch is not None:
             whole = {record.key for record in found if not _is_patch(record, first_patch)}
             patched = {record.key for record in found} - whole
         if len(last) < len(found):
-            found = [record for record in found if last[record.key] == record.offset]
+            found = [record for record in found if last[record.key] == record.offset or _may_delete(record)]
         for record, item in zip(found, _items(found), strict=True):
             if isinstance(item, EventError):
                 refused.append((record, item))
-            else:
+            elif item.deleted or last[record.key] == record.offset:
                 records.append(record)
                 items.append(item)
                 kinds.append(DELETED if item.deleted else PATCHED if record.key in patched else WHOLE)
@@ -234,6 +236,11 @@ def _is_patch(record: Record, first: int = 0) -> bool:
     """Of attributes alone, and not before the offset `first`."""
     name, value = ATTRIBUTES_ONLY
     return record.offset >= first and events.header(record.headers, name) == value
+
+
+def _may_delete(record: Record) -> bool:
+    """Without decoding it."""
+    return record.value is None or b'"deleted":true' in record.value
 
 
 def _items(records: Sequence[Record]) -> Sequence[Item | EventError]:

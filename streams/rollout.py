@@ -334,6 +334,18 @@ def kept(desired: Desired, serving: Serving, generation: str) -> str:
     return _kept([*ready, serving.active] if serving.active is not None else ready, generation)
 
 
+def never(serving: Serving, generation: str) -> str:
+    """Why this host will never serve the generation, whatever is waited for; empty: it does, or may."""
+    known = serving.generations.get(generation)
+    if known is None or known.state not in ("failed", "former") or known.generation in _fresh(serving):
+        return ""
+    try:
+        activate(serving, generation)
+    except Refused as error:
+        return str(error)
+    return ""
+
+
 def try_again(serving: Serving) -> Serving:
     """Forgets why the active generation is no longer kept fresh: its jobs start anew, and say it again if need be."""
     if serving.active is None or serving.generations[serving.active].reason == REMADE:

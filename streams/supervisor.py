@@ -246,6 +246,8 @@ class Supervisor:
             self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
+        if self.serving.generations[name].state in ("filling", "verifying"):
+            self._restore_bundle(self.serving.generations[name])
         if self.serving.generations[name].state != "filling":
             if not reason and self.serving.generations[name].state not in ("staged", "failed"):
                 self._watch(name)
@@ -257,11 +259,24 @@ class Supervisor:
             wrong = ", ".join(map(str, progress.mismatch.nonzero()[0]))
             self._put(rollout.fail(self.serving, name, f"the rows of partition {wrong} are not those of the fill"))
             return
+        self._replaced.discard(name)  # what it has to reach, it has to reach with this index
         serving = rollout.advance(self.serving, name, progress.covered.tolist(), progress.filled.tolist())
         if serving.generations[name].state == "verifying":
             LOG.info("generation %s: %d rows to be verified", name, progress.count.sum())
             self._settings.verification_file(name).unlink(missing_ok=True)  # of a fill before this one
         self._put(serving)
+
+    def _restore_bundle(self, known: rollout.GenerationState) -> None:
+        """Where the bundle has gone before the generation is complete; it fails where there is none to be had."""
+        folder = self._settings.generation_dir(known.generation) / "bundle"
+        if folder.exists():
+            return
+        LOG.error("generation %s: its bundle has gone; it is fetched again", known.generation)
+        try:
+            bundles.fetch(known.uri, known.sha256, folder)
+        except BundleFileError as error:
+            LOG.error("generation %s has failed: %s", known.generation, error)
+            self._put(rollout.fail(self.serving, known.generation, str(error)))
 
     def _judge(self, name: str) -> None:
         """Takes over the verdict, where there is one."""

@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 from infra.admin import admin_token
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
-from streams import events
+from streams import events, rollout
 from streams.events import ModelEvent
 from tests.host import Host
 
@@ -106,6 +106,16 @@ def test_what_is_published_is_the_topic_s_event_and_what_would_be_refused_is_not
     for action, generation in (("activate", "b"), ("rollback", "b"), ("retire", "b")):
         assert post(host, f"/v1/generations/{generation}/{action}")[0] == 202
         expected.append(ModelEvent(action, generation))  # type: ignore[arg-type]
+    assert post(host, "/v1/generations/a/activate")[0] == 202  # this host does not know it yet
+    expected.append(ModelEvent("activate", "a"))
+    failed = rollout.fail(rollout.stage(rollout.Serving(), 0, expected[0]), "a", "bad bundle")
+    rollout.write(host.settings.serving_file, failed)
+    for name, said in (
+        ("a", "generation a is failed (bad bundle) and cannot be activated"),
+        ("b", "generation b was retired"),
+    ):
+        status, found = post(host, f"/v1/generations/{name}/activate")
+        assert (status, found["type"], found["detail"]) == (409, "urn:forerank:problem:refused", said)
     assert post(host, "/v1/events/models", {"action": "activate", "generation": "z"})[0] == 202  # the log refuses it
     assert published(host.settings) == [*expected, ModelEvent("activate", "z")]
 

@@ -105,6 +105,19 @@ def test_activation_is_refused_with_a_reason_unless_complete() -> None:
         rollout.activate(third, "a")
 
 
+def test_what_is_never_served_here_is_told_from_what_may_be() -> None:
+    serving = staged("a", "b", "c", "d")
+    for name in "abc":
+        assert rollout.never(serving, name) == ""
+        serving = rollout.activate(complete(serving, name), name)
+    found = {name: rollout.never(serving, name) for name in "abcde"}
+    assert "no longer kept fresh" in found.pop("a")
+    assert set(found.values()) == {""}
+    assert rollout.never(rollout.lose(serving, "b", [1, 1]), "b") == ""
+    failed = rollout.fail(serving, "d", "bad bundle")
+    assert rollout.never(failed, "d") == "generation d is failed (bad bundle) and cannot be activated"
+
+
 def test_a_failure_never_takes_the_live_generation_away() -> None:
     serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
     failed = rollout.fail(serving, "b", "bad bundle")

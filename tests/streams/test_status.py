@@ -261,7 +261,7 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     rollout.write(host.serving_file, rollout.fail(half, "a", "bad bundle"))
     done = run(tmp_path, environ, *activate, "a")
     assert done.returncode == 1
-    assert done.stderr == "This host will not serve it: generation a is failed (bad bundle) and cannot be activated.\n"
+    assert done.stderr == "Not published: generation a is failed (bad bundle) and cannot be activated.\n"
 
 
 @pytest.mark.e2e

@@ -29,11 +29,13 @@ from streams import events, rollout
 from streams.blocks import REFUSED
 from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
+from streams.supervisor import Supervisor
 from streams.worker import BAD_BUNDLE
 from tests.conftest import JARS, free_ports, wait_until
 from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = pytest.mark.e2e
+SLOW_S = 180.0  # until something happens for which processes must start
 
 
 def command(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,19 +241,21 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
         running_chain(apart, bundle_path) as encoders,
     ):
         publisher.items(bodies)
-        wait_until(lambda: sum(chain.end_offsets("items")) == 100, "ingest wrote items")
+        wait_until(lambda: sum(chain.end_offsets("items")) == 100, "ingest wrote items", SLOW_S)
         never = command(apart, "encode", "--generation", "g")
         assert (never.returncode, never.stderr.splitlines()[-1]) == (1, "encode-g: generation g was never staged")
 
         publisher.models([stage | {"generation": "g", "activate_when_complete": True}])
-        wait_until(lambda: "replicate-g" in jobs(host), "the host waits for rows")
+        wait_until(lambda: "replicate-g" in jobs(host), "the host waits for rows", SLOW_S)
         first.start("encode:g")
-        wait_until(lambda: serving(host).active == "g", "g is active", alive=lambda: _assert_runs(first, "encode:g"))
+        wait_until(
+            lambda: serving(host).active == "g", "g is active", SLOW_S, alive=lambda: _assert_runs(first, "encode:g")
+        )
         check_rows(chain, "g", bundle, oracle(bodies))
         assert "encode-g" not in jobs(host)
 
         # its machine is lost; another one takes its place, under another name
-        wait_until(lambda: first.running("encode:g"), "encode is in its group")
+        wait_until(lambda: first.running("encode:g"), "encode is in its group", SLOW_S)
         first.kill("encode:g")
         encoders.start("encode:g")
 
@@ -262,26 +266,30 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
                 producer.send(host.topic("rows.g"), b"", headers=refusal, partition=place)
         later = [item_body(f"{k}", 2, random) for k in range(50)]
         publisher.items(later)
-        wait_until(lambda: sum(chain.end_offsets("items")) == 150, "ingest wrote items")
+        wait_until(lambda: sum(chain.end_offsets("items")) == 150, "ingest wrote items", SLOW_S)
         ends = chain.end_offsets("items")
-        wait_until(lambda: (chain.arena("g").progress().covered + 1).tolist() == ends, "the updates reach the rows")
+        wait_until(
+            lambda: (chain.arena("g").progress().covered + 1).tolist() == ends, "the updates reach the rows", SLOW_S
+        )
         check_rows(chain, "g", bundle, oracle(bodies + later))
 
         publisher.models([stage | {"generation": "bad", "uri": (tmp_path / "unfit").as_uri(), "sha256": unfit.sha256}])
-        wait_until(lambda: state_of(host, "bad") == "filling", "bad is staged")
+        wait_until(lambda: state_of(host, "bad") == "filling", "bad is staged", SLOW_S)
         encoders.start("encode:bad")
-        wait_until(lambda: encoders.ended("encode:bad") == BAD_BUNDLE, "its encoder ends")
-        wait_until(lambda: state_of(host, "bad") == "failed", "bad has failed")
+        wait_until(lambda: encoders.ended("encode:bad") == BAD_BUNDLE, "its encoder ends", SLOW_S)
+        wait_until(lambda: state_of(host, "bad") == "failed", "bad has failed", SLOW_S)
         assert serving(host).generations["bad"].reason.startswith("bad bundle: it cannot encode 100 of the first 100")
 
         publisher.models([stage | {"generation": "h"}])
-        wait_until(lambda: state_of(host, "h") == "filling", "h is staged")
+        wait_until(lambda: state_of(host, "h") == "filling", "h is staged", SLOW_S)
         encoders.start("encode:h")
-        wait_until(lambda: state_of(host, "h") == "complete", "h is complete")
-        wait_until(lambda: encoders.running("encode:h"), "its encoder is in its group")
+        wait_until(lambda: state_of(host, "h") == "complete", "h is complete", SLOW_S)
+        wait_until(lambda: encoders.running("encode:h"), "its encoder is in its group", SLOW_S)
         assert command(host, "model", "retire", "h").returncode == 0
         kept = f"(its topic is kept until its encoder has ended ({apart.host}-{host.topic('encode-h')}))"
-        wait_until(lambda: f"h: retired, 100% {kept}" in command(host, "status").stdout, "retirement waits for it")
+        wait_until(
+            lambda: f"h: retired, 100% {kept}" in command(host, "status").stdout, "retirement waits for it", SLOW_S
+        )
 
         def shared() -> set[str]:
             with admin_of(host.kafka_bootstrap) as admin:
@@ -290,8 +298,8 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
 
         assert shared() == {host.topic("rows.h"), host.topic("encode-h")}
         assert encoders.kill("encode:h", signal.SIGTERM) == 0
-        wait_until(lambda: not shared(), "nothing is left of h in Kafka")
-        wait_until(lambda: serving(host).generations["h"].reason == "", "and nothing is waited for")
+        wait_until(lambda: not shared(), "nothing is left of h in Kafka", SLOW_S)
+        wait_until(lambda: serving(host).generations["h"].reason == "", "and nothing is waited for", SLOW_S)
         again = command(apart, "encode", "--generation", "h")
         assert again.returncode == 1
         assert "encode-h: generation h was retired, so nobody needs its encoder" in again.stderr
@@ -300,6 +308,40 @@ def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
 
 def _assert_runs(chain: Chain, job: str) -> None:
     assert chain.ended(job) is None, chain.log(job).read_text()
+
+
+def test_a_generation_that_loses_its_folder_while_it_is_filled_gets_it_again_or_fails(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    host = settings(partitions=2)
+    host.state.mkdir()
+    bodies = [item_body(f"{k}", 1, np.random.default_rng(k)) for k in range(40)]
+    source = tmp_path / "source"
+    shutil.copytree(bundle_path, source)
+    stage = {"action": "stage", "uri": source.as_uri(), "sha256": bundle.sha256, "activate_when_complete": True}
+
+    def round_until(name: str, state: str) -> None:
+        def there() -> bool:
+            supervisor.round()
+            return state_of(host, name) == state
+
+        wait_until(there, f"{name} is {state}", SLOW_S)
+
+    with Supervisor(host, retrieval=False) as supervisor, Publisher(host) as publisher:
+        publisher.items(bodies)
+        publisher.models([stage | {"generation": "a"}])
+        round_until("a", "filling")
+        shutil.rmtree(host.generation_dir("a"))
+        round_until("a", "active")
+        chain = Chain(host, bundle_path)
+        publisher.models([stage | {"generation": "b"}])
+        round_until("b", "filling")
+        shutil.rmtree(host.generation_dir("b"))
+        source.rename(tmp_path / "elsewhere")
+        round_until("b", "failed")
+        assert "there is no bundle at" in serving(host).generations["b"].reason
+        assert serving(host).active == "a"
+        assert len(chain.read("rows.a")) > 0
 
 
 def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
