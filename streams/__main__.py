@@ -14,6 +14,7 @@ sentences.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -92,11 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
     model.add_argument(
-        "--share", type=float, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
+        "--share", type=_share, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
     )
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"{text} is no share of the users: a number from 0 to 1 is")
+    return share
 
 
 def _job(settings: Settings, options: argparse.Namespace) -> None:

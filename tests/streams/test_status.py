@@ -27,6 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
+from streams.__main__ import main
 from streams.events import HostReport, ModelEvent
 from streams.heartbeat import Heartbeat
 from streams.rollout import Verification
@@ -207,6 +208,15 @@ def test_nobody_reads_the_status_to_its_end(away: Settings) -> None:
             check=False,
         )
     assert done.stderr == ""
+
+
+def test_a_share_that_is_none_is_a_sentence_and_nothing_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("nan", "inf", "-inf", "-0.1", "1.1", "some"):
+        with pytest.raises(SystemExit) as ended:
+            main(["model", "activate", "g", f"--share={text}"])
+        assert ended.value.code == 2
+        said = f"argument --share: {text} is no share of the users: a number from 0 to 1 is"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(said)
 
 
 @pytest.mark.e2e
