@@ -165,7 +165,11 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
 
     if options.action == "status":
         return _status(settings, options)
-    generation = options.generation or (options.subject if options.action != "stage" else None)
+    named = options.subject if options.action != "stage" else None
+    generation = options.generation or named
+    if named is not None and named != generation:
+        print(f"`model {options.action}` is told {named} and --generation {generation}: which one?", file=sys.stderr)
+        return 2
     if generation is None:
         print(f"`model {options.action}` needs --generation.", file=sys.stderr)
         return 2

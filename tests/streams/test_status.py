@@ -219,6 +219,12 @@ def test_a_share_that_is_none_is_a_sentence_and_nothing_is_published(capsys: pyt
         assert capsys.readouterr().err.splitlines()[-1].endswith(said)
 
 
+def test_a_generation_that_is_named_twice_differently_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("activate", "rollback", "retire"):
+        assert main(["model", action, "g0", "--generation", "g2"]) == 2
+        assert capsys.readouterr().err == f"`model {action}` is told g0 and --generation g2: which one?\n"
+
+
 @pytest.mark.e2e
 def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     settings: Callable[..., Settings], bundle_path: Path, tmp_path: Path
