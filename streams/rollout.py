@@ -145,14 +145,14 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
         if event.action == "stage":
             if name in retired:
                 errors[offset] = f"generation {name} was retired; generation names are never used twice"
-            elif name not in staged:
-                staged[name] = Staged(offset, event)
-                if event.activate_when_complete:
-                    wishes.append((offset, name))
-            elif (staged[name].event.uri, staged[name].event.sha256) != (event.uri, event.sha256):
+            elif name in staged and (staged[name].event.uri, staged[name].event.sha256) != (event.uri, event.sha256):
                 errors[offset] = (
                     f"generation {name} was staged before with another bundle; generation names are never used twice"
                 )
+            else:
+                staged.setdefault(name, Staged(offset, event))
+                if event.activate_when_complete:
+                    wishes.append((offset, name))
         elif name not in staged:
             errors[offset] = f"generation {name} was never staged"
         elif event.action == "activate":
@@ -173,7 +173,9 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
                 canary = _other(canary, name)
         else:
             others = [wish for wish in wishes if wish[1] != name]
-            if others:
+            if len(others) == len(wishes) and _other(canary, name) is canary:
+                errors[offset] = f"generation {name} was not to be served, so there is nothing to go back from"
+            elif others:
                 wishes, canary = others, _other(canary, name)
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
@@ -332,6 +334,14 @@ def kept(desired: Desired, serving: Serving, generation: str) -> str:
     known = (serving.generations.get(name) for _, name in desired.wishes if name != serving.active)
     ready = [one.generation for one in known if one is not None and _possible(serving, one)]
     return _kept([*ready, serving.active] if serving.active is not None else ready, generation)
+
+
+def spent(serving: Serving, generation: str) -> str:
+    """Why staging the generation's bundle again is no use on this host; empty: it is not known here, or goes on."""
+    known = serving.generations.get(generation)
+    if known is None or known.state != "failed":
+        return ""
+    return f"generation {generation} is failed here ({known.reason}): stage the bundle under a new name"
 
 
 def never(serving: Serving, generation: str) -> str:

@@ -137,7 +137,25 @@ def test_names_are_never_used_twice() -> None:
     assert rollout.stage(staged("a"), 9, stage("a")) == staged("a")  # the same event again
     desired = rollout.reduce_models([(0, stage("a")), (1, stage("a")), (2, stage("a", sha="b"))])
     assert list(desired.refused) == [2]
-    assert desired.wishes == [(0, "a")]
+    assert {name for _, name in desired.wishes} == {"a"}
+
+
+def test_a_bundle_that_is_staged_again_to_be_activated_is_wished_for() -> None:
+    log = [(0, stage("a")), (1, stage("b", when_complete=False)), (2, stage("b"))]
+    desired = rollout.reduce_models(log)
+    assert (desired.wishes, desired.refused, desired.staged["b"].offset) == ([(0, "a"), (2, "b")], {}, 1)
+    serving = rollout.activate(complete(complete(staged("a", "b"), "a"), "b"), "a")
+    assert rollout.next_active(desired, serving) == "b"
+    assert rollout.reduce_models([*log, (3, stage("b", when_complete=False))]).wishes == desired.wishes
+    gone_back = [*log, (3, ModelEvent("rollback", "b")), (4, stage("b"))]
+    assert rollout.reduce_models(gone_back).wishes == [(0, "a"), (4, "b")]
+
+
+def test_staging_again_what_has_failed_here_is_no_use() -> None:
+    serving = staged("a")
+    assert (rollout.spent(serving, "a"), rollout.spent(serving, "b")) == ("", "")
+    said = rollout.spent(rollout.fail(serving, "a", "no room"), "a")
+    assert said == "generation a is failed here (no room): stage the bundle under a new name"
 
 
 def test_jobs_run_for_the_active_one_one_former_and_later_ones() -> None:
@@ -168,6 +186,10 @@ def test_reduction_of_models() -> None:
 def test_a_rollback_goes_to_the_newest_other_wish_and_is_refused_where_there_is_none() -> None:
     log = [(0, stage("a")), (1, ModelEvent("rollback", "a")), (2, stage("b"))]
     assert rollout.reduce_models(log).refused == {1: "there is nothing to go back to from generation a"}
+    never = rollout.reduce_models(
+        [(0, stage("a")), (1, stage("b", when_complete=False)), (2, ModelEvent("rollback", "b"))]
+    )
+    assert never.refused == {2: "generation b was not to be served, so there is nothing to go back from"}
     serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
     serving = rollout.activate(complete(serving, "b"), "b")
     log.append((3, ModelEvent("rollback", "b")))

@@ -278,6 +278,9 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     done = run(tmp_path, environ, *activate, "a")
     assert done.returncode == 1
     assert done.stderr == "Not published: generation a is failed (bad bundle) and cannot be activated.\n"
+    done = run(tmp_path, environ, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Not published: generation a is failed here (bad bundle): stage the bundle under a")
 
 
 @pytest.mark.e2e
