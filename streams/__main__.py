@@ -208,7 +208,7 @@ def _activated(settings: Settings, generation: str, share: float | None) -> int:
         return 0
     serving = rollout.read(settings.serving_file)
     known = serving.generations.get(generation)
-    if known is None or known.state in rollout.UNREADY:
+    if known is None or known.state in rollout.UNREADY or rollout.aged(serving, generation):
         reason = f" ({known.reason})" if known and known.reason else ""
         state = f"{known.state} here, {known.progress:.0%}{reason}" if known else "not staged here yet"
         print(f"It is {state}, and is served once it is complete.")

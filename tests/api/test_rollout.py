@@ -118,6 +118,17 @@ def test_what_is_published_is_the_topic_s_event_and_what_would_be_refused_is_not
     ):
         status, found = post(host, f"/v1/generations/{name}/{action}", STAGE if action == "stage" else None)
         assert (status, found["type"], found["detail"]) == (409, "urn:forerank:problem:refused", said)
+    newest = STAGE | {"sha256": "c" * 64}
+    assert post(host, "/v1/generations/c/stage", newest)[0] == 202
+    expected.append(ModelEvent("stage", "c", **newest))
+    known = rollout.stage(failed, 9, expected[-1])
+    alone = msgspec.structs.replace(known.generations["c"], state="active")
+    rollout.write(
+        host.settings.serving_file,
+        msgspec.structs.replace(known, active="c", generations=known.generations | {"c": alone}),
+    )
+    status, found = post(host, "/v1/generations/c/rollback")  # to a, which this host cannot serve
+    assert (status, found["detail"]) == (409, "generation a is failed (bad bundle) and cannot be activated")
     assert post(host, "/v1/events/models", {"action": "activate", "generation": "z"})[0] == 202  # the log refuses it
     assert published(host.settings) == [*expected, ModelEvent("activate", "z")]
 
