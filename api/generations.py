@@ -16,7 +16,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from api.problems import ProblemError
 from api.retrieval import RetrievalError, RetrievalView
@@ -111,6 +111,11 @@ class Generations:
         if canary is None or user_id is None or rollout.bucket(canary[0].name, str(user_id)) >= canary[1]:
             return generation
         return canary[0]
+
+    def answering(self) -> Sequence[Generation]:
+        """All that requests are answered from, first the one that serves most. Raises as `pin`."""
+        generation, canary = self.pin(), self._canary
+        return (generation,) if canary is None or not canary[1] else (generation, canary[0])
 
     @property
     def active(self) -> Generation | None:
