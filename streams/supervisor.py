@@ -179,7 +179,7 @@ class Supervisor:
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
-        if self.serving.active in self._hosts.report(self.serving, self._progress):
+        if self.serving.active in self._hosts.report(self.serving, running, self._progress):
             self._activation_step(4)
         self._clean_up()
 

@@ -112,9 +112,16 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
     host, now = settings(), time.time_ns() // 1_000_000
     ensure_topics(host)
 
-    def said(name: str, generation: str, state: str, digests: str = "", covered: tuple[int, ...] = (7, 9)) -> None:
+    def said(
+        name: str,
+        generation: str,
+        state: str,
+        digests: str = "",
+        covered: tuple[int, ...] = (7, 9),
+        **more: str,
+    ) -> None:
         rows = {"covered": list(covered), "counts": [2, 3], "digests": list(digests)} if digests else {}
-        report = HostReport(host=name, generation=generation, state=state, time=now - 60_000, **rows)  # type: ignore[arg-type]
+        report = HostReport(host=name, generation=generation, state=state, time=now - 60_000, **rows, **more)  # type: ignore[arg-type]
         producer.send(host.topic("hosts"), msgspec.json.encode(report), f"{name}/{generation}".encode(), partition=0)
 
     with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
@@ -123,7 +130,17 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
         said("same", "g1", "active", "ab")
         said("same", "g0", "retired")
         said("differs", "g1", "former", "ac")
-        said("behind", "g1", "filling", "cc", covered=(6, 8))
+        said("behind", "g1", "filling", "cc")
+        said("busy", "g1", "active", "dc", covered=(8, 9))
+        said("earlier", "g1", "active", "ac")
+        said("earlier", "g1", "active", "ef", covered=(8, 12))
+        said("differed", "g1", "active", "ac")
+        said("remade", "g1", "active", "ac", (7, 11))
+        said("remade", "g1", "active", "cc", (7, 9), reason=rollout.REMADE)
+        said("remade", "g1", "active", "ab", (7, 11))
+        said(host.host, "g1", "active", "gh", covered=(10, 11))
+        said("differed", "g1", "active", "gh", covered=(9, 11))
+        said("remade", "g1", "active", "gh", covered=(10, 11))
     status(host)
     told = {
         line.split(",")[0]: line.split(": ", 1)[1]
@@ -134,6 +151,10 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
         "host same": "g1 active",
         "host differs": "g1 former, WITH OTHER ROWS THAN HERE in partition 1",
         "host behind": "g1 filling",
+        "host busy": "g1 active, WITH OTHER ROWS THAN HERE in partition 1",
+        "host earlier": "g1 active, WITH OTHER ROWS THAN HERE in partition 1",
+        "host differed": "g1 active",
+        "host remade": "g1 active",
     }
 
 
