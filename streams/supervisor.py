@@ -507,7 +507,7 @@ class Jobs:
             return
         self._due.pop(name, None)
         process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
-        priority.lower(process.pid, priority.JOB)
+        priority.lower(process.pid)
         self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:
