@@ -128,7 +128,8 @@ class Settings:
 
     @property
     def metrics_dir(self) -> Path:
-        """Metrics files of all processes of the host; the supervisor removes those of ended ones when it starts."""
+        """Metrics files of all processes of the host; those of ended ones become archives, which the supervisor removes
+        when it starts."""
         return self.state / "metrics"
 
 

@@ -53,7 +53,8 @@ class Replicate:
         for record in records:
             expected = self._following[record.partition]
             if record.offset > expected:  # not compacted, no transactions: offsets have no gaps
-                raise needs_refill(record.topic, record.partition, expected, record.offset)
+                place = f"{record.topic}[{record.partition}]"
+                raise JobError(f"{place} goes on at offset {record.offset}, not {expected}: started again, if it can")
             if record.offset < expected:
                 continue
             self._following[record.partition] = record.offset + 1

@@ -18,7 +18,8 @@ An activation has steps too, and after a kill goes on from the first:
     3  the switch: `serving.json` names it as `active`
     4  `hosts` is told
 
-A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation. A
+A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation; one to
+what was served earlier still fills that up first, and verifies it. A
 canary is an activation whose switch sets `canary` instead; while its share is 0 a job scores what is asked for with it.
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
@@ -163,7 +164,7 @@ class Supervisor:
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
         loading = self._activate(rollout.next_active(desired, self.serving))
         self._share(rollout.canary_of(desired, self.serving), loading)
-        self._put(rollout.explain(desired, self.serving))
+        self._put(rollout.renew(desired, self.serving))
         for name in rollout.retiring(desired, self.serving):
             if time.monotonic() >= self._retire_due.get(name, 0.0):
                 self._retire(name)
@@ -506,7 +507,7 @@ class Jobs:
             return
         self._due.pop(name, None)
         process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
-        priority.lower(process.pid, priority.JOB)
+        priority.lower(process.pid)
         self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:

@@ -27,6 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
+from streams.__main__ import main
 from streams.events import HostReport, ModelEvent
 from streams.heartbeat import Heartbeat
 from streams.rollout import Verification
@@ -230,6 +231,21 @@ def test_nobody_reads_the_status_to_its_end(away: Settings) -> None:
     assert done.stderr == ""
 
 
+def test_a_share_that_is_none_is_a_sentence_and_nothing_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("nan", "inf", "-inf", "-0.1", "1.1", "some"):
+        with pytest.raises(SystemExit) as ended:
+            main(["model", "activate", "g", f"--share={text}"])
+        assert ended.value.code == 2
+        said = f"argument --share: {text} is no share of the users: a number from 0 to 1 is"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_a_generation_that_is_named_twice_differently_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("activate", "rollback", "retire"):
+        assert main(["model", action, "g0", "--generation", "g2"]) == 2
+        assert capsys.readouterr().err == f"`model {action}` is told g0 and --generation g2: which one?\n"
+
+
 @pytest.mark.e2e
 def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     settings: Callable[..., Settings], bundle_path: Path, tmp_path: Path
@@ -283,6 +299,9 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     done = run(tmp_path, environ, *activate, "a")
     assert done.returncode == 1
     assert done.stderr == "Not published: generation a is failed (bad bundle) and cannot be activated.\n"
+    done = run(tmp_path, environ, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Not published: generation a is failed here (bad bundle): stage the bundle under a")
 
 
 @pytest.mark.e2e

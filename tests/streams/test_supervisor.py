@@ -193,6 +193,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
 ) -> None:
@@ -204,21 +205,37 @@ def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
     with supervised(host), Publisher(host) as publisher:
         publisher.items(bodies)
         publisher.models([stage | {"generation": "a"}])
-        wait_until(lambda: state_of(host, "a") == "complete", "a is complete")
+        wait_until(lambda: state_of(host, "a") == "complete", "a is complete", SLOW_S)
         publisher.models([stage | {"generation": "b", "activate_when_complete": True}])
-        wait_until(lambda: serving(host).active == "b", "b is active")
-        wait_until(lambda: not {"encode-a", "replicate-a"} & set(jobs(host)), "nobody needs a")
+        wait_until(lambda: serving(host).active == "b", "b is active", SLOW_S)
+        wait_until(lambda: not {"encode-a", "replicate-a"} & set(jobs(host)), "nobody needs a", SLOW_S)
         assert state_of(host, "a") == "staged"
         assert "a: staged, 100%, 40 rows (is not kept fresh" in command(host, "status").stdout
         publisher.items(later)
         chain = Chain(host, bundle_path)
-        wait_until(lambda: sum(chain.end_offsets("items")) == 60, "ingest wrote items")
+        wait_until(lambda: sum(chain.end_offsets("items")) == 60, "ingest wrote items", SLOW_S)
         ends = chain.end_offsets("items")
         told = command(host, "model", "activate", "a")
         assert (told.returncode, "is served once it is complete" in told.stdout) == (0, True)
-        wait_until(lambda: serving(host).active == "a", "a is active")
+        wait_until(lambda: serving(host).active == "a", "a is active", SLOW_S)
         assert (chain.arena("a").progress().covered + 1).tolist() == ends
         check_rows(chain, "a", bundle, oracle(bodies + later))
+
+        # two rollbacks in a row: b, which was served before, rests since c is served
+        publisher.models([stage | {"generation": "c", "activate_when_complete": True}])
+        wait_until(lambda: serving(host).active == "c", "c is active", SLOW_S)
+        wait_until(lambda: not {"encode-b", "replicate-b"} & set(jobs(host)), "nobody needs b", SLOW_S)
+        newest = [item_body(f"{k}", 3, random) for k in range(10)]
+        publisher.items(newest)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 70, "ingest wrote items", SLOW_S)
+        ends = chain.end_offsets("items")
+        assert command(host, "model", "rollback", "c").returncode == 0
+        wait_until(lambda: serving(host).active == "a", "a is active again", SLOW_S)
+        assert state_of(host, "b") == "former"
+        assert command(host, "model", "rollback", "a").returncode == 0
+        wait_until(lambda: serving(host).active == "b", "b is active again", SLOW_S)
+        assert (chain.arena("b").progress().covered + 1).tolist() == ends
+        check_rows(chain, "b", bundle, oracle(bodies + later + newest))
 
 
 @pytest.mark.slow
