@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-from infra import priority, running, telemetry
+from infra import running, telemetry
 from infra import settings as settings_module
 from infra.processes import ProcessError
 from infra.settings import Settings, SettingsError
@@ -78,14 +78,12 @@ def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
         print(f"The retrieval index of {options.generation} has {count} items.")
         return 0
     stop = _stopped()
-    priority.lower(os.getpid(), priority.NICE)  # a late index costs nobody anything; a late answer does
     rebuild.follow(settings, options.generation, stop)
     return 0
 
 
 def _verify(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.configure_logging(settings, f"verify-{options.generation}")
-    priority.lower(os.getpid(), priority.NICE)  # requests and fresh rows go first
     from api.verify import verify
     from streams.rollout import Refused
 
@@ -102,7 +100,6 @@ def _shadow(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, f"shadow-{options.generation}")
     stop = _stopped()
-    priority.lower(os.getpid(), priority.NICE)  # requests and fresh rows go first
     from api.shadow import follow
 
     follow(settings, options.generation, stop)

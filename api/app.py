@@ -1,7 +1,7 @@
 """The HTTP application: every route is a few lines around one call.
 
 Bodies are joined, decoded and encoded in request threads; the event loop only moves bytes, so that no callback of it
-takes longer than writing an answer into a socket. Guarantees: every error is problem+json, and nothing a caller sends
+takes longer than reading or writing a socket once. Guarantees: every error is problem+json, and nothing a caller sends
 becomes a 500.
 """
 

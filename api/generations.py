@@ -16,12 +16,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from api.problems import ProblemError
 from api.retrieval import RetrievalError, RetrievalView
 from api.schemas import Id
-from encoders.bundle import Bundle, BundleError, load_bundle
+from encoders.bundle import Bundle, BundleError, BundleUnreadableError, load_bundle
 from encoders.fold import Head, UserFold
 from index.arena import ArenaReader
 from index.errors import StoreError, StoreMissingError
@@ -69,7 +69,8 @@ class Generations:
         self._retrieval: RetrievalView | None = None
         self._loaded: dict[str, Generation] = {}
         self._views: dict[str, RetrievalView] = {}  # of what is loaded
-        self._failed: dict[str, tuple[str, float]] = {}  # sha256 of what did not load -> why, when to try again
+        # generation and sha256 of what did not load -> why, when to try again
+        self._failed: dict[tuple[str, str], tuple[str, float]] = {}
         self._missing: dict[str, str] = {}  # generation -> why it is not loaded yet
         self._said: dict[str, str] = {}  # what was logged last about a part, so that it is logged once
         self.histories: HistoriesReader | None = None
@@ -110,6 +111,11 @@ class Generations:
         if canary is None or user_id is None or rollout.bucket(canary[0].name, str(user_id)) >= canary[1]:
             return generation
         return canary[0]
+
+    def answering(self) -> Sequence[Generation]:
+        """All that requests are answered from, first the one that serves most. Raises as `pin`."""
+        generation, canary = self.pin(), self._canary
+        return (generation,) if canary is None or not canary[1] else (generation, canary[0])
 
     @property
     def active(self) -> Generation | None:
@@ -224,7 +230,7 @@ class Generations:
             self._watch_rows(self._active)
 
     def _load(self, name: str, sha256: str) -> None:
-        why, again = self._failed.get(sha256, ("", 0.0))
+        why, again = self._failed.get((name, sha256), ("", 0.0))
         if time.monotonic() < again:
             self._missing[name] = why
             return
@@ -236,8 +242,9 @@ class Generations:
             return
         except Exception as error:  # also what nobody has thought of: it is told, and what is served goes on
             why = f"generation {name} cannot be loaded: {error}"
-            # a bundle is what its hash says and stays so; files and stores may come right
-            self._failed[sha256] = why, math.inf if isinstance(error, BundleError) else time.monotonic() + _AGAIN_S
+            # content that is wrong stays so; files and stores may come right
+            wrong = isinstance(error, BundleError) and not isinstance(error, BundleUnreadableError)
+            self._failed[name, sha256] = why, math.inf if wrong else time.monotonic() + _AGAIN_S
             self._missing[name] = why
             self._say("generation", why)
             return

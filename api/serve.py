@@ -21,7 +21,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -59,8 +58,7 @@ def serve(settings: Settings) -> None:
         telemetry.start_metrics(settings)  # what is wrong with the state's folder is wrong for all
         telemetry.configure_logging(settings, "api")
         admin_token(settings)
-        own = [_own_socket(settings, place) for place in range(settings.api_processes)] if settings.api_sockets else []
-        _Processes(listener, own, settings.api_processes).run()
+        _Processes(listener, settings).run()
 
 
 def check_port(settings: Settings) -> None:
@@ -80,15 +78,16 @@ def listening(settings: Settings) -> socket.socket:
 
 
 def _own_socket(settings: Settings, place: int) -> socket.socket:
-    """Of one place, in the stead of what an earlier parent left there. Raises ServeError."""
+    """Of one place, instead of what is there; refuses connections until a process serves it. Raises ServeError."""
     path = settings.api_socket(place)
+    new = path.with_name(f"{path.name}~")
     own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        own.bind(str(path))
-        path.chmod(0o666)  # the proxy is another user; who may enter the folder is the operator's choice
-        own.listen(_BACKLOG)
+        new.unlink(missing_ok=True)
+        own.bind(str(new))
+        new.chmod(0o666)  # the proxy is another user; who may enter the folder is the operator's choice
+        new.replace(path)
     except OSError as error:
         own.close()
         raise ServeError(
@@ -101,8 +100,10 @@ def _own_socket(settings: Settings, place: int) -> socket.socket:
 class _Processes:
     """The processes below, as they come and go."""
 
-    def __init__(self, listener: socket.socket, own: Sequence[socket.socket], count: int) -> None:
-        self._listener, self._own, self._count = listener, own, count
+    def __init__(self, listener: socket.socket, settings: Settings) -> None:
+        """Raises ServeError."""
+        self._listener, self._settings, self._count = listener, settings, settings.api_processes
+        self._own = [_own_socket(settings, place) for place in range(self._count)] if settings.api_sockets else []
         self._serving: list[_Child] = []
         self._ending: list[_Child] = []
         self._ends = 0  # of processes in a row that never served
@@ -194,7 +195,20 @@ class _Processes:
                     raise ServeError(
                         f"{self._ends} processes of the API in a row ended before they served; see the log."
                     )
+                self._renew_socket(place)
                 self._serving[place] = self._child(place)
+
+    def _renew_socket(self, place: int) -> None:
+        """Who waits at the dead process's socket, and who comes before the next one serves, learns it and goes on."""
+        if not self._own:
+            return
+        try:
+            fresh = _own_socket(self._settings, place)
+        except ServeError as error:
+            LOG.error("a process keeps the socket of the dead one", extra={"error": str(error)})
+            return
+        self._own[place].close()
+        self._own[place] = fresh
 
     def _child(self, place: int) -> _Child:
         return _Child([self._listener, *self._own[place : place + 1]])

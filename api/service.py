@@ -53,7 +53,7 @@ class Service:
         self.merger = Merger(settings, self.generations, self.users)
         self.recorder = Recorder(settings)
         self.feed = Feed(settings)
-        self.waiters = Waiters(self.generations.pin)
+        self.waiters = Waiters(self.generations.answering)
 
     def start(self) -> None:
         torch.set_num_threads(1)

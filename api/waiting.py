@@ -1,4 +1,5 @@
-"""Waits for rows: `GET /v1/items/{id}?wait_for=<version>` answers when that version is what requests see.
+"""Waits for rows: `GET /v1/items/{id}?wait_for=<version>` answers when that version is what requests see,
+whichever generation answers them: under a canary both must have it.
 
 A wait holds a connection and nothing else: one task per process has a thread look for all of them together, every 10 ms
 and only while there are any.
@@ -20,7 +21,7 @@ from api.generations import Generation
 from api.problems import ProblemError, invalid
 
 PARAMETERS = {
-    "wait_for": "answer when the item's row has this version or a newer one",
+    "wait_for": "answer when the item's row has this version or a newer one, under a canary in both generations",
     "timeout_ms": "with wait_for: how long at most, 0 .. 10000; default 5000",
     "deleted": "with wait_for, `1`: wait for the deletion of that version; answers 204 when the item has no row, and "
     "with the row when that is of a newer version",
@@ -105,15 +106,16 @@ async def _gone(receive: Receive) -> None:
 class Waiters:
     """All waits of one process; to be used in its event loop only."""
 
-    def __init__(self, pin: Callable[[], Generation]) -> None:
-        self._pin = pin
+    def __init__(self, answering: Callable[[], Sequence[Generation]]) -> None:
+        """`answering`: the generations that requests are answered from; the wait's own answer is the first one's."""
+        self._answering = answering
         self._waiting: dict[_Waiter, None] = {}  # in the order of their coming
         self._ticker: asyncio.Task[None] | None = None
 
     async def granted(self, key: NDArray[np.uint64], wish: Wish, receive: Receive) -> Generation:
-        """The generation in which the wish for the item of `key` u8[1, 2] was found granted; `receive` is the
-        request's and tells when its caller has gone. Raises ProblemError 504 after the wish's time, 503 where too many
-        wait already or nothing is served.
+        """The generation to answer from, when all have granted the wish for the item of `key` u8[1, 2]; `receive` is
+        the request's and tells when its caller has gone. Raises ProblemError 504 after the wish's time, 503 where too
+        many wait already or nothing is served.
         """
         if len(self._waiting) >= WAITS_MAX:
             raise ProblemError(503, "overloaded", f"{WAITS_MAX} requests wait for a version already")
@@ -137,7 +139,7 @@ class Waiters:
         while self._waiting:
             waiters = list(self._waiting)
             try:
-                ends: _Ends = await asyncio.to_thread(_looked, self._pin, waiters)
+                ends: _Ends = await asyncio.to_thread(_looked, self._answering, waiters)
             except Exception as error:  # nothing served, or a store that cannot be read: each is told
                 ends = [(waiter, error) for waiter in waiters]
             for first in range(0, len(ends), _TOLD):
@@ -147,18 +149,26 @@ class Waiters:
             await asyncio.sleep(_TICK_S)
 
 
-def _looked(pin: Callable[[], Generation], waiters: Sequence[_Waiter]) -> _Ends:
+def _looked(answering: Callable[[], Sequence[Generation]], waiters: Sequence[_Waiter]) -> _Ends:
     """Those whose wish is granted or whose time is over, and what they are told. Runs in a thread."""
     waiters = [waiter for waiter in waiters if not waiter.answer.done()]
     if not waiters:
         return []
-    generation, now = pin(), time.monotonic()
-    rows, found = generation.arena.gather_cold(np.concatenate([waiter.key for waiter in waiters]))
+    generations, now = answering(), time.monotonic()
+    keys = np.concatenate([waiter.key for waiter in waiters])
+    visible = zip(*(_versions(generation, keys) for generation in generations), strict=True)
     ends: _Ends = []
-    for waiter, stored, there in zip(waiters, rows["version"].tolist(), found.tolist(), strict=True):
-        version = stored if there else None
-        if waiter.wish.granted(version):
-            ends.append((waiter, generation))
+    for waiter, versions in zip(waiters, visible, strict=True):
+        seen = zip(generations, versions, strict=True)
+        lacking = next(((one, version) for one, version in seen if not waiter.wish.granted(version)), None)
+        if lacking is None:
+            ends.append((waiter, generations[0]))
         elif now >= waiter.deadline:
-            ends.append((waiter, waiter.wish.refusal(generation.name, version)))
+            ends.append((waiter, waiter.wish.refusal(lacking[0].name, lacking[1])))
     return ends
+
+
+def _versions(generation: Generation, keys: NDArray[np.uint64]) -> list[int | None]:
+    """Of the visible rows; None where there is none."""
+    rows, found = generation.arena.gather_cold(keys)
+    return [version if there else None for version, there in zip(rows["version"].tolist(), found.tolist(), strict=True)]

@@ -28,9 +28,10 @@ from encoders.checkpoint import CheckpointError
 from encoders.config import COMPONENTS, ModelConfig
 from encoders.data.commands import add_commands, seed_of
 from encoders.data.dataset import DataError, Dataset
+from encoders.data.fingerprint import fingerprint
 from encoders.data.source import SYNTHETIC, open_dataset
 from encoders.distributed import PeerError, peers
-from encoders.evaluate import Figures, evaluate
+from encoders.evaluate import Figures, check_split, evaluate
 from encoders.rivals import against
 from encoders.train import TrainingError, TrainOptions, train
 from encoders.unseen import lines
@@ -77,7 +78,7 @@ def _train(options: argparse.Namespace) -> None:
             log=options.log,
             report=_say,
             peers=together,
-            source=options.data,
+            source=options.data if options.data == SYNTHETIC else str(Path(options.data).resolve()),
         )
     if together.leads:
         _table(metrics["test"], metrics["counts"], metrics["unseen"])
@@ -85,7 +86,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _options(options: argparse.Namespace) -> TrainOptions:
-    given = {name: getattr(options, name) for name in ("model", "seed", "minutes", "epochs", "distil")}
+    given = {name: getattr(options, name) for name in ("model", "seed", "minutes", "epochs", "distil", "autocast")}
     try:
         config = ModelConfig(without=_names(options.without))
         return TrainOptions(config=config, **{name: value for name, value in given.items() if value is not None})
@@ -98,10 +99,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     if unknown := [name for name in rivals if name not in MODELS]:
         raise TrainingError(f"model {unknown[0]!r} is not known; known are {', '.join(MODELS)}")
     data = _data_of(bundle, options)
+    check_split(bundle, data)
+    if rivals and bundle.manifest.metrics.get("fingerprint", own := fingerprint(data)) != own:
+        raise DataError("rivals are trained on these data, the bundle was on others: leave --against or --data out")
     found = evaluate(bundle, data)
     _table(found.figures, found.counts, found.unseen)
-    if rivals:
-        print("\n".join(["", *against(bundle, data, rivals, options.cache or load().state / "trials", _say)]))
+    if rivals or options.requests:
+        cache = options.cache or load().state / "trials"
+        print("\n".join(["", *against(bundle, data, rivals, cache, options.requests, _say)]))
 
 
 def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:
@@ -110,7 +115,12 @@ def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:
     source = options.data or metrics.get("source")
     if source is None:
         raise DataError(f"{options.bundle} does not say what it was trained on: name the data with --data")
-    data = open_dataset(source, metrics.get("seed", 0) if options.seed is None else options.seed)
+    try:
+        data = open_dataset(source, metrics.get("seed", 0) if options.seed is None else options.seed)
+    except DataError as error:
+        if options.data:
+            raise
+        raise DataError(f"{error}; the bundle was trained on it: name the data with --data") from error
     if (name := metrics.get("data", data.name)) != data.name:
         print(f"{options.name}: the bundle was trained on {name}, these data are {data.name}", file=sys.stderr)
     return data
@@ -169,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, help="training ends after this time at the latest")
     command.add_argument("--epochs", type=int, help="training ends after as many at the latest")
     command.add_argument("--distil", type=float, help="weight of the loss towards the upper bound, trained beside")
-    command.add_argument("--checkpoint", type=Path, help="file to go on from after a kill")
+    command.add_argument("--autocast", action="store_true", help="bfloat16 in the forward pass")
+    command.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, or with more epochs")
     command.add_argument("--log", type=Path, help="CSV file of loss and validation figures")
     command.set_defaults(command=_train)
 
@@ -178,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", help=f"{named}; default: what the bundle was trained on")
     command.add_argument("--seed", type=seed_of, help="of the synthetic data; default: the bundle's")
     command.add_argument("--against", default="", metavar="MODEL,...", help=f"trained alike, of {', '.join(MODELS)}")
+    command.add_argument("--requests", type=int, default=0, metavar="N", help="also rank the catalogue for so many")
     command.add_argument("--cache", type=Path, help="folder of trained models; default: trials/ below the state folder")
     command.set_defaults(command=_evaluate)
 

@@ -43,6 +43,10 @@ class BundleError(Exception):
     """A bundle that cannot be written or must not be used; the message is one sentence."""
 
 
+class BundleUnreadableError(BundleError):
+    """A file of it that is not there or cannot be read now; what it holds may be right."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` says."""
@@ -296,7 +300,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        raise BundleUnreadableError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _write(path: Path, data: bytes) -> None:

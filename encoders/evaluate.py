@@ -304,6 +304,16 @@ def evaluate(bundle: Loaded, data: Dataset) -> Measured:
     return on_test_slice(bundle.model, bundle.manifest.features, batches_of(bundle, data), data)
 
 
+def check_split(bundle: Loaded, data: Dataset) -> None:
+    """Raises DataError where the data's test slice begins before that of the bundle's training data, which the bundle
+    may have seen.
+    """
+    own, begins = bundle.manifest.metrics.get("test_begins"), split_of(data).test
+    if own is not None and begins < own:
+        at, since = (np.datetime64(time, "ms").astype("datetime64[s]") for time in (begins, own))
+        raise DataError(f"the test slice of these data begins at {at}, but the bundle has seen examples up to {since}")
+
+
 def on_test_slice(model: Ranker, spec: FeatureSpec, batches: Batches, data: Dataset) -> Measured:
     """As `evaluate`, of a model and the data encoded for it."""
     split = split_of(data)

@@ -168,6 +168,8 @@ def train(
     metrics = {
         "data": data.name,
         "source": source,
+        "fingerprint": fingerprint(data),
+        "test_begins": split_of(data).test,
         **fitted.history(),
         "test": found.figures,
         "counts": found.counts,
@@ -550,8 +552,8 @@ def _clicks(batches: Batches, groups: Groups) -> tuple[npt.NDArray[np.int64], ..
 
 
 def _about(data: Dataset, options: TrainOptions) -> dict[str, Any]:
-    """What a checkpoint must agree with. The time limit may change from one go to the next."""
-    named = {name: value for name, value in options.to_json().items() if name != "minutes"}
+    """What a checkpoint must agree with. The limits may change from one go to the next."""
+    named = {name: value for name, value in options.to_json().items() if name not in ("minutes", "epochs")}
     return {"data": fingerprint(data), **named}
 
 

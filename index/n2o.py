@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import secrets
-import shutil
 import tempfile
 import threading
 import time
@@ -110,7 +109,7 @@ class N2OWriter:
     def apply(self, batches: Sequence[tuple[RowBatch, int]], by_version: bool = True) -> int:
         """Blocks with their offsets in `rows.<generation>`, in log order. Returns how many rows were put or removed.
         Raises ValueError on a block that does not fit this index. Not `by_version`: a row replaces what is stored
-        whatever the versions are; then an item may occur once in a call.
+        whatever the versions are; then an item may occur once in a call, and deletions of it before that.
 
         A row's `visible_time` in the arena is taken after RocksDB has the rows, immediately before the first of them is
         published: requests see the row at that time at the earliest, and when `apply` returns at the latest. RocksDB's
@@ -422,8 +421,9 @@ class N2OReader:
         if not (path / "rocks" / "CURRENT").exists():
             raise StoreMissingError(f"{path} holds no N2O index yet")
         self._path = path
-        self._own = tempfile.mkdtemp(prefix="forerank-n2o-")  # a secondary instance writes its log somewhere
-        self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(self._own))
+        # a secondary instance writes its log, and nothing else, into a folder: once open, that needs no name any more
+        with tempfile.TemporaryDirectory(prefix="forerank-n2o-") as own:
+            self._rocks = Rdict(str(path / "rocks"), _options(), access_type=AccessType.secondary(own))
 
     def get(self, ids: Sequence[str]) -> list[StoredRow | None]:
         """The rows as they are now; None where there is none. Costs some milliseconds: not for the request path."""
@@ -438,7 +438,6 @@ class N2OReader:
 
     def close(self) -> None:
         self._rocks.close()
-        shutil.rmtree(self._own, ignore_errors=True)
 
 
 def _options() -> Options:

@@ -3,7 +3,8 @@
 Prints an `upstream` and a `server` for nginx's `http` block, from API_PROCESSES and FORERANK_API_SOCKETS. A user is
 named by the header `X-Forerank-User` (the id, percent-encoded as in a path), else by the path of a prefetch, else by
 the query's `user_id`; a request without a user goes to any process. Hashing is consistent: one process more or fewer
-moves few users. A process that does not answer is passed over where asking twice does no harm.
+moves few users. A process that has gone is passed over where asking twice does no harm; one that is slow is waited for,
+since another one would infer its users once more, and more so the more there is to do.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ server {{
     }}
     location ~ ^/v1/(score|prerank|recommend|users/.+/prefetch)$ {{
         proxy_pass http://forerank;
-        proxy_read_timeout 2s;
-        proxy_next_upstream error timeout http_502 http_504 non_idempotent;
-        proxy_next_upstream_tries 2;
+        proxy_next_upstream error non_idempotent;
+        proxy_next_upstream_tries 3;
     }}
 }}
 """
@@ -62,7 +62,7 @@ def config(settings: Settings, listen: str) -> str:
             f"{variable('api_sockets')} names no folder, so the processes have no sockets to choose from"
         )
     sockets = [settings.api_socket(place) for place in range(settings.api_processes)]
-    servers = "\n".join(f"    server unix:{path} max_fails=1 fail_timeout=1s;" for path in sockets)
+    servers = "\n".join(f"    server unix:{path} max_fails=0;" for path in sockets)
     return _CONFIG.format(servers=servers, listen=listen)
 
 

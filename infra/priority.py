@@ -21,17 +21,17 @@ from typing import TypeVar
 
 T = TypeVar("T")
 JOB = 5  # of a nearline job: a third of the weight that requests have
-NICE = 10  # of what nobody waits for: a tenth, so it never comes to a stop
+NICE = 10  # of what runs in the background: a tenth, so it never comes to a stop
 _AUTOGROUP = Path("/proc/self/autogroup")
 
 
-def lower(pid: int, nice: int) -> None:
-    """A process that has just begun gives way, and its session with it if that is its own."""
+def lower(pid: int) -> None:
+    """A process that has just begun gives way as a job, and its session with it if that is its own."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, pid, nice)
+            os.setpriority(os.PRIO_PROCESS, pid, JOB)
             if os.getsid(pid) == pid:
-                _weigh(nice, Path(f"/proc/{pid}/autogroup"))
+                _weigh(JOB, Path(f"/proc/{pid}/autogroup"))
 
 
 class Background:

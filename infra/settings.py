@@ -15,6 +15,7 @@ from pathlib import Path
 
 _PLAIN_NAMES = {"kafka_bootstrap": "KAFKA_BOOTSTRAP", "api_processes": "API_PROCESSES", "api_port": "API_PORT"}
 _LEVELS = ("debug", "info", "warning", "error")
+_ENCODERS = ("local", "apart")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what a bearer token may be (RFC 6750)
 
 
@@ -37,6 +38,7 @@ class Settings:
     state: Path = Path(".local/state")  # everything this host stores
     host: str = socket.gethostname()  # names this host on `hosts` and in static member ids
     host_gone_s: float = 3600.0  # a host that was silent for so long keeps no retired generation's topic
+    encoders: str = "local"  # "apart": not this host's supervisor but somebody else starts `encode` of a generation
     hash_key: str = "forerank"  # keys the 128-bit hash of ids; the same on all hosts of a deployment
     api_host: str = "127.0.0.1"
     api_port: int = 8080
@@ -126,7 +128,8 @@ class Settings:
 
     @property
     def metrics_dir(self) -> Path:
-        """Metrics files of all processes of the host; the supervisor removes those of ended ones when it starts."""
+        """Metrics files of all processes of the host; those of ended ones become archives, which the supervisor removes
+        when it starts."""
         return self.state / "metrics"
 
 
@@ -180,6 +183,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         raise SettingsError(f"{variable('cross_source')}={settings.cross_source!r} is not an http or https URL")
     if settings.admin_token and not is_token(settings.admin_token):  # which is not shown: it may be almost right
         raise SettingsError(f"{variable('admin_token')} is not made of letters, digits and -._~+/ alone")
+    if settings.encoders not in _ENCODERS:
+        raise SettingsError(f"{variable('encoders')}={settings.encoders!r} is none of {', '.join(_ENCODERS)}")
     if settings.log_level.lower() not in _LEVELS:
         raise SettingsError(f"{variable('log_level')}={settings.log_level!r} is none of {', '.join(_LEVELS)}")
     return settings

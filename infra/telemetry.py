@@ -6,10 +6,12 @@ make metrics only through `counter`, `gauge` and `histogram`, which import it la
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge, Histogram
 
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
+_ARCHIVE = 0  # the pid in its files' names, which no process has
 _TALKATIVE = ("kafka", "aiokafka", "faust", "mode", "numba", "httpx", "httpcore")  # quiet unless debugging
 
 
@@ -44,19 +47,25 @@ def configure_logging(settings: Settings, job: str) -> None:
 
 
 def start_metrics(settings: Settings) -> None:
-    """Share this process' metrics. Raises RuntimeError if prometheus_client was imported before."""
+    """Share this process' metrics; those of ended ones are archived. Raises RuntimeError if prometheus_client was
+    imported before.
+    """
     shared = str(settings.metrics_dir.absolute())
     if "prometheus_client" in sys.modules and os.environ.get(_SHARED) != shared:
         raise RuntimeError("start_metrics must be called before prometheus_client is imported")
     settings.metrics_dir.mkdir(parents=True, exist_ok=True)
     os.environ[_SHARED] = shared
+    with _locked(settings.metrics_dir):
+        _archive_ended(settings.metrics_dir)
 
 
 def clear_metrics(settings: Settings) -> None:
     """Forget the metrics of processes that ended; for the supervisor when it starts."""
-    for path in settings.metrics_dir.glob("*.db"):
-        if identity_of(_pid_of(path)) is None:
-            path.unlink(missing_ok=True)
+    settings.metrics_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(settings.metrics_dir):
+        for path in settings.metrics_dir.glob("*.db"):
+            if identity_of(_pid_of(path)) is None:
+                path.unlink(missing_ok=True)
 
 
 @cache
@@ -93,12 +102,48 @@ def render(settings: Settings) -> bytes:
     if not os.environ.get(_SHARED):
         return generate_latest(REGISTRY)
     folder = settings.metrics_dir.absolute()
-    for pid in {_pid_of(path) for path in folder.glob("gauge_live*.db")}:
-        if identity_of(pid) is None:
-            multiprocess.mark_process_dead(pid, str(folder))
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=str(folder))
-    return generate_latest(registry)
+    with _locked(folder):
+        _archive_ended(folder)
+        return generate_latest(registry)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Whoever reads or removes files of other processes: nobody then counts one twice, or misses it."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _archive_ended(folder: Path) -> None:
+    """Adds the counters and histograms of processes that ended to one file per kind, `<kind>_0.db`; their gauges go."""
+    from prometheus_client.mmap_dict import MmapedDict
+
+    found = {path: _pid_of(path) for path in folder.glob("*.db")}
+    live = {pid for pid in set(found.values()) if identity_of(pid) is not None}
+    ended = [path for path, pid in found.items() if pid != _ARCHIVE and pid not in live]
+    for kind in ("counter", "histogram"):
+        # killed while it was made: an empty one
+        if not (files := [path for path in ended if path.stem.startswith(f"{kind}_") and path.stat().st_size]):
+            continue
+        archive, fresh = folder / f"{kind}_{_ARCHIVE}.db", folder / f"{kind}.new"
+        sums: dict[str, float] = {}
+        for path in [archive] * archive.exists() + files:
+            for key, value, _, _ in MmapedDict.read_all_values_from_file(path):
+                sums[key] = sums.get(key, 0.0) + value
+        fresh.unlink(missing_ok=True)
+        written = MmapedDict(str(fresh))
+        for key, value in sums.items():
+            written.write_value(key, value, 0.0)
+        written.close()
+        fresh.replace(archive)
+    for path in ended:
+        path.unlink(missing_ok=True)
 
 
 def _pid_of(path: Path) -> int:

@@ -14,6 +14,7 @@ sentences.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -92,11 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--generation", help="all but `status` need it, here or as the argument before")
     model.add_argument("--activate-when-complete", action="store_true")
     model.add_argument(
-        "--share", type=float, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
+        "--share", type=_share, help="with activate: of the users, 0 .. 1; the others are served as before; 0: a shadow"
     )
     model.set_defaults(run=_model)
     commands.add_parser("status", help="what this host serves").set_defaults(run=_status)
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"{text} is no share of the users: a number from 0 to 1 is")
+    return share
 
 
 def _job(settings: Settings, options: argparse.Namespace) -> None:
@@ -154,7 +165,11 @@ def _model(settings: Settings, options: argparse.Namespace) -> int:
 
     if options.action == "status":
         return _status(settings, options)
-    generation = options.generation or (options.subject if options.action != "stage" else None)
+    named = options.subject if options.action != "stage" else None
+    generation = options.generation or named
+    if named is not None and named != generation:
+        print(f"`model {options.action}` is told {named} and --generation {generation}: which one?", file=sys.stderr)
+        return 2
     if generation is None:
         print(f"`model {options.action}` needs --generation.", file=sys.stderr)
         return 2
@@ -193,7 +208,7 @@ def _activated(settings: Settings, generation: str, share: float | None) -> int:
         return 0
     serving = rollout.read(settings.serving_file)
     known = serving.generations.get(generation)
-    if known is None or known.state in rollout.UNREADY:
+    if known is None or known.state in rollout.UNREADY or rollout.aged(serving, generation):
         reason = f" ({known.reason})" if known and known.reason else ""
         state = f"{known.state} here, {known.progress:.0%}{reason}" if known else "not staged here yet"
         print(f"It is {state}, and is served once it is complete.")

@@ -37,6 +37,7 @@ from index.layout import RowLayout
 from index.n2o import DELETED, PATCHED, FillProof, RowBatch
 
 MAGIC, VERSION = b"FRBK", 2
+REFUSED = "forerank-refused"  # header of an empty record in a block's place: why the bundle cannot be encoded with
 _LAST_KIND = {1: DELETED, 2: PATCHED}  # by version
 MAX_BLOCK_BYTES = 512 << 10  # well below the 1 MB at which brokers refuse a message
 _HEAD = struct.Struct("<4sHHQiIqQQ")
@@ -57,7 +58,8 @@ def encode(batch: RowBatch, layout: RowLayout) -> bytes:
         raise BlockError("the columns of the block differ in length")
     if batch.hot.dtype != layout.hot or batch.cold.dtype != layout.cold:
         raise BlockError("the records have another layout than the block")
-    if any(not 1 <= len(raw) <= 255 for raw in ids):
+    lengths = [*map(len, ids)]
+    if n and not 1 <= min(lengths) <= max(lengths) <= 255:
         raise BlockError("an id is empty or longer than 255 bytes")
     flags, fill = (_FILL, batch.fill) if batch.fill is not None else (0, FillProof(0, 0))
     head = _HEAD.pack(
@@ -68,11 +70,11 @@ def encode(batch: RowBatch, layout: RowLayout) -> bytes:
             head,
             np.asarray(batch.versions, "<u8").tobytes(),
             np.asarray(batch.offsets, "<i8").tobytes(),
-            np.array([len(raw) for raw in batch.attributes], "<u4").tobytes(),
-            bytes(map(len, ids)),
+            np.array([*map(len, batch.attributes)], "<u4").tobytes(),
+            bytes(lengths),
             np.asarray(batch.kinds, "u1").tobytes(),
-            batch.hot.tobytes(),
-            batch.cold.tobytes(),
+            np.ascontiguousarray(batch.hot).view("u1").data,
+            np.ascontiguousarray(batch.cold).view("u1").data,
             *ids,
             *batch.attributes,
         )
@@ -130,13 +132,13 @@ def split(batch: RowBatch, layout: RowLayout, max_bytes: int = MAX_BLOCK_BYTES) 
     if _HEAD.size + at_most <= max_bytes:
         yield batch
         return
-    start, size = 0, _HEAD.size
-    for row, (text, attributes) in enumerate(zip(batch.ids, batch.attributes, strict=True)):
-        more = per_row + len(text.encode()) + len(attributes)
-        if row > start and size + more > max_bytes:
-            yield _piece(batch, start, row)
-            start, size = row, _HEAD.size
-        size += more
+    sizes = [per_row + len(text.encode()) + len(raw) for text, raw in zip(batch.ids, batch.attributes, strict=True)]
+    ends = np.cumsum(sizes)
+    start, before = 0, 0
+    while start + 1 < len(sizes) and ends[-1] - before > max_bytes - _HEAD.size:
+        end = max(start + 1, int(np.searchsorted(ends, before + max_bytes - _HEAD.size, "right")))
+        yield _piece(batch, start, end)
+        start, before = end, ends[end - 1]
     yield batch if start == 0 else _piece(batch, start, len(batch.ids))
 
 

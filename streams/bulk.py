@@ -46,7 +46,9 @@ class BulkReader:
             for tp, records in found.items():
                 if records and records[0].offset < position[tp.partition]:
                     raise BulkReadError(f"{self._topic}[{tp.partition}] was read from {records[0].offset} again")
-                out[tp.partition] = [record for record in records if record.offset < self.ends[tp.partition]]
+                if records and records[-1].offset >= self.ends[tp.partition]:
+                    records = [record for record in records if record.offset < self.ends[tp.partition]]
+                out[tp.partition] = records
             if any(out.values()):
                 yield out
             for partition in list(waiting):

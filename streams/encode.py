@@ -16,6 +16,9 @@ beyond where the log ended after the last gap; all others are encoded in full, a
 
 A block that is sent again after a crash changes nothing at the hosts. A group without offsets starts with a fill
 (fill.py), which sends its rows through the same two steps.
+
+An encoder apart (FORERANK_ENCODERS) fetches the bundle itself, and says on `rows.<generation>` why it cannot use it: no
+supervisor sees its end.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from kafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from encoders.bundle import Bundle, BundleError, load_bundle
@@ -34,22 +39,33 @@ from encoders.fold import EncodedItems, ItemFold
 from index.layout import RowLayout
 from index.n2o import DELETED, PATCHED, WHOLE, RowBatch
 from infra.kafka.broker import BrokerError
+from infra.kafka.topics import TopicError, ensure_rows_topic
 from infra.settings import Settings
-from streams import blocks, events
+from streams import blocks, bundles, events, rollout
+from streams.bundles import BundleFileError
 from streams.events import EventError, Item
 from streams.fill import Refused, bulk_starts, fill
 from streams.groups import GroupError, group_admin
 from streams.merge import ATTRIBUTES_ONLY
+from streams.models import Models, ModelsError
 from streams.worker import BAD_BUNDLE, Job, JobError, Outgoing, Plan, Record, Send, dead_letter
 
-_Live = tuple[list[int], EncodedItems | None]  # places of the live rows, and their columns
+_Live = tuple[NDArray[np.intp], EncodedItems | None]  # places of the live rows, and their columns
 _Rows = NDArray[np.void]
 
 
 class _Decoded(NamedTuple):
-    record: Record
-    item: Item
-    kind: int  # WHOLE, DELETED or PATCHED, before the bundle has seen it
+    """Records that have an item, partition by partition."""
+
+    records: list[Record]
+    items: list[Item]
+    kinds: NDArray[np.uint8]  # WHOLE, DELETED or PATCHED, before the bundle has seen it
+    bounds: dict[int, slice]  # each partition's place
+
+    def of_kind(self, kind: int) -> tuple[NDArray[np.intp], list[Item]]:
+        """Places and items."""
+        at = np.flatnonzero(self.kinds == kind)
+        return at, self.items if len(at) == len(self.items) else [self.items[row] for row in at.tolist()]
 
 
 class Encode:
@@ -97,32 +113,33 @@ class Encode:
         covered: Mapping[int, int],
         patches_from: Mapping[int, int] | None = None,
     ) -> tuple[list[RowBatch], Refused]:
-        """One RowBatch per partition: of each item the last record, in log order. And the records that have no row.
-        Patched rows only from the offset on that `patches_from` has for a partition.
+        """One RowBatch per partition: of each item the last record and all deletions before it, in log order. And the
+        records that have no row. Patched rows only from the offset on that `patches_from` has for a partition.
         """
-        decoded, bounds, refused = _decode(by_partition, patches_from or {})
+        decoded, refused = _decode(by_partition, patches_from or {})
         live, errors = self._encode(decoded)
         numbers, unfit = self._attributes(decoded)
         errors |= unfit
-        refused += [(decoded[row].record, EventError("not_encodable", error)) for row, error in errors.items()]
-        hot, cold = self._pack(decoded, live, numbers, errors)
-        kinds = np.array([DELETED if row in errors else one.kind for row, one in enumerate(decoded)], np.uint8)
+        refused += [(decoded.records[row], EventError("not_encodable", error)) for row, error in errors.items()]
+        kinds = decoded.kinds.copy()
+        kinds[list(errors)] = DELETED
+        versions = np.array([item.version for item in decoded.items], np.uint64)
+        hot, cold = self._pack(decoded.items, versions, kinds, live, numbers)
         batches = []
-        for partition, part in bounds.items():
-            rows = decoded[part]
+        for partition, part in decoded.bounds.items():
             batches.append(
                 RowBatch(
                     partition,
                     covered[partition],
-                    [one.item.item_id for one in rows],
-                    np.array([one.item.version for one in rows], np.uint64),
-                    np.array([one.record.offset for one in rows], np.int64),
+                    [item.item_id for item in decoded.items[part]],
+                    versions[part],
+                    np.array([record.offset for record in decoded.records[part]], np.int64),
                     kinds[part],
                     hot[part],
                     cold[part],
                     [
-                        b"" if kind == DELETED else events.encode(one.item.attributes)
-                        for kind, one in zip(kinds[part].tolist(), rows, strict=True)
+                        b"" if kind == DELETED else events.encode(item.attributes)
+                        for kind, item in zip(kinds[part].tolist(), decoded.items[part], strict=True)
                     ],
                 )
             )
@@ -134,81 +151,85 @@ class Encode:
         out = [Outgoing(self._topic, piece.partition, None, blocks.encode(piece, self.layout)) for piece in pieces]
         await self._send(out + [dead_letter(self._settings, record, error) for record, error in refused])
 
-    def _encode(self, decoded: Sequence[_Decoded]) -> tuple[_Live, dict[int, str]]:
+    def _encode(self, decoded: _Decoded) -> tuple[_Live, dict[int, str]]:
         """The network's columns of the live rows that are no patches, and why some have none."""
-        rows = [row for row, one in enumerate(decoded) if one.kind == WHOLE]
-        columns = self._fold.encode([decoded[row].item for row in rows]) if rows else None
-        errors = {}
-        if columns is not None:
-            errors = {row: error for row, error in zip(rows, columns.errors, strict=True) if error is not None}
-        return (rows, columns), errors
+        rows, items = decoded.of_kind(WHOLE)
+        columns = self._fold.encode(items) if items else None
+        return (rows, columns), {} if columns is None else _errors(rows, columns.errors)
 
-    def _attributes(self, decoded: Sequence[_Decoded]) -> tuple[dict[int, NDArray[np.float32]], dict[int, str]]:
+    def _attributes(self, decoded: _Decoded) -> tuple[dict[int, NDArray[np.float32]], dict[int, str]]:
         """The numeric attributes of the patches by place, and why some have none."""
-        rows = [row for row, one in enumerate(decoded) if one.kind == PATCHED]
-        if not rows:
+        rows, items = decoded.of_kind(PATCHED)
+        if not items:
             return {}, {}
-        numbers, errors = self._fold.attributes([decoded[row].item for row in rows])
-        return dict(zip(rows, numbers, strict=True)), {
-            row: error for row, error in zip(rows, errors, strict=True) if error is not None
-        }
+        numbers, errors = self._fold.attributes(items)
+        return dict(zip(rows.tolist(), numbers, strict=True)), _errors(rows, errors)
 
     def _pack(
         self,
-        decoded: Sequence[_Decoded],
+        items: Sequence[Item],
+        versions: NDArray[np.uint64],
+        kinds: NDArray[np.uint8],
         live: _Live,
         numbers: Mapping[int, NDArray[np.float32]],
-        errors: Mapping[int, str],
     ) -> tuple[_Rows, _Rows]:
         """Hot and cold records, zero where there is no row."""
-        hot, cold = np.zeros(len(decoded), self.layout.hot), np.zeros(len(decoded), self.layout.cold)
+        hot, cold = np.zeros(len(items), self.layout.hot), np.zeros(len(items), self.layout.cold)
         rows, columns = live
         if columns is not None:
-            kept = np.array([row not in errors for row in rows], np.bool_)
-            at = np.array(rows)[kept]
+            kept = kinds[rows] == WHOLE
+            at, of = (slice(None), slice(None)) if kept.all() and len(rows) == len(items) else (rows[kept], kept)
             for name in ("joint", "bridge", "signature", "crosses"):
-                hot[name][at] = getattr(columns, name)[kept]
+                hot[name][at] = getattr(columns, name)[of]
             for name in ("vector", "attributes"):
-                cold[name][at] = getattr(columns, name)[kept]
+                cold[name][at] = getattr(columns, name)[of]
         for row, values in numbers.items():
             cold["attributes"][row] = values
-        at = np.array([row for row, one in enumerate(decoded) if one.kind != DELETED and row not in errors], np.intp)
-        now = time.time_ns() // 1_000_000
-        items = [decoded[row].item for row in at]
-        cold["version"][at] = [item.version for item in items]
-        cold["event_time"][at] = [item.event_time for item in items]
-        cold["publish_time"][at] = [item.publish_time for item in items]
-        cold["encode_time"][at] = now
+        there = kinds != DELETED
+        for name, column in (
+            ("version", versions),
+            ("event_time", np.array([item.event_time for item in items], np.int64)),
+            ("publish_time", np.array([item.publish_time for item in items], np.int64)),
+            ("encode_time", time.time_ns() // 1_000_000),
+        ):
+            cold[name] = np.where(there, column, 0)
         return hot, cold
 
     def close(self) -> None:
         """Nothing to close: stateless."""
 
 
-def _decode(
-    by_partition: Mapping[int, Sequence[Record]], patches_from: Mapping[int, int]
-) -> tuple[list[_Decoded], dict[int, slice], Refused]:
-    """Records and items, partition by partition, with each partition's place."""
-    decoded: list[_Decoded] = []
-    refused: Refused = []
+def _decode(by_partition: Mapping[int, Sequence[Record]], patches_from: Mapping[int, int]) -> tuple[_Decoded, Refused]:
+    records: list[Record] = []
+    items: list[Item] = []
+    kinds: list[int] = []
     bounds = {}
-    for partition, records in by_partition.items():
-        start = len(decoded)
-        last = {record.key: record.offset for record in records}  # log order is version order: the last one counts
+    refused: Refused = []
+    for partition, found in by_partition.items():
+        start = len(items)
+        # log order is version order: the last one counts. But after a deletion, which ends with the tombstone, an item
+        # may be made again with any version, and hosts take a lower one only if they have seen the deletion
+        last = {record.key: record.offset for record in found}
         first_patch = patches_from.get(partition)
-        whole = {record.key for record in records if first_patch is None or not _is_patch(record, first_patch)}
-        for record in records:
-            if last[record.key] != record.offset:
-                continue
-            try:
-                item = _item(record)
-            except EventError as error:
-                refused.append((record, error))
-            else:
-                kind = DELETED if item.deleted else WHOLE if record.key in whole else PATCHED
-                decoded.append(_Decoded(record, item, kind))
-        bounds[partition] = slice(start, len(decoded))
-    return decoded, bounds, refused
+        patched: set[bytes | None] = set()
+        if first_patch is not None:
+            whole = {record.key for record in found if not _is_patch(record, first_patch)}
+            patched = {record.key for record in found} - whole
+        if len(last) < len(found):
+            found = [record for record in found if last[record.key] == record.offset or _may_delete(record)]
+        for record, item in zip(found, _items(found), strict=True):
+            if isinstance(item, EventError):
+                refused.append((record, item))
+            elif item.deleted or last[record.key] == record.offset:
+                records.append(record)
+                items.append(item)
+                kinds.append(DELETED if item.deleted else PATCHED if record.key in patched else WHOLE)
+        bounds[partition] = slice(start, len(items))
+    return _Decoded(records, items, np.array(kinds, np.uint8), bounds), refused
+
+
+def _errors(rows: NDArray[np.intp], errors: Sequence[str | None]) -> dict[int, str]:
+    return {row: error for row, error in zip(rows.tolist(), errors, strict=True) if error is not None}
 
 
 def _is_patch(record: Record, first: int = 0) -> bool:
@@ -217,13 +238,36 @@ def _is_patch(record: Record, first: int = 0) -> bool:
     return record.offset >= first and events.header(record.headers, name) == value
 
 
-def _item(record: Record) -> Item:
-    """The item of a record; a tombstone is the deletion whose version it carries."""
-    if record.value is not None:
+def _may_delete(record: Record) -> bool:
+    """Without decoding it."""
+    return record.value is None or b'"deleted":true' in record.value
+
+
+def _items(records: Sequence[Record]) -> Sequence[Item | EventError]:
+    """The item of each, or why there is none."""
+    try:
+        items = [_deletion(record) if record.value is None else events.plain_item(record.value) for record in records]
+        if [item.item_id.encode() for item in items] == [record.key for record in records]:
+            return items
+    except (ValueError, RecursionError, OverflowError):
+        pass  # some have none: one by one, which is slower
+    return [_item(record) for record in records]
+
+
+def _item(record: Record) -> Item | EventError:
+    try:
+        if record.value is None:
+            return _deletion(record)
         item = events.item(record.value)
         if item.item_id.encode() != record.key:
             raise EventError("key_mismatch", f"key {record.key!r} is not the id in the body")
         return item
+    except EventError as error:
+        return error
+
+
+def _deletion(record: Record) -> Item:
+    """The deletion whose version a tombstone carries."""
     try:
         item_id = (record.key or b"").decode()
         version = int(events.header(record.headers, "version") or b"0")
@@ -240,8 +284,43 @@ async def prepare(job: Job, generation: str, step: Callable[[int], object] = int
         1  all blocks, of a fill with the proof, are acknowledged
         2  the group's offsets are committed
 
-    `step(number)` is called after each. Killed before 2, all of it is repeated.
+    `step(number)` is called after each. Killed before 2, all of it is repeated. An encoder apart fetches the bundle
+    before, and says on `rows.<generation>` why it is bad.
     """
+    if job.settings.encoders == "local":
+        return await _prepared(job, generation, step)
+    await asyncio.to_thread(_fetch, job.settings, generation)
+    try:
+        return await _prepared(job, generation, step)
+    except JobError as error:
+        if error.status == BAD_BUNDLE:
+            topic, said = job.settings.topic(f"rows.{generation}"), [(blocks.REFUSED, str(error).encode())]
+            await job.send([Outgoing(topic, place, None, b"", said) for place in range(job.settings.partitions)])
+        raise
+
+
+def _fetch(settings: Settings, generation: str) -> None:
+    """Bundle and topic, which a supervisor provides for encoders that it starts. Raises JobError or BrokerError; not
+    BAD_BUNDLE, for a bundle that cannot be had here may be there for all others.
+    """
+    try:
+        with closing(Models(settings)) as log:
+            log.read_all()
+        desired = rollout.reduce_models(log.events)
+        if generation in desired.retired:
+            raise JobError(f"generation {generation} was retired, so nobody needs its encoder")
+        if generation not in desired.staged:
+            raise JobError(f"generation {generation} was never staged")
+        event = desired.staged[generation].event
+        bundles.fetch(event.uri or "", event.sha256 or "", settings.generation_dir(generation) / "bundle")
+        ensure_rows_topic(settings, generation)
+    except (ModelsError, BundleFileError, TopicError) as error:
+        raise JobError(str(error)) from error
+    except KafkaError as error:
+        raise JobError(f"models cannot be read: {error}") from error
+
+
+async def _prepared(job: Job, generation: str, step: Callable[[int], object]) -> Plan:
     settings, topic = job.settings, job.settings.topic("items")
     try:
         bundle = await asyncio.to_thread(load_bundle, settings.generation_dir(generation) / "bundle")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 
 import msgspec
@@ -55,31 +55,33 @@ def read_hosts(settings: Settings) -> list[HostReport]:
 
 
 class Hosts:
-    """What this host says on `hosts`: at each change of state, every few seconds while something fills, and each minute
-    that it is there.
+    """What this host says on `hosts`: at each change of state or reason (of what fills, every few seconds at most), and
+    each minute that it is there and how far its rows are.
     """
 
-    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
-        self._settings, self._producer = settings, producer
+    def __init__(self, settings: Settings, producer: KafkaProducer, sign_s: float = _SIGN_S) -> None:
+        self._settings, self._producer, self._sign_s = settings, producer, sign_s
         self._said: dict[str, tuple[str, str]] = {}
-        self._due = self._sign_due = 0.0
+        self._due, self._sign = 0.0, -1
 
-    def report(self, serving: Serving, progress: Callable[[str], Progress | None]) -> list[str]:
-        """The generations of which something was said."""
+    def report(
+        self, serving: Serving, running: Collection[str], progress: Callable[[str], Progress | None]
+    ) -> list[str]:
+        """The generations of which something new was said. Of those with jobs (`running`) each sign tells again."""
         now, told = time.monotonic(), list[str]()
-        if now > self._sign_due:
-            self._sign_due = now + _SIGN_S
+        sign = int(time.time() / self._sign_s)  # of all hosts at one moment: few offsets differ then
+        signs, periodic = sign != self._sign, now > self._due
+        if signs:
+            self._sign = sign
             self._say("", "up", "", None)
-        periodic = now > self._due
         for name, known in serving.generations.items():
-            said = (known.state, known.reason)
-            if said == self._said.get(name) or (
-                said[0] == self._said.get(name, ("",))[0] == "filling" and not periodic
-            ):
-                continue
-            self._said[name] = said
-            self._say(name, known.state, known.reason, progress(name))
-            told.append(name)
+            said, before = (known.state, known.reason), self._said.get(name, ("", ""))
+            news = said != before and (periodic or not said[0] == before[0] == "filling")
+            if news or (signs and name in running):
+                self._said[name] = said
+                self._say(name, known.state, known.reason, progress(name))
+            if news:
+                told.append(name)
         if periodic:
             self._due = now + _REPORT_S
         return told

@@ -72,12 +72,20 @@ class Models:
 
 def refusal(settings: Settings, event: ModelEvent, patience_s: float = 60.0) -> str:
     """Why the event would be refused by the log as it is now, or why this host, if there is one here, cannot do without
-    what would be retired; empty: nothing is against it. Raises ModelsError, KafkaError or Refused.
+    what would be retired, will never serve what would be activated or is staged again, or has nothing to roll back to;
+    empty: nothing is against it. Raises ModelsError, KafkaError or Refused.
     """
     with closing(Models(settings, patience_s)) as log:
         log.read_all()
     desired = rollout.reduce_models([*log.events, (log.following, event)])
     why = desired.refused.get(log.following, "")
-    if why or event.action != "retire":
+    if why:
         return why
-    return rollout.kept(rollout.reduce_models(log.events), rollout.read(settings.serving_file), event.generation)
+    serving = rollout.read(settings.serving_file)
+    if event.action == "rollback":
+        return rollout.stuck(desired, serving, event.generation)
+    if event.action == "stage":
+        return rollout.spent(serving, event.generation)
+    if event.action == "activate":
+        return rollout.never(serving, event.generation)
+    return rollout.kept(rollout.reduce_models(log.events), serving, event.generation)

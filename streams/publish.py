@@ -8,6 +8,7 @@ event that ingest would refuse is refused here, with its place and field; what w
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -304,9 +305,25 @@ def _cell(text: str) -> Any:
 
 def _json(row: Mapping[str, Any]) -> bytes:
     try:
-        return msgspec.json.encode(row)
+        value = msgspec.json.encode(row)
+        wrong = _not_finite(msgspec.to_builtins(row), "") if b"null" in value else None  # such numbers are written so
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise EventError("malformed", f"not JSON: {error}") from None
+    if wrong is not None:
+        raise EventError("malformed", f"`{wrong}` is not a finite number", wrong)
+    return value
+
+
+def _not_finite(value: Any, place: str) -> str | None:
+    """Where the first NaN or infinity is; None: nowhere."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    inner: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        inner = ((f"{place}.{name}" if place else str(name), one) for name, one in value.items())
+    elif isinstance(value, list | tuple):
+        inner = ((f"{place}[{at}]", one) for at, one in enumerate(value))
+    return next((found for name, one in inner if (found := _not_finite(one, name)) is not None), None)
 
 
 def publish_files(settings: Settings, kind: Kind, paths: Iterable[Path], *, strict: bool) -> int:

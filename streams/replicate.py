@@ -2,7 +2,7 @@
 
 Last hop of an item event: when a batch returns, its rows are in RocksDB and in the arena, visible to all API processes.
 
-    1  decode the blocks
+    1  decode the blocks; one that says that the bundle cannot be encoded with fails a generation that is not filled
     2  apply them: rows, covered `items` offsets and `rows.<generation>` offsets in one WriteBatch, then the arena
     3  return, which lets Faust commit
 
@@ -27,13 +27,13 @@ from index.n2o import N2OWriter, RowBatch
 from infra.priority import Background
 from infra.settings import Settings
 from infra.telemetry import counter
-from streams import blocks
+from streams import blocks, events
 from streams.blocks import BlockError
 from streams.bundles import BundleFileError, layout_of
 from streams.checkpoints import Checkpoints, keep_writing
 from streams.freshness import Hops, watch_oldest
 from streams.groups import group_admin
-from streams.worker import NEEDS_REFILL, Job, JobError, Plan, Record
+from streams.worker import BAD_BUNDLE, NEEDS_REFILL, Job, JobError, Plan, Record
 
 LOG = logging.getLogger(__name__)
 _LOOK_S = 1.0
@@ -49,14 +49,18 @@ class Replicate:
         self._background = None if writer.progress().filled.all() else Background()
 
     async def batch(self, records: Sequence[Record]) -> None:
-        batches = []
+        batches, refused = [], dict[int, bytes]()
         for record in records:
             expected = self._following[record.partition]
             if record.offset > expected:  # not compacted, no transactions: offsets have no gaps
-                raise needs_refill(record.topic, record.partition, expected, record.offset)
+                place = f"{record.topic}[{record.partition}]"
+                raise JobError(f"{place} goes on at offset {record.offset}, not {expected}: started again, if it can")
             if record.offset < expected:
                 continue
             self._following[record.partition] = record.offset + 1
+            if reason := events.header(record.headers, blocks.REFUSED):
+                refused[record.partition] = reason
+                continue
             try:
                 batches.append((blocks.decode(record.value or b"", self._layout), record.offset))  # 1
             except BlockError as error:
@@ -70,6 +74,11 @@ class Replicate:
                 meaning = "Patches of attributes whose item had no row, because it could not be encoded"
                 counter("forerank_patches_without_row", meaning).inc(self._writer.without_row - without_row)
             self._hops.observe([batch for batch, _ in batches], before, time.time_ns() // 1_000_000)
+        if refused:
+            filled = self._writer.progress().filled
+            for partition, reason in refused.items():
+                if not filled[partition]:  # else it is an encoder's of another version, say, that came later
+                    raise JobError(reason.decode(errors="replace"), BAD_BUNDLE)
 
     async def _apply(self, batches: list[tuple[RowBatch, int]]) -> None:
         """Leaves the processors to others until the generation is filled."""

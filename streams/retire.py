@@ -11,7 +11,7 @@ processes drop it. From there on, on each host:
 
 and once every host has said so, on any of them:
 
-    6  the consumer group of its encoders is deleted, and its checkpoints are
+    6  the consumer group of its encoders is deleted, once those that no host starts have ended, and its checkpoints are
     7  the topic `rows.<generation>` is deleted
 
 Each step may be repeated, so after a kill all of them are, from the first.
@@ -91,8 +91,12 @@ def clean_up(settings: Settings, generations: Collection[str], step: Step = int)
                 waits[generation] = f"its topic is kept until {', '.join(hosts)} has retired it"
                 continue
             with group_admin(settings) as groups:
+                encoders = settings.topic(f"encode-{generation}")
+                if settings.encoders == "apart" and (members := groups.members(encoders)):
+                    waits[generation] = f"its topic is kept until its encoder has ended ({', '.join(sorted(members))})"
+                    continue
                 own = groups.delete(settings.topic(f"replicate-{settings.host}-{generation}"))
-                shared = groups.delete(settings.topic(f"encode-{generation}"))  # 6
+                shared = groups.delete(encoders)  # 6
             if settings.checkpoint_uri:
                 checkpoints.forget(settings, generation)
             step(6)

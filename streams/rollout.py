@@ -4,7 +4,8 @@ Between the `models` topic and the API: the supervisor reduces `models` here, mo
 
     staged -> filling -> verifying -> complete -> active -> former
                                                          (any -> failed; any but active -> retiring -> retired;
-                                                          filling .. complete -> staged where its jobs stop)
+                                                          filling .. complete -> staged where its jobs stop;
+                                                          former -> staged where it is wished for without jobs)
 
 and writes `serving.json`, whole and atomically. Readers see the old file or the new one, never a part. Knows no
 Kafka and no Faust.
@@ -27,7 +28,6 @@ FORMAT = 1
 _RESTS = "is not kept fresh while nothing asks for it"
 REMADE = "its rows are not all on this host, which is restoring them"
 UNREADY: tuple[State, ...] = ("staged", "filling", "verifying")  # on the way to `complete`
-_TOO_OLD = "is no longer kept fresh; stage its bundle under a new name"
 
 
 class Refused(Exception):  # noqa: N818 - the outcome has a name of its own
@@ -145,14 +145,14 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
         if event.action == "stage":
             if name in retired:
                 errors[offset] = f"generation {name} was retired; generation names are never used twice"
-            elif name not in staged:
-                staged[name] = Staged(offset, event)
-                if event.activate_when_complete:
-                    wishes.append((offset, name))
-            elif (staged[name].event.uri, staged[name].event.sha256) != (event.uri, event.sha256):
+            elif name in staged and (staged[name].event.uri, staged[name].event.sha256) != (event.uri, event.sha256):
                 errors[offset] = (
                     f"generation {name} was staged before with another bundle; generation names are never used twice"
                 )
+            else:
+                staged.setdefault(name, Staged(offset, event))
+                if event.activate_when_complete:
+                    wishes.append((offset, name))
         elif name not in staged:
             errors[offset] = f"generation {name} was never staged"
         elif event.action == "activate":
@@ -173,7 +173,9 @@ def reduce_models(events: Iterable[tuple[int, ModelEvent]]) -> Desired:
                 canary = _other(canary, name)
         else:
             others = [wish for wish in wishes if wish[1] != name]
-            if others:
+            if len(others) == len(wishes) and _other(canary, name) is canary:
+                errors[offset] = f"generation {name} was not to be served, so there is nothing to go back from"
+            elif others:
                 wishes, canary = others, _other(canary, name)
             else:
                 errors[offset] = f"there is nothing to go back to from generation {name}"
@@ -273,8 +275,8 @@ def activate(serving: Serving, generation: str) -> Serving:
     if serving.active == generation:
         return serving
     known = _expect(serving, generation, ("complete", "former"), "activated")
-    if known.state == "former" and generation not in _fresh(serving):
-        raise Refused(f"generation {generation} {_TOO_OLD}")
+    if aged(serving, generation):
+        raise Refused(f"generation {generation} is former and {_RESTS}")
     if known.reason == REMADE:
         raise Refused(f"generation {generation} is not ready: {REMADE}")
     out = _with(serving, msgspec.structs.replace(known, state="active", reason=""))
@@ -330,8 +332,38 @@ def retiring(desired: Desired, serving: Serving) -> list[str]:
 def kept(desired: Desired, serving: Serving, generation: str) -> str:
     """Why this host cannot do without the generation: it is served, or a rollback would go to it; empty: it can."""
     known = (serving.generations.get(name) for _, name in desired.wishes if name != serving.active)
-    ready = [one.generation for one in known if one is not None and _possible(serving, one)]
+    ready = [one.generation for one in known if one is not None and one.state in ("complete", "former")]
     return _kept([*ready, serving.active] if serving.active is not None else ready, generation)
+
+
+def spent(serving: Serving, generation: str) -> str:
+    """Why staging the generation's bundle again is no use on this host; empty: it is not known here, or goes on."""
+    known = serving.generations.get(generation)
+    if known is None or known.state != "failed":
+        return ""
+    return f"generation {generation} is failed here ({known.reason}): stage the bundle under a new name"
+
+
+def never(serving: Serving, generation: str) -> str:
+    """Why this host will never serve the generation, whatever is waited for; empty: it does, or may."""
+    known = serving.generations.get(generation)
+    if known is None or known.state != "failed":
+        return ""
+    return f"generation {generation} is failed ({known.reason}) and cannot be activated"
+
+
+def stuck(desired: Desired, serving: Serving, generation: str) -> str:
+    """Why this host goes on serving the generation although it is wished for no longer: nothing else can be; empty: it
+    does not.
+    """
+    whys = [never(serving, name) for _, name in desired.wishes]
+    return whys[-1] if serving.active == generation and whys and all(whys) else ""
+
+
+def aged(serving: Serving, generation: str) -> bool:
+    """Whether it was served once and has had no jobs since, so that it has to be filled up before it is again."""
+    known = serving.generations.get(generation)
+    return known is not None and known.state == "former" and generation not in _fresh(serving)
 
 
 def try_again(serving: Serving) -> Serving:
@@ -375,7 +407,7 @@ def pending(desired: Desired, serving: Serving) -> str | None:
         if name == serving.active:
             return None
         known = serving.generations.get(name)
-        if known is None or known.state in UNREADY or _possible(serving, known):
+        if known is None or known.state in UNREADY or _possible(serving, known) or aged(serving, name):
             return name
     return None
 
@@ -386,13 +418,12 @@ def waiting(desired: Desired, serving: Serving) -> list[str]:
     return [name for name in (pending(desired, serving), canary) if name is not None]
 
 
-def explain(desired: Desired, serving: Serving) -> Serving:
-    """Notes at a former generation why the newest wish, or a share, which is for it, does not come true."""
-    canaries = [desired.canary.generation] if desired.canary is not None else []
-    for name in [*(name for _, name in desired.wishes[-1:]), *canaries]:
-        known = serving.generations.get(name)
-        if known is not None and known.state == "former" and name not in _fresh(serving):
-            serving = _with(serving, msgspec.structs.replace(known, reason=f"generation {name} {_TOO_OLD}"))
+def renew(desired: Desired, serving: Serving) -> Serving:
+    """former -> staged, of those that something waits for and that have had no jobs: they are filled up again."""
+    for name in waiting(desired, serving):
+        if aged(serving, name):
+            known = msgspec.structs.replace(serving.generations[name], state="staged", reason=_RESTS)
+            serving = _with(serving, known)
     return serving
 
 
@@ -468,8 +499,9 @@ def write(path: Path, serving: Serving) -> None:
 
 def _possible(serving: Serving, known: GenerationState) -> bool:
     """Whether it can be activated now: its rows are all there, and kept fresh."""
-    fresh = known.generation in _fresh(serving) and known.reason != REMADE
-    return known.state == "complete" or (known.state == "former" and fresh)
+    if known.state == "former":
+        return not aged(serving, known.generation) and known.reason != REMADE
+    return known.state == "complete"
 
 
 def _fresh(serving: Serving) -> set[str | None]:

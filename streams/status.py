@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 from index.arena import ArenaReader
@@ -24,6 +25,7 @@ from streams.rollout import Shadow, Verification
 
 _LATE_S = 5.0  # a job writes its heartbeat each second
 _ANSWER_S = 3.0
+_Held = dict[tuple[int, int], tuple[int, str]]  # partition and covered offset -> rows and digest up to there
 
 
 def status(settings: Settings) -> int:
@@ -76,31 +78,46 @@ def _fill(settings: Settings, generation: str) -> str:
 
 
 def _others(settings: Settings) -> None:
-    """What the other hosts have said last, and where one has other rows than this host up to the same offset."""
+    """What the other hosts have said last, and where one has other rows than this host up to the same offset, by all
+    reports that are still on the topic.
+    """
     try:
         reports = read_hosts(settings)
     except HostsError as error:
         print(f"The other hosts are unknown: {error}.")
         return
-    newest = {(report.host, report.generation): report for report in reports}
+    newest, held = {(report.host, report.generation): report for report in reports}, _held(reports)
     heard = {host: max(one.time for one in newest.values() if one.host == host) for host, _ in newest}
     for host in sorted(heard.keys() - {settings.host}):
         said = [
-            f"{report.generation} {report.state}{_difference(newest.get((settings.host, report.generation)), report)}"
+            f"{name} {report.state}{_difference(held.get((settings.host, name), {}), held[host, name])}"
             + (f" ({report.reason})" if report.reason else "")
-            for report in newest.values()
-            if report.host == host and report.generation and report.state != "retired"
+            for (of, name), report in newest.items()
+            if of == host and name and report.state != "retired"
         ]
         ago = time.time() - heard[host] / 1000
         print(f"host {host}, heard of {ago:.0f} s ago: {'; '.join(said) or 'no generation'}")
 
 
-def _difference(mine: HostReport | None, other: HostReport) -> str:
-    """That two hosts which have covered the same offsets of a partition do not hold the same rows of it."""
-    if mine is None or not mine.covered or len(mine.covered) != len(other.covered):
-        return ""
-    ours, theirs = (zip(one.covered, one.counts, one.digests, strict=True) for one in (mine, other))
-    wrong = [at for at, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a[0] == b[0] and a != b]
+def _held(reports: Iterable[HostReport]) -> dict[tuple[str, str], _Held]:
+    """By host and generation. While rows are made anew they are not all that was covered, and after that not what they
+    were before.
+    """
+    out: dict[tuple[str, str], _Held] = {}
+    for report in reports:
+        own = out.setdefault((report.host, report.generation), {})
+        if report.state == "filling" or report.reason == rollout.REMADE:
+            own.clear()
+            continue
+        figures = zip(report.covered, report.counts, report.digests, strict=True)
+        own.update({(at, covered): (count, digest) for at, (covered, count, digest) in enumerate(figures)})
+    return out
+
+
+def _difference(mine: _Held, other: _Held) -> str:
+    """That two hosts do not hold the same rows of a partition up to the last offset of which both have told."""
+    last = dict(sorted(mine.keys() & other.keys()))  # partition -> its greatest offset
+    wrong = [at for at, covered in last.items() if mine[at, covered] != other[at, covered]]
     return f", WITH OTHER ROWS THAN HERE in partition {', '.join(map(str, wrong))}" if wrong else ""
 
 

@@ -18,7 +18,8 @@ An activation has steps too, and after a kill goes on from the first:
     3  the switch: `serving.json` names it as `active`
     4  `hosts` is told
 
-A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation. A
+A rollback is 3 and 4 alone, because what was served before is kept loaded, and so is a host's first activation; one to
+what was served earlier still fills that up first, and verifies it. A
 canary is an activation whose switch sets `canary` instead; while its share is 0 a job scores what is asked for with it.
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
@@ -163,7 +164,7 @@ class Supervisor:
         # before anything that takes long: a rollback does not wait for a bundle to be fetched
         loading = self._activate(rollout.next_active(desired, self.serving))
         self._share(rollout.canary_of(desired, self.serving), loading)
-        self._put(rollout.explain(desired, self.serving))
+        self._put(rollout.renew(desired, self.serving))
         for name in rollout.retiring(desired, self.serving):
             if time.monotonic() >= self._retire_due.get(name, 0.0):
                 self._retire(name)
@@ -178,7 +179,7 @@ class Supervisor:
         for name in running:
             self._advance(name)
         self._keep_jobs(running)
-        if self.serving.active in self._hosts.report(self.serving, self._progress):
+        if self.serving.active in self._hosts.report(self.serving, running, self._progress):
             self._activation_step(4)
         self._clean_up()
 
@@ -246,6 +247,8 @@ class Supervisor:
             self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
+        if self.serving.generations[name].state in ("filling", "verifying"):
+            self._restore_bundle(self.serving.generations[name])
         if self.serving.generations[name].state != "filling":
             if not reason and self.serving.generations[name].state not in ("staged", "failed"):
                 self._watch(name)
@@ -257,11 +260,24 @@ class Supervisor:
             wrong = ", ".join(map(str, progress.mismatch.nonzero()[0]))
             self._put(rollout.fail(self.serving, name, f"the rows of partition {wrong} are not those of the fill"))
             return
+        self._replaced.discard(name)  # what it has to reach, it has to reach with this index
         serving = rollout.advance(self.serving, name, progress.covered.tolist(), progress.filled.tolist())
         if serving.generations[name].state == "verifying":
             LOG.info("generation %s: %d rows to be verified", name, progress.count.sum())
             self._settings.verification_file(name).unlink(missing_ok=True)  # of a fill before this one
         self._put(serving)
+
+    def _restore_bundle(self, known: rollout.GenerationState) -> None:
+        """Where the bundle has gone before the generation is complete; it fails where there is none to be had."""
+        folder = self._settings.generation_dir(known.generation) / "bundle"
+        if folder.exists():
+            return
+        LOG.error("generation %s: its bundle has gone; it is fetched again", known.generation)
+        try:
+            bundles.fetch(known.uri, known.sha256, folder)
+        except BundleFileError as error:
+            LOG.error("generation %s has failed: %s", known.generation, error)
+            self._put(rollout.fail(self.serving, known.generation, str(error)))
 
     def _judge(self, name: str) -> None:
         """Takes over the verdict, where there is one."""
@@ -391,7 +407,8 @@ class Supervisor:
             state = self.serving.generations[name].state
             if state == "staged":
                 continue
-            for job in ("encode", self._writer_of(name)):
+            encode = ["encode"] if self._settings.encoders == "local" else []
+            for job in (*encode, self._writer_of(name)):
                 needed[f"{job}-{name}"] = ["streams", job, "--generation", name]
             if self._retrieval and state != "filling" and self.serving.generations[name].reason != rollout.REMADE:
                 needed[f"retrieval-{name}"] = ["api", "retrieval", "--generation", name]
@@ -490,7 +507,7 @@ class Jobs:
             return
         self._due.pop(name, None)
         process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
-        priority.lower(process.pid, priority.JOB)
+        priority.lower(process.pid)
         self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:

@@ -46,7 +46,7 @@ def topics_of(settings: Settings) -> list[Topic]:
         "behaviours": {**_KEPT_FOR_EVER, "message.timestamp.type": "LogAppendTime"},
         "users": {**_COMPACTED, "message.timestamp.type": "LogAppendTime"},  # erasures are compared with `behaviours`
     }
-    single = {"models": _KEPT_FOR_EVER, "hosts": _COMPACTED}
+    single = {"models": _KEPT_FOR_EVER, "hosts": _COMPACTED | {"segment.bytes": str(4 << 20)}}
     dead = {
         f"{name}.dlq": {"cleanup.policy": "delete", "retention.ms": str(30 * _DAY_MS)} for name in (*keyed, "models")
     }

@@ -111,6 +111,42 @@ def test_a_bundle_that_does_not_load_never_replaces_one_that_does(own_host: Call
     assert client.get("/readyz").json()["generation"] == "g1"
 
 
+def test_a_bundle_that_could_not_be_read_is_read_again(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.activate("g1")
+    tensors = host.settings.generation_dir("g1") / "bundle" / "model.safetensors"
+    tensors.rename(tensors.with_name("away"))
+    generations = Generations(host.settings)
+    generations.poll()
+    assert generations.reason.startswith("generation g1 cannot be loaded: ")
+    assert "No such file" in generations.reason
+    tensors.with_name("away").rename(tensors)
+
+    def polled() -> bool:
+        generations.poll()
+        return generations.active is not None
+
+    host.wait_for(polled)
+    assert (generations.reason, generations.pin().name) == ("", "g1")
+
+
+def test_a_damaged_copy_of_a_bundle_keeps_no_other_generation_from_it(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    filled(host, "g1")
+    host.activate("g1")
+    tensors = host.settings.generation_dir("g1") / "bundle" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    generations = Generations(host.settings)
+    generations.poll()
+    assert "generation g1 cannot be loaded" in generations.reason
+    filled(host, "g2")
+    assert host.bundles["g1"].sha256 == host.bundles["g2"].sha256
+    host.activate("g2")
+    generations.poll()
+    assert (generations.reason, generations.pin().name) == ("", "g2")
+
+
 def test_a_switch_under_load_fails_nothing_and_mixes_nothing(own_host: Callable[..., Host]) -> None:
     """Clients score while the served generation changes back and forth; each answer is right for the one it names."""
     host = own_host()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ PROCESSES = 3
 def behind(own_host: Callable[..., Host], tmp_path: Path) -> Iterator[tuple[Host, str]]:
     """A host with several processes and histories of USERS, and the address of an nginx before it."""
     program = debian_program("nginx", "nginx-light")
-    host = own_host(api_processes=PROCESSES, api_sockets=str(tmp_path / "s"))
+    host = own_host(api_processes=PROCESSES, api_sockets=str(tmp_path / "s"), prefetch_ttl_s=600.0)
     host.behave([Seen(user, IDS[at], NOW - 1_000) for at, user in enumerate(USERS)])
     served(host)
+    host.wait_for(lambda: all(accepts(host.settings.api_socket(place)) for place in range(PROCESSES)), 60.0)
     (port,) = free_ports(1)
     folder = tmp_path / "nginx"
     folder.mkdir()
@@ -58,6 +61,11 @@ def behind(own_host: Callable[..., Host], tmp_path: Path) -> Iterator[tuple[Host
     finally:
         process.terminate()
         process.wait(20)
+
+
+def accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as caller:
+        return caller.connect_ex(str(path)) == 0
 
 
 def quoted(user: str) -> str:
@@ -129,6 +137,40 @@ def test_a_killed_process_fails_no_request(behind: tuple[Host, str]) -> None:
         for thread in threads:
             thread.join()
     assert wrong == []
+
+    known = workers(host)
+    os.kill(min(known), signal.SIGKILL)
+    host.wait_for(lambda: len(workers(host) - known) == 1, 60.0)
+    (coming,) = workers(host) - known
+    os.kill(coming, signal.SIGSTOP)  # does not serve yet
+    try:
+        with httpx.Client(base_url=url, timeout=30.0) as client:
+            for user in USERS:
+                score(client, user, {"X-Forerank-User": quoted(user)})
+    finally:
+        os.kill(coming, signal.SIGCONT)
+
+
+def test_a_slow_process_keeps_its_users(behind: tuple[Host, str]) -> None:
+    host, url = behind
+
+    def ask(user: str) -> str:
+        with httpx.Client(base_url=url, timeout=60.0) as client:
+            return score(client, user, {"X-Forerank-User": quoted(user)})
+
+    assert [ask(user) for user in USERS] == ["store"] * len(USERS)
+    slow = min(workers(host))
+    with ThreadPoolExecutor(len(USERS)) as pool:
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            answers = [pool.submit(ask, user) for user in USERS]
+            done, waiting = wait(answers, 3.0)
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        assert done
+        assert waiting
+        assert [answer.result() for answer in answers] == ["cached"] * len(USERS)
+    assert [ask(user) for user in USERS] == ["cached"] * len(USERS), "it was not left out afterwards"
 
 
 def test_without_sockets_there_is_nothing_to_choose_from() -> None:

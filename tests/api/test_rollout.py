@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 from infra.admin import admin_token
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
-from streams import events
+from streams import events, rollout
 from streams.events import ModelEvent
 from tests.host import Host
 
@@ -94,6 +94,7 @@ def test_what_is_published_is_the_topic_s_event_and_what_would_be_refused_is_not
         ("activate", "c", "generation c was never staged"),
         ("share", "a", "generation a is the one that serves all"),
         ("rollback", "a", "there is nothing to go back to from generation a"),
+        ("rollback", "b", "generation b was not to be served"),
         ("retire", "a", "generation a is the one to be served; activate another one before it is retired"),
         ("stage", "a", "generation names are never used twice"),
     ):
@@ -106,6 +107,28 @@ def test_what_is_published_is_the_topic_s_event_and_what_would_be_refused_is_not
     for action, generation in (("activate", "b"), ("rollback", "b"), ("retire", "b")):
         assert post(host, f"/v1/generations/{generation}/{action}")[0] == 202
         expected.append(ModelEvent(action, generation))  # type: ignore[arg-type]
+    assert post(host, "/v1/generations/a/activate")[0] == 202  # this host does not know it yet
+    expected.append(ModelEvent("activate", "a"))
+    failed = rollout.fail(rollout.stage(rollout.Serving(), 0, expected[0]), "a", "bad bundle")
+    rollout.write(host.settings.serving_file, failed)
+    for name, action, said in (
+        ("a", "activate", "generation a is failed (bad bundle) and cannot be activated"),
+        ("a", "stage", "generation a is failed here (bad bundle): stage the bundle under a new name"),
+        ("b", "activate", "generation b was retired"),
+    ):
+        status, found = post(host, f"/v1/generations/{name}/{action}", STAGE if action == "stage" else None)
+        assert (status, found["type"], found["detail"]) == (409, "urn:forerank:problem:refused", said)
+    newest = STAGE | {"sha256": "c" * 64}
+    assert post(host, "/v1/generations/c/stage", newest)[0] == 202
+    expected.append(ModelEvent("stage", "c", **newest))
+    known = rollout.stage(failed, 9, expected[-1])
+    alone = msgspec.structs.replace(known.generations["c"], state="active")
+    rollout.write(
+        host.settings.serving_file,
+        msgspec.structs.replace(known, active="c", generations=known.generations | {"c": alone}),
+    )
+    status, found = post(host, "/v1/generations/c/rollback")  # to a, which this host cannot serve
+    assert (status, found["detail"]) == (409, "generation a is failed (bad bundle) and cannot be activated")
     assert post(host, "/v1/events/models", {"action": "activate", "generation": "z"})[0] == 202  # the log refuses it
     assert published(host.settings) == [*expected, ModelEvent("activate", "z")]
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from starlette.types import Message
@@ -20,6 +21,7 @@ from api.generations import Generation, load
 from api.problems import ProblemError
 from api.waiting import WAITS_MAX, Waiters, Wish
 from index.keys import keys_of
+from streams import rollout
 from tests.host import CatalogueItem, Host, catalogue
 
 ITEMS = catalogue(20)
@@ -92,6 +94,32 @@ def test_what_is_visible_instead_is_said_after_the_time(own_host: Callable[..., 
     assert "no row of the item is visible" in answer.json()["detail"]
 
 
+def test_a_version_is_visible_under_a_canary_when_both_generations_have_it(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    for seed, name in enumerate(("g1", "g2")):
+        host.bundle(name, seed=seed)
+        host.write(name, ITEMS)
+    host.activate("g1")
+    host.prepare("g2")
+    host.serving = msgspec.structs.replace(host.serving, next=None, canary=rollout.Canary("g2", 0.5))
+    rollout.write(host.settings.serving_file, host.serving)
+    host.start()
+    host.ready()
+    assert ask(host, "1", wait_for=1).json()["generation"] == "g1"
+    host.write("g1", [newer("1", 5)])
+    host.wait_for(lambda: ask(host, "1").json()["version"] == 5)
+    answer = ask(host, "1", wait_for=5, timeout_ms=0)
+    assert answer.status_code == 504
+    assert "version 1 is visible in generation g2" in answer.json()["detail"]
+    host.write("g2", [newer("1", 5)])
+    found = ask(host, "1", wait_for=5, **LONG).json()
+    assert (found["generation"], found["version"]) == ("g1", 5)
+    host.write("g1", [newer("1", 6)])
+    host.serving = msgspec.structs.replace(host.serving, canary=rollout.Canary("g2", 0.0))
+    rollout.write(host.settings.serving_file, host.serving)
+    assert ask(host, "1", wait_for=6, **LONG).json()["version"] == 6, "a canary without users is not waited for"
+
+
 def test_one_wait_too_many_is_refused_and_those_who_leave_make_room(own_host: Callable[..., Host]) -> None:
     host = started(own_host)
     target = f"GET /v1/items/1?wait_for=99&timeout_ms=10000 HTTP/1.1\r\nhost: {host.settings.api_host}\r\n\r\n"
@@ -128,9 +156,9 @@ def test_the_task_runs_only_while_someone_waits(generation: tuple[Host, Generati
     key = keys_of(["1"], host.settings.hash_key.encode())
     looks: list[int] = []
 
-    def pin() -> Generation:
+    def answering() -> list[Generation]:
         looks.append(threading.get_ident())
-        return there
+        return [there]
 
     async def stays() -> Message:
         return await asyncio.Future()
@@ -139,7 +167,7 @@ def test_the_task_runs_only_while_someone_waits(generation: tuple[Host, Generati
         return {"type": "http.disconnect"}
 
     async def scenario() -> None:
-        waiters = Waiters(pin)
+        waiters = Waiters(answering)
         assert await waiters.granted(key, Wish(1, False, 5_000), stays) is there
         with pytest.raises(ProblemError, match="gone"):
             await waiters.granted(key, Wish(2, False, 5_000), leaves)
@@ -158,7 +186,7 @@ def test_the_task_runs_only_while_someone_waits(generation: tuple[Host, Generati
 
 
 def test_a_host_that_serves_nothing_says_so(generation: tuple[Host, Generation]) -> None:
-    def pin() -> Generation:
+    def answering() -> list[Generation]:
         raise ProblemError(503, "not-ready", "no model event has activated a generation yet")
 
     async def stays() -> Message:
@@ -166,6 +194,6 @@ def test_a_host_that_serves_nothing_says_so(generation: tuple[Host, Generation])
 
     async def scenario() -> None:
         with pytest.raises(ProblemError, match="no model event"):
-            await Waiters(pin).granted(np.zeros((1, 2), np.uint64), Wish(1, False, 5_000), stays)
+            await Waiters(answering).granted(np.zeros((1, 2), np.uint64), Wish(1, False, 5_000), stays)
 
     asyncio.run(scenario())

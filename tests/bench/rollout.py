@@ -1,14 +1,15 @@
 """Benchmark `rollout`: generations come and go under load, and a large one fills beside a live one.
 
-- switches: 200 requests a second of 500 candidates out of 20,000 items for ten minutes, in an open loop, while every
-  20 s a generation is staged, activated, rolled back or activated again, and between two of these a nearline job or one
-  of the two API processes is killed; 100 items a second are updated. `mixed_responses` are those whose scores are not
-  the ones of the generation that they name (recomputed with the training form from the events, for every 20th answer
-  and for all within half a second of an event); `apart` is the least difference that a mixture would make.
-  `failed_requests` are those beyond the ones on a killed process's own connections, `lost_requests` those on them.
-  `activate_ms` and `rollback_ms`: from the event's publication until the last request was sent that the generation
-  before still answered; an activation loads and warms the generation in that time. `switch_ms`: how long of that some
-  requests were answered by the one, some by the other.
+- switches: 200 requests a second of 500 candidates out of 20,000 items for ten minutes, in an open loop, while every 20
+  s a generation is staged, activated, rolled back or activated again, and at random moments, 20 s apart on average, a
+  nearline job, the supervisor or one of the two API processes is killed; 100 items a second are updated.
+  `mixed_responses` are those whose scores are not the ones of the generation that they name (recomputed with the
+  training form from the events, for every 20th answer and for all within half a second of an event); `apart` is the
+  least difference that a mixture would make. `failed_requests` are those beyond the ones on a killed process's own
+  connections, `lost_requests` those on them. `activate_ms` and `rollback_ms`: from the event's publication until the
+  last request was sent that the generation before still answered; an activation loads and warms the generation in that
+  time, and may wait for what was killed. `switch_ms`: how long of that some requests were answered by the one, some by
+  the other.
 - fill: a million items (50,000 with --quick). `fill_items_per_s` is what the encode process reads, encodes and
   publishes while it fills, by its own heartbeats; `fill_visible_items_per_s` counts from the stage event until all rows
   are proven on the host. Meanwhile 1,000 updates a second: `live_freshness_p99_ms` is due to visible in the live
@@ -59,9 +60,16 @@ def bundles(folder: Path, count: int) -> list[tuple[Path, Bundle]]:
 def _switches(report: Report, seed: int, quick: bool) -> Outcome:
     world = World(20_000, seed)
     with BenchStack(**SETTINGS) as stack:
-        seconds, every_s = (60.0, 5.0) if quick else (600.0, 20.0)
+        seconds, every_s, kill_every_s = (60.0, 5.0, 10.0) if quick else (600.0, 20.0, 20.0)
         outcome = switch_under_load(
-            stack, world, bundles(stack.folder, 3), seconds=seconds, every_s=every_s, rate=200.0, seed=seed
+            stack,
+            world,
+            bundles(stack.folder, 3),
+            seconds=seconds,
+            every_s=every_s,
+            kill_every_s=kill_every_s,
+            rate=200.0,
+            seed=seed,
         )
     print(f"recomputing {sum(bool(answer.raw) for answer in outcome.load.answers)} answers", flush=True)
     checked = outcome.errors(world)

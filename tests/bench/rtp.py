@@ -573,7 +573,7 @@ def _encode_and_write(path: Path, hash_key: str, go: Any, stop: Any, written: An
     """Process: what encode and replicate do, without Kafka, on the same rows again and again, and at a job's priority;
     `written` counts them from 0 on, when the store is open."""
     os.setsid()
-    priority.lower(os.getpid(), priority.JOB)
+    priority.lower(os.getpid())
     bundle = load_bundle(path / "bundle")
     layout, fold, world = RowLayout.from_json(bundle.manifest.row), ItemFold(bundle), World(2_000, 1)
     torch.set_num_threads(1)

@@ -59,8 +59,8 @@ class BenchStack:
             )
             self.folder = folder
             ensure_topics(self.settings)
-            supervise = self.start("supervise", "streams", "supervise")
-            starting.callback(processes.stop, supervise, 30.0)
+            starting.callback(self._end)
+            self.supervise()
             self.publisher = starting.enter_context(Publisher(self.settings))
             self._held = starting.pop_all()
         return self
@@ -73,6 +73,19 @@ class BenchStack:
     def start(self, name: str, *arguments: str) -> processes.Process:
         environ = {"OMP_NUM_THREADS": "1", **os.environ, **environment(self.settings)}
         return processes.start(name, [sys.executable, "-m", *arguments], self.folder / "run", environ)
+
+    def supervise(self) -> None:
+        """Starts the supervisor, again where it was killed."""
+        self.start("supervise", "streams", "supervise")
+
+    def supervisor(self) -> processes.Process | None:
+        return processes.find("supervise", self.folder / "run")
+
+    def _end(self) -> None:
+        supervisor = self.supervisor()
+        if supervisor:
+            processes.stop(supervisor, 30.0)
+        processes.stop_all(processes.listing(self.settings.state / "logs"), 10.0)  # of one that had only begun
 
     @contextlib.contextmanager
     def api(self, *arguments: str) -> Iterator[httpx.Client]:

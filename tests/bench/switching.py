@@ -2,7 +2,8 @@
 
 Load     open loop: a request is due every 1/rate s, whatever became of the ones before
 Switches the life of generations, one step after the other: stage, activate, rollback, activate again
-Killer   SIGKILLs a nearline job or an API process, and knows which connections died with it
+Killer   SIGKILLs jobs, API processes and the supervisor at moments of its own, whatever step is being made, and knows
+         which connections died with them
 check    recomputes answers, from the bundle that they name and the row versions of their trace, with the training
          form; an answer that is another generation's, or a mixture of two, is far off
 """
@@ -16,7 +17,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -27,7 +28,7 @@ from encoders.bundle import Bundle
 from encoders.fold import Behaviours, ItemFold, reference_scores
 from infra import processes
 from infra.settings import Settings
-from streams import rollout
+from streams import fleet, rollout
 from streams.publish import Publisher
 from tests.bench.http_load import JSON, Connection, request
 from tests.bench.stack import BenchStack, wait
@@ -35,8 +36,9 @@ from tests.bench.world import World, as_of, ms
 
 TOLERANCE = 1e-5  # of fp32 bundles
 CLIENTS = 16
+_ONCE = ("verify", "retrieval")  # killed once per generation: a stage waits for the end of what they began
 SETTINGS = {"api_processes": 2, "prefetch_bytes": Settings.prefetch_bytes, "retrieval_interval_s": 10.0}
-_STEP_S = 120.0
+_STEP_S = 300.0  # jobs that the step needs are killed meanwhile, and start again up to 30 s later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,32 +229,67 @@ class Switches:
 
 
 class Killer:
-    """Kills, in turn, one of the nearline jobs of the host and one of the API's processes."""
+    """Use in `with`. Kills at random moments, `every_s` apart on average: in turn one of the nearline side's processes
+    (any job, of whatever generation, or the supervisor, which is started again; of the kind whose last kill is longest
+    ago) and one of the API's, where all of these serve. `kills` is called before each.
+    """
 
-    def __init__(self, settings: Settings, api: processes.Process, seed: int) -> None:
-        self._settings, self._api, self._random = settings, api, random.Random(seed)
+    def __init__(
+        self, stack: BenchStack, api: processes.Process, seed: int, every_s: float, kills: Callable[[], object]
+    ) -> None:
+        self._stack, self._settings, self._api = stack, stack.settings, api
+        self._random, self._every_s, self._kills = random.Random(seed), every_s, kills
         self.killed: list[str] = []
         self.lost: set[int] = set()  # client ports of connections that died with an API process
+        self._turn: dict[str, int] = {}  # kind -> how many were killed before its last
+        self._stop, self._failed = threading.Event(), list[Exception]()
+        self._thread = threading.Thread(target=self._work)
 
-    def kill(self) -> str:
-        """Gives its name; empty where no process of the kind runs at the moment."""
-        name = self._kill_api() if len(self.killed) % 2 else self._kill_job()
-        if name:
-            self.killed.append(name)
-        return name
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._failed:
+            raise self._failed[0]
+
+    def _work(self) -> None:
+        api_next = False
+        try:
+            while not self._stop.wait(self._random.expovariate(1 / self._every_s)):
+                self._kills()
+                name = (self._kill_api() if api_next else "") or self._kill_job()
+                api_next = not api_next
+                if name:
+                    self.killed.append(name)
+                print(f"killed {name or 'nothing'}", flush=True)
+        except Exception as error:
+            self._failed.append(error)
 
     def _kill_job(self) -> str:
-        wanted = ("ingest", "encode", "replicate", "retrieval")
-        jobs = [one for one in processes.listing(self._settings.state / "logs") if one.name.startswith(wanted)]
+        """Its name; empty where none runs."""
+        running = processes.listing(self._settings.state / "logs")
+        supervisor = self._stack.supervisor()
+        jobs = [one for one in running if _kind(one) not in _ONCE or one.name not in self.killed]
+        jobs += [supervisor] if supervisor else []
         if not jobs:
             return ""
-        chosen = self._random.choice(jobs)
+        longest = min(self._turn.get(_kind(one), -1) for one in jobs)
+        chosen = self._random.choice([one for one in jobs if self._turn.get(_kind(one), -1) == longest])
+        self._turn[_kind(chosen)] = len(self.killed)
         os.kill(chosen.pid, signal.SIGKILL)
+        if chosen == supervisor:
+            wait("the supervisor has ended", lambda: not chosen.alive(), 10)
+            self._stack.supervise()
         return chosen.name
 
     def _kill_api(self) -> str:
         """Only where another one serves: the last one would leave nobody to answer until it is replaced."""
-        workers = api_workers(self._api.pid)
+        active = rollout.read(self._settings.serving_file).active
+        serves = {report.pid for report in fleet.reports(self._settings) if active in report.warm}
+        workers = [pid for pid in api_workers(self._api.pid) if pid in serves]
         if len(workers) < self._settings.api_processes:
             return ""
         pid = self._random.choice(workers)
@@ -264,13 +301,18 @@ class Killer:
         return f"api {pid}"
 
 
+def _kind(job: processes.Process) -> str:
+    return job.name.partition("-")[0]
+
+
 def api_workers(parent: int) -> list[int]:
     """Processes below `python -m api serve` that have taken its socket."""
     found = []
     for task in Path(f"/proc/{parent}/task").iterdir():
         for child in (task / "children").read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just been reaped
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
     return found
 
 
@@ -400,6 +442,7 @@ def switch_under_load(
     *,
     seconds: float,
     every_s: float,
+    kill_every_s: float,
     rate: float,
     seed: int,
     candidates: int = 500,
@@ -407,7 +450,9 @@ def switch_under_load(
     past: int = 200,
     one_of: int = 20,
 ) -> Outcome:
-    """A step of roll-out every `every_s`, a kill between two, 100 updates a second; each step is made at least once."""
+    """A step of roll-out every `every_s`, kills at random moments, 100 updates a second; each step is made at least
+    once.
+    """
     stable = World(world.items // 10, seed)  # histories name these alone, and nobody updates them
     pasts = [stable.history(user, past) for user in range(users)]
     stack.publisher.items(world.event(number, 1) for number in range(world.items))
@@ -421,8 +466,11 @@ def switch_under_load(
         assert api is not None
         wait("all API processes serve", lambda: len(api_workers(api.pid)) == stack.settings.api_processes, 120)
         switches = Switches(stack.settings, stack.publisher, bundles, "r0")
-        killer = Killer(stack.settings, api, seed)
-        with Load(stack.settings.api_port, asked, rate, one_of) as load, _updates(stack, world, stable.items):
+        with (
+            Load(stack.settings.api_port, asked, rate, one_of) as load,
+            _updates(stack, world, stable.items),
+            Killer(stack, api, seed, kill_every_s, load.check_soon) as killer,
+        ):
             end = time.monotonic() + seconds
             while time.monotonic() < end or len(switches.steps) < 4:
                 began = time.monotonic()
@@ -430,9 +478,6 @@ def switch_under_load(
                 step = switches.step()
                 load.check_soon()
                 print(f"{step.action} {step.generation}: {step.done - step.published:.2f} s", flush=True)
-                _until(began + every_s / 2)
-                load.check_soon()
-                print(f"killed {killer.kill() or 'nothing'}", flush=True)
                 _until(began + every_s)
     return Outcome(load, switches.steps, killer.killed, killer.lost, switches.bundle_of, pasts, asked)
 

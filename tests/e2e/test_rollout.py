@@ -18,7 +18,9 @@ def test_switches_and_kills_under_load_mix_nothing_and_fail_nothing() -> None:
     world = World(20_000, seed=3)
     with BenchStack(**SETTINGS) as stack:
         loaded = bundles(stack.folder, 3)
-        outcome = switch_under_load(stack, world, loaded, seconds=60.0, every_s=5.0, rate=200.0, seed=3, one_of=50)
+        outcome = switch_under_load(
+            stack, world, loaded, seconds=60.0, every_s=5.0, kill_every_s=10.0, rate=200.0, seed=3, one_of=50
+        )
     answers = outcome.load.answers
     assert len(answers) >= 200 * 60 * 0.95
     assert [failure.why for failure in outcome.failures] == []

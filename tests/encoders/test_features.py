@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoders.features import (
+    MANY,
     Categorical,
     FeatureError,
     FeatureSpec,
@@ -150,6 +151,44 @@ def test_whatever_arrives_is_encoded_or_refused(items: list[SomeItem]) -> None:
     assert columns.features.numerics.abs().nan_to_num(0).max() <= 8 if items else True
     alone = [encode(item).errors[0] for item in items]
     assert alone == columns.errors
+
+
+words = st.sampled_from(["", "a", "b", "c", "genre:a", "genre:b"])
+
+
+@given(
+    items=st.lists(
+        st.builds(
+            SomeItem,
+            features=st.fixed_dictionaries(
+                {},
+                optional={
+                    "brand": words | st.none() | st.lists(words, max_size=3),
+                    "words": st.lists(words, max_size=3) | st.tuples(words),
+                    "price": st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+                },
+            ),
+            embedding=st.just((1, 2, 3)) | st.binary(min_size=12, max_size=12),
+            crosses=st.lists(words, max_size=6) | st.just(()),
+            attributes=st.none() | st.dictionaries(names, json_values, max_size=3),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    odd=st.none() | st.dictionaries(st.sampled_from(["features", "embedding", "crosses", "attributes"]), json_values),
+)
+def test_of_many_items_each_is_as_alone(items: list[SomeItem], odd: dict[str, Any] | None) -> None:
+    items = items if odd is None else [*items, dataclasses.replace(items[0], **odd)]
+    many = encode(*(items * MANY)[: MANY + 1])
+    bags = np.split(many.features.ids.numpy(), many.features.offsets.numpy()[1:])
+    for row, item in enumerate(items):
+        alone = encode(item)
+        assert many.errors[row] == alone.errors[0]
+        for name in ("embedding", "crosses", "attributes"):
+            np.testing.assert_array_equal(getattr(many, name)[row], getattr(alone, name)[0])
+        np.testing.assert_array_equal(many.features.numerics[row], alone.features.numerics[0])
+        own = np.split(alone.features.ids.numpy(), alone.features.offsets.numpy()[1:])
+        assert [bag.tolist() for bag in bags[2 * row : 2 * row + 2]] == [bag.tolist() for bag in own]
 
 
 def test_an_embedding_in_bytes_is_that_of_the_numbers() -> None:

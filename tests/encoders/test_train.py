@@ -21,13 +21,14 @@ from encoders.baselines import MODELS
 from encoders.batches import GROUP_SIZE, GROUP_SPAN, Batches
 from encoders.bundle import BundleError, load_bundle, new_model, seeded_bundle
 from encoders.config import ModelConfig
-from encoders.data.dataset import NEVER, DataError, Dataset
+from encoders.data.dataset import NEVER, DataError, Dataset, Examples
 from encoders.data.source import open_dataset
 from encoders.data.synthetic import Marketplace, generate
 from encoders.evaluate import evaluate, figures, predict, split_of
 from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores
 from encoders.spec import material_of
 from encoders.train import TrainingError, TrainOptions, fit, spec_of, train
+from encoders.trials import stored
 from tests.encoders.small import OPTIONS, small_data
 
 WORLD = Marketplace(users=150, items=400, examples=12_000, days=20, categories=8, brands=20)
@@ -399,7 +400,8 @@ def test_rivals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert bundle.manifest.metrics["options"]["distil"] == 0.5
     assert (tmp_path / "c").exists()
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
-    asked = ["evaluate", str(out), "--data", str(folder), "--against", "dssm,cold", "--cache", str(tmp_path / "cache")]
+    cache = ["--cache", str(tmp_path / "cache")]
+    asked = ["evaluate", str(out), "--data", str(folder), "--against", "dssm,cold", *cache]
     assert main(asked) == 0
     first = capsys.readouterr().out
     assert "training dssm" in first
@@ -412,6 +414,31 @@ def test_rivals_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"0\.\d{4} \(0\.\d{4} \.\. [01]\.\d{4}\)", table[1])
     assert len(table[2].split()) == len(table[1].split()) + 5  # the difference, its interval, and p
 
+    assert main([*asked, "--requests", "20"]) == 0
+    ranked = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in ranked] == ["whole", "bundle", "dssm", "cold"]
+    assert [len(re.findall(r"\d\.\d{4} \(", line)) for line in ranked] == [0, 4, 4, 4]
+
+    # a checkpoint goes on to more epochs, and rivals have no limit of time
+    more = [*train_it, "--epochs", "3", "--without", "bea, simtier", "--distil", "0.5", *kept]
+    assert main([*more, "--out", str(tmp_path / "more")]) == 0
+    assert "in epoch 3" in capsys.readouterr().out
+    short = tmp_path / "short"
+    assert main([*train_it, "--minutes", "0.001", "--out", str(short)]) == 0
+    assert load_bundle(short).manifest.metrics["epochs"] < 2
+    assert main(["evaluate", str(short), "--against", "dssm", *cache]) == 0
+    assert "0.001 minutes at most, its rivals under no limit" in capsys.readouterr().out
+    assert {stored(path.parent).epochs for path in (tmp_path / "cache").glob("*/manifest.json")} == {2}
+
+    # what the bundle has seen is no test slice, and rivals are trained on what it was
+    past = tmp_path / "past" / "films"
+    past.mkdir(parents=True)
+    whole = small_data()
+    seen = whole.examples.time < split_of(whole).validation
+    columns = {name: getattr(whole.examples, name)[seen] for name in ("user", "item", "clicked", "time")}
+    _as_csv(dataclasses.replace(whole, examples=Examples(**columns)), past)
+    assert main(["evaluate", str(out), "--data", str(past)]) == 1
+    assert "but the bundle has seen examples up to" in capsys.readouterr().err
     assert main([*train_it, "--model", "dssm", "--out", str(tmp_path / "dssm")]) == 0
     assert main(["evaluate", str(tmp_path / "dssm"), "--data", str(folder)]) == 0
     with pytest.raises(BundleError, match="cannot be served"):
@@ -448,6 +475,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(folder, others)
     assert main(["evaluate", str(out), "--data", str(others)]) == 0
     assert "the bundle was trained on films, these data are other films" in capsys.readouterr().err
+    assert main(["evaluate", str(out), "--data", str(others), "--against", "dssm"]) == 1
+    assert "rivals are trained on these data, the bundle was on others" in capsys.readouterr().err
+    folder.rename(tmp_path / "away")
+    assert main(["evaluate", str(out)]) == 1
+    assert "the bundle was trained on it: name the data with --data" in capsys.readouterr().err
+    (tmp_path / "away").rename(folder)
     assert main(["export-data", "--data", str(folder), "--out", str(tmp_path / "events")]) == 0
     data = open_dataset(str(folder))
     for name, events in (("items", data.item_updates()), ("behaviours", data.behaviours()), ("users", data.users())):

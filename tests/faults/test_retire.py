@@ -69,6 +69,8 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
         os.kill(jobs(host)["replicate-gone"], signal.SIGUSR1)
         store = Path(host.checkpoint_uri) / host.topic("gone")
         wait_until(lambda: list(store.glob("*/manifest.json")), "it has a checkpoint", DEADLINE_S)
+        for torn in (host.heartbeat_dir / "verify-gone.json.new", host.state / "logs" / "verify-gone.json.tmp"):
+            torn.write_bytes(b"{")  # its writer was killed
         before = left_of(host, "gone")
         names = ("rows.gone", "encode-gone", f"replicate-{host.host}-gone")
         kafka = {f"{kind} {host.topic(name)}" for kind, name in zip(("topic", "group", "group"), names, strict=True)}
@@ -85,8 +87,6 @@ def test_a_retirement_that_is_killed_after_each_of_its_steps_is_completed(
         live = {name: pid for name, pid in jobs(host).items() if name.endswith("-live")}
         first.kill()
         first.wait(10)
-        for torn in (host.heartbeat_dir / "verify-gone.json.new", host.state / "logs" / "verify-gone.json.tmp"):
-            torn.write_bytes(b"{")  # its writer was killed
 
         publisher.models([{"action": "retire", "generation": "gone"}])
         for last in range(1, STEPS + 1):

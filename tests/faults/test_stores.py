@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 from kafka import TopicPartition
 
 from encoders.bundle import Bundle
+from index.n2o import N2OWriter
 from infra.kafka.broker import admin_of
 from infra.settings import Settings
 from streams.heartbeat import read_heartbeat
-from streams.worker import NEEDS_REFILL
+from streams.replicate import Replicate
+from streams.worker import BAD_BUNDLE, NEEDS_REFILL, JobError, Record
 from tests.conftest import wait_until
+from tests.index.rows import LAYOUT
 from tests.streams.chain import Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -89,6 +93,14 @@ def test_an_older_index_is_brought_up_to_date(
         chain.start("replicate:one")
         chain.settle("one")
         check_rows(chain, "one", bundle, oracle([*first, *second]))
+
+
+def test_replicate_ends_at_a_gap_so_that_its_next_start_looks_for_a_checkpoint(tmp_path: Path) -> None:
+    handler = Replicate(N2OWriter(tmp_path, LAYOUT, 1, b"key"), LAYOUT, [3])
+    with pytest.raises(JobError, match=r"rows.g\[0\] goes on at offset 5, not 3") as caught:
+        asyncio.run(handler.batch([Record("rows.g", 0, 5, 0, None, b"", ())]))
+    assert caught.value.status not in (NEEDS_REFILL, BAD_BUNDLE)
+    handler.close()
 
 
 def test_an_index_that_lacks_rows_no_longer_in_kafka_stops_with_needs_refill(

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -479,11 +480,15 @@ def test_an_arena_that_disagrees_is_built_anew(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_single_rows_from_another_instance(tmp_path: Path) -> None:
+def test_single_rows_from_another_instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with pytest.raises(StoreMissingError):
         N2OReader(tmp_path)
     writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
     reader = N2OReader(tmp_path)
+    assert list(temporary.iterdir()) == [], "whoever kills the process leaves nothing behind"
     assert reader.get(["1"]) == [None]
     assert reader.get([]) == []
     for version in (3, 4):
@@ -494,11 +499,13 @@ def test_single_rows_from_another_instance(tmp_path: Path) -> None:
         assert (row.version, row.offset, row.partition, row.event_time) == (version, version, 0, version)
         assert row.attributes == {"version": version}
         assert row.visible_time > 1_600_000_000_000
+        writer.checkpoint(tmp_path / f"copy-{version}")  # which flushes: the next rows are in other files
+    writer.close()
+    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
     writer.apply([(block(0, [Change(1, 5, 9, True)], 9), 9)])
     assert reader.get(["1"]) == [None]
-    own = Path(reader._own)
     reader.close()
-    assert not own.exists()
+    assert list(temporary.iterdir()) == []
     writer.close()
 
 

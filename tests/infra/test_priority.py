@@ -47,7 +47,7 @@ def test_the_thread_steps_back_and_the_process_is_afterwards_as_before() -> None
 
 
 def test_a_job_has_a_lower_weight_and_its_background_a_lower_one_still() -> None:
-    before, thread, main, after = run(_LOOK.replace("\nlook()", f"\nlower(os.getpid(), {JOB})\nlook()", 1))
+    before, thread, main, after = run(_LOOK.replace("\nlook()", "\nlower(os.getpid())\nlook()", 1))
     assert [int(seen[0]) for seen in (before, thread, main, after)] == [JOB, NICE, JOB, JOB]
     if _AUTOGROUP.exists():
         assert [seen[1] for seen in (before, thread, main, after)] == [str(at) for at in (JOB, NICE, NICE, JOB)]

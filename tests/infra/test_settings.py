@@ -30,6 +30,7 @@ _BY_NAME = {field.name: _BY_TYPE[type(field.default)] for field in dataclasses.f
     "api_port": _PORT,
     "cross_source": st.sampled_from(["", "http://features:9000", "https://features"]),
     "admin_token": st.from_regex(r"[A-Za-z0-9._~+/-]{1,20}={0,2}", fullmatch=True),
+    "encoders": st.sampled_from(["local", "apart"]),
     "log_level": st.sampled_from(["debug", "info", "warning", "error", "INFO"]),
 }
 
@@ -53,6 +54,7 @@ def test_environment_and_back(settings: Settings) -> None:
         ("FORERANK_KAFKA_PORT", "65536"),
         ("FORERANK_KAFKA_CONTROLLER_PORT", "-1"),
         ("FORERANK_LOG_LEVEL", "foo"),
+        ("FORERANK_ENCODERS", "elsewhere"),
         ("FORERANK_CROSS_SOURCE", "features:9000"),
         ("FORERANK_CROSS_MISSES", "0"),
         ("FORERANK_USER_MISSES", "0"),

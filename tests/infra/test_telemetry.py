@@ -56,6 +56,22 @@ def test_a_gauge_may_be_the_sum_over_live_processes(tmp_path: Path) -> None:
     assert "\nlag 5.0" in page
 
 
+def test_files_of_ended_processes_become_one_of_each_kind(tmp_path: Path) -> None:
+    for _ in range(6):
+        run(_JOB, tmp_path, "10")
+    left = sorted(path.name for path in (tmp_path / "metrics").glob("*.db"))
+    assert len(left) == 6  # two archives, and the four files of the process that ended last
+    assert left[0] == "counter_0.db"
+    # before it looks, this one counts as well, and its own goes on after that
+    page = run(_JOB + "\ntelemetry.render(mine)\n" + _JOB + _PAGE, tmp_path, "20").stdout
+    assert 'rows_total{kind="new"} 108.0' in page
+    assert 'seconds_bucket{le="0.1"} 0.0' in page
+    assert 'seconds_bucket{le="1.0"} 8.0' in page
+    assert "seconds_count 8.0" in page
+    assert "seconds_sum 4.0" in page
+    assert "\nlag 20.0" in page
+
+
 def test_clearing_forgets_ended_processes_alone(tmp_path: Path) -> None:
     run(_JOB, tmp_path, "10")
     page = run(_JOB + "\ntelemetry.clear_metrics(mine)" + _PAGE, tmp_path, "20").stdout

@@ -98,6 +98,22 @@ def test_rows_that_json_cannot_hold_are_malformed() -> None:
         assert caught.value.kind == "malformed"
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_with_their_place(number: float) -> None:
+    """JSON has none, and what is written in their stead, null, means something else: no share is everybody."""
+    item, user = {"item_id": "a", "version": 1}, {"user_id": "u"}
+    for kind, row, place in (
+        ("models", {"action": "activate", "generation": "g", "share": number}, "share"),
+        ("items", item | {"patch": {"attributes": {"bid": number}}}, "patch.attributes.bid"),
+        ("items", item | {"embedding": (1.0, number)}, "embedding[1]"),
+        ("users", user | {"features": {"null": "null", "age": number}}, "features.age"),
+    ):
+        with pytest.raises(EventError, match="is not a finite number") as caught:
+            check(kind, row)  # type: ignore[arg-type]
+        assert (caught.value.kind, caught.value.field) == ("malformed", place)
+    check("items", item | {"patch": {"attributes": {"bid": None, "title": "null"}}})
+
+
 def test_an_unreachable_broker_is_a_publish_error() -> None:
     (port,) = free_ports(1)
     with pytest.raises(PublishError, match="cannot be reached"):

@@ -101,8 +101,20 @@ def test_activation_is_refused_with_a_reason_unless_complete() -> None:
     third = staged("a", "b", "c")
     for name in "abc":
         third = rollout.activate(complete(third, name), name)
-    with pytest.raises(Refused, match="no longer kept fresh"):
+    with pytest.raises(Refused, match="former and is not kept fresh"):
         rollout.activate(third, "a")
+
+
+def test_what_is_never_served_here_is_told_from_what_may_be() -> None:
+    serving = staged("a", "b", "c", "d")
+    for name in "abc":
+        assert rollout.never(serving, name) == ""
+        serving = rollout.activate(complete(serving, name), name)
+    found = {name: rollout.never(serving, name) for name in "abcde"}
+    assert set(found.values()) == {""}  # a is filled up again first
+    assert rollout.never(rollout.lose(serving, "b", [1, 1]), "b") == ""
+    failed = rollout.fail(serving, "d", "bad bundle")
+    assert rollout.never(failed, "d") == "generation d is failed (bad bundle) and cannot be activated"
 
 
 def test_a_failure_never_takes_the_live_generation_away() -> None:
@@ -124,7 +136,25 @@ def test_names_are_never_used_twice() -> None:
     assert rollout.stage(staged("a"), 9, stage("a")) == staged("a")  # the same event again
     desired = rollout.reduce_models([(0, stage("a")), (1, stage("a")), (2, stage("a", sha="b"))])
     assert list(desired.refused) == [2]
-    assert desired.wishes == [(0, "a")]
+    assert {name for _, name in desired.wishes} == {"a"}
+
+
+def test_a_bundle_that_is_staged_again_to_be_activated_is_wished_for() -> None:
+    log = [(0, stage("a")), (1, stage("b", when_complete=False)), (2, stage("b"))]
+    desired = rollout.reduce_models(log)
+    assert (desired.wishes, desired.refused, desired.staged["b"].offset) == ([(0, "a"), (2, "b")], {}, 1)
+    serving = rollout.activate(complete(complete(staged("a", "b"), "a"), "b"), "a")
+    assert rollout.next_active(desired, serving) == "b"
+    assert rollout.reduce_models([*log, (3, stage("b", when_complete=False))]).wishes == desired.wishes
+    gone_back = [*log, (3, ModelEvent("rollback", "b")), (4, stage("b"))]
+    assert rollout.reduce_models(gone_back).wishes == [(0, "a"), (4, "b")]
+
+
+def test_staging_again_what_has_failed_here_is_no_use() -> None:
+    serving = staged("a")
+    assert (rollout.spent(serving, "a"), rollout.spent(serving, "b")) == ("", "")
+    said = rollout.spent(rollout.fail(serving, "a", "no room"), "a")
+    assert said == "generation a is failed here (no room): stage the bundle under a new name"
 
 
 def test_jobs_run_for_the_active_one_one_former_and_later_ones() -> None:
@@ -155,6 +185,10 @@ def test_reduction_of_models() -> None:
 def test_a_rollback_goes_to_the_newest_other_wish_and_is_refused_where_there_is_none() -> None:
     log = [(0, stage("a")), (1, ModelEvent("rollback", "a")), (2, stage("b"))]
     assert rollout.reduce_models(log).refused == {1: "there is nothing to go back to from generation a"}
+    never = rollout.reduce_models(
+        [(0, stage("a")), (1, stage("b", when_complete=False)), (2, ModelEvent("rollback", "b"))]
+    )
+    assert never.refused == {2: "generation b was not to be served, so there is nothing to go back from"}
     serving = rollout.activate(complete(staged("a", "b"), "a"), "a")
     serving = rollout.activate(complete(serving, "b"), "b")
     log.append((3, ModelEvent("rollback", "b")))
@@ -192,17 +226,40 @@ def test_an_activation_waits_until_its_generation_is_complete() -> None:
     assert rollout.pending(desired, served) is None
 
 
-def test_a_wish_for_what_is_no_longer_fresh_says_so() -> None:
+@pytest.mark.parametrize("event", [ModelEvent("rollback", "b"), activate("a"), activate("a", 0.1)])
+def test_what_was_served_long_ago_is_filled_up_before_it_is_served_again(event: ModelEvent) -> None:
+    """Two rollbacks in a row, or what else wishes for it; what is served meanwhile goes on, and goes on being fresh."""
     serving = staged("a", "b", "c")
     for name in "abc":
         serving = rollout.activate(complete(serving, name), name)
-    log = [(0, stage("a")), (1, stage("b")), (2, stage("c"))]
-    assert rollout.explain(rollout.reduce_models(log), serving) == serving
-    back = rollout.reduce_models([*log, (3, ModelEvent("rollback", "b"))])
-    assert rollout.explain(back, serving) == serving
-    too_far = rollout.reduce_models([*log, (3, ModelEvent("rollback", "b")), (4, ModelEvent("rollback", "c"))])
-    assert rollout.next_active(too_far, serving) is None
-    assert "no longer kept fresh" in rollout.explain(too_far, serving).generations["a"].reason
+    log = [(0, stage("a")), (1, stage("b")), (2, stage("c")), (3, ModelEvent("rollback", "c"))]
+    desired = rollout.reduce_models(log)
+    assert rollout.renew(desired, serving) == serving
+    serving = rollout.activate(serving, rollout.next_active(desired, serving) or "")
+    assert (serving.active, serving.previous, serving.generations["a"].state) == ("b", "c", "former")
+    desired = rollout.reduce_models([*log, (4, event)])
+    assert (rollout.next_active(desired, serving), rollout.canary_of(desired, serving)) == (None, None)
+    renewed = rollout.renew(desired, serving)
+    assert rollout.renew(desired, renewed) == renewed
+    assert (renewed.active, renewed.previous, renewed.generations["a"].state) == ("b", "c", "staged")
+    assert rollout.running(renewed, rollout.waiting(desired, renewed)) == ["a", "b", "c"]
+    filled = complete(renewed, "a")
+    if event.share is not None:
+        assert rollout.canary_of(desired, filled) == rollout.Canary("a", 0.1)
+        return
+    assert rollout.next_active(desired, filled) == "a"
+    assert rollout.wanted(desired, Serving()) == ["a", "b", "c"]  # a host that knows none of them comes to the same
+    failed = rollout.fail(renewed, "a", "there is no bundle")
+    assert rollout.pending(desired, failed) is None
+
+
+def test_a_host_that_has_nothing_to_roll_back_to_says_why() -> None:
+    log = [(0, stage("a")), (1, stage("b")), (2, ModelEvent("rollback", "b"))]
+    desired = rollout.reduce_models(log)
+    serving = rollout.activate(complete(rollout.fail(staged("a", "b"), "a", "bad"), "b"), "b")
+    assert rollout.stuck(desired, serving, "b") == "generation a is failed (bad) and cannot be activated"
+    assert (rollout.stuck(desired, serving, "a"), rollout.stuck(desired, Serving(), "b")) == ("", "")
+    assert rollout.stuck(rollout.reduce_models([(0, stage("c")), *log[1:]]), serving, "b") == ""
 
 
 def retire(name: str) -> ModelEvent:
@@ -346,6 +403,7 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
             serving = rollout.activate(serving, chosen)
         if data.draw(st.booleans()):
             serving = msgspec.structs.replace(serving, canary=rollout.canary_of(desired, serving))
+        serving = rollout.renew(desired, serving)
         serving = rollout.rest(serving, rollout.running(serving, rollout.waiting(desired, serving)))
         for name in rollout.retiring(desired, serving):
             serving = rollout.retire(serving, name)
@@ -373,6 +431,7 @@ def test_any_history_keeps_the_rules(log: list[ModelEvent], data: st.DataObject)
         waits = rollout.pending(desired, serving)
         if waits is None:
             break
+        serving = rollout.renew(desired, serving)
         assert waits in rollout.wanted(desired, serving) or waits in rollout.running(serving, [waits])
         if waits not in serving.generations:
             serving = rollout.stage(serving, desired.staged[waits].offset, desired.staged[waits].event)
@@ -467,7 +526,7 @@ def test_a_host_serves_a_share_when_it_can_and_until_the_same_serves_all() -> No
     shares = rollout.reduce_models([(0, stage("b")), (1, stage("a")), (2, activate("b", 0.5))])
     lost = rollout.lose(back, "b", [10, 0])
     assert (rollout.canary_of(shares, back), rollout.canary_of(shares, lost)) == (back.canary, None)
-    assert rollout.prepare(rollout.explain(shares, rollout.prepare(lost, "b")), None) == lost  # its reason stays
+    assert rollout.prepare(rollout.renew(shares, rollout.prepare(lost, "b")), None) == lost  # its reason stays
     assert rollout.canary_of(shares, rollout.regain(lost, "b")) == back.canary
     third = rollout.activate(complete(rollout.stage(back, 5, stage("c")), "c"), "c")
     assert (third.previous, third.canary, third.generations["b"].state) == ("a", rollout.Canary("b", 0.5), "former")

@@ -27,6 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.running import folder_of, remember
 from infra.settings import Settings, environment
 from streams import rollout
+from streams.__main__ import main
 from streams.events import HostReport, ModelEvent
 from streams.heartbeat import Heartbeat
 from streams.rollout import Verification
@@ -111,9 +112,16 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
     host, now = settings(), time.time_ns() // 1_000_000
     ensure_topics(host)
 
-    def said(name: str, generation: str, state: str, digests: str = "", covered: tuple[int, ...] = (7, 9)) -> None:
+    def said(
+        name: str,
+        generation: str,
+        state: str,
+        digests: str = "",
+        covered: tuple[int, ...] = (7, 9),
+        **more: str,
+    ) -> None:
         rows = {"covered": list(covered), "counts": [2, 3], "digests": list(digests)} if digests else {}
-        report = HostReport(host=name, generation=generation, state=state, time=now - 60_000, **rows)  # type: ignore[arg-type]
+        report = HostReport(host=name, generation=generation, state=state, time=now - 60_000, **rows, **more)  # type: ignore[arg-type]
         producer.send(host.topic("hosts"), msgspec.json.encode(report), f"{name}/{generation}".encode(), partition=0)
 
     with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
@@ -122,7 +130,17 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
         said("same", "g1", "active", "ab")
         said("same", "g0", "retired")
         said("differs", "g1", "former", "ac")
-        said("behind", "g1", "filling", "cc", covered=(6, 8))
+        said("behind", "g1", "filling", "cc")
+        said("busy", "g1", "active", "dc", covered=(8, 9))
+        said("earlier", "g1", "active", "ac")
+        said("earlier", "g1", "active", "ef", covered=(8, 12))
+        said("differed", "g1", "active", "ac")
+        said("remade", "g1", "active", "ac", (7, 11))
+        said("remade", "g1", "active", "cc", (7, 9), reason=rollout.REMADE)
+        said("remade", "g1", "active", "ab", (7, 11))
+        said(host.host, "g1", "active", "gh", covered=(10, 11))
+        said("differed", "g1", "active", "gh", covered=(9, 11))
+        said("remade", "g1", "active", "gh", covered=(10, 11))
     status(host)
     told = {
         line.split(",")[0]: line.split(": ", 1)[1]
@@ -133,6 +151,10 @@ def test_other_hosts_and_rows_that_differ_from_theirs(
         "host same": "g1 active",
         "host differs": "g1 former, WITH OTHER ROWS THAN HERE in partition 1",
         "host behind": "g1 filling",
+        "host busy": "g1 active, WITH OTHER ROWS THAN HERE in partition 1",
+        "host earlier": "g1 active, WITH OTHER ROWS THAN HERE in partition 1",
+        "host differed": "g1 active",
+        "host remade": "g1 active",
     }
 
 
@@ -209,6 +231,21 @@ def test_nobody_reads_the_status_to_its_end(away: Settings) -> None:
     assert done.stderr == ""
 
 
+def test_a_share_that_is_none_is_a_sentence_and_nothing_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("nan", "inf", "-inf", "-0.1", "1.1", "some"):
+        with pytest.raises(SystemExit) as ended:
+            main(["model", "activate", "g", f"--share={text}"])
+        assert ended.value.code == 2
+        said = f"argument --share: {text} is no share of the users: a number from 0 to 1 is"
+        assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_a_generation_that_is_named_twice_differently_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("activate", "rollback", "retire"):
+        assert main(["model", action, "g0", "--generation", "g2"]) == 2
+        assert capsys.readouterr().err == f"`model {action}` is told g0 and --generation g2: which one?\n"
+
+
 @pytest.mark.e2e
 def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     settings: Callable[..., Settings], bundle_path: Path, tmp_path: Path
@@ -261,7 +298,10 @@ def test_model_checks_the_bundle_and_knows_the_hosts_generations(
     rollout.write(host.serving_file, rollout.fail(half, "a", "bad bundle"))
     done = run(tmp_path, environ, *activate, "a")
     assert done.returncode == 1
-    assert done.stderr == "This host will not serve it: generation a is failed (bad bundle) and cannot be activated.\n"
+    assert done.stderr == "Not published: generation a is failed (bad bundle) and cannot be activated.\n"
+    done = run(tmp_path, environ, "model", "stage", str(bundle_path), "--generation", "a", "--activate-when-complete")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Not published: generation a is failed here (bad bundle): stage the bundle under a")
 
 
 @pytest.mark.e2e

@@ -26,12 +26,16 @@ from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings, environment
 from streams import events, rollout
+from streams.blocks import REFUSED
 from streams.heartbeat import read_heartbeat
 from streams.publish import Publisher
+from streams.supervisor import Supervisor
+from streams.worker import BAD_BUNDLE
 from tests.conftest import JARS, free_ports, wait_until
-from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle
+from tests.streams.chain import CONFIG, FEATURES, ROOT, Chain, check_rows, item_body, oracle, running_chain
 
 pytestmark = pytest.mark.e2e
+SLOW_S = 180.0  # until something happens for which processes must start
 
 
 def command(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -189,6 +193,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
 ) -> None:
@@ -200,21 +205,160 @@ def test_a_generation_whose_jobs_rested_is_served_only_with_what_came_meanwhile(
     with supervised(host), Publisher(host) as publisher:
         publisher.items(bodies)
         publisher.models([stage | {"generation": "a"}])
-        wait_until(lambda: state_of(host, "a") == "complete", "a is complete")
+        wait_until(lambda: state_of(host, "a") == "complete", "a is complete", SLOW_S)
         publisher.models([stage | {"generation": "b", "activate_when_complete": True}])
-        wait_until(lambda: serving(host).active == "b", "b is active")
-        wait_until(lambda: not {"encode-a", "replicate-a"} & set(jobs(host)), "nobody needs a")
+        wait_until(lambda: serving(host).active == "b", "b is active", SLOW_S)
+        wait_until(lambda: not {"encode-a", "replicate-a"} & set(jobs(host)), "nobody needs a", SLOW_S)
         assert state_of(host, "a") == "staged"
         assert "a: staged, 100%, 40 rows (is not kept fresh" in command(host, "status").stdout
         publisher.items(later)
         chain = Chain(host, bundle_path)
-        wait_until(lambda: sum(chain.end_offsets("items")) == 60, "ingest wrote items")
+        wait_until(lambda: sum(chain.end_offsets("items")) == 60, "ingest wrote items", SLOW_S)
         ends = chain.end_offsets("items")
         told = command(host, "model", "activate", "a")
         assert (told.returncode, "is served once it is complete" in told.stdout) == (0, True)
-        wait_until(lambda: serving(host).active == "a", "a is active")
+        wait_until(lambda: serving(host).active == "a", "a is active", SLOW_S)
         assert (chain.arena("a").progress().covered + 1).tolist() == ends
         check_rows(chain, "a", bundle, oracle(bodies + later))
+
+        # two rollbacks in a row: b, which was served before, rests since c is served
+        publisher.models([stage | {"generation": "c", "activate_when_complete": True}])
+        wait_until(lambda: serving(host).active == "c", "c is active", SLOW_S)
+        wait_until(lambda: not {"encode-b", "replicate-b"} & set(jobs(host)), "nobody needs b", SLOW_S)
+        newest = [item_body(f"{k}", 3, random) for k in range(10)]
+        publisher.items(newest)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 70, "ingest wrote items", SLOW_S)
+        ends = chain.end_offsets("items")
+        assert command(host, "model", "rollback", "c").returncode == 0
+        wait_until(lambda: serving(host).active == "a", "a is active again", SLOW_S)
+        assert state_of(host, "b") == "former"
+        assert command(host, "model", "rollback", "a").returncode == 0
+        wait_until(lambda: serving(host).active == "b", "b is active again", SLOW_S)
+        assert (chain.arena("b").progress().covered + 1).tolist() == ends
+        check_rows(chain, "b", bundle, oracle(bodies + later + newest))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_generation_whose_encoder_runs_apart_is_served_fails_and_is_retired(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    """The encoder shares nothing with the host but Kafka and the place where bundles are."""
+    host = settings(partitions=2, encoders="apart", session_timeout_ms=2_000)
+    lost, apart = (dataclasses.replace(host, host=f"encoder-{n}", state=tmp_path / f"encoder-{n}") for n in (1, 2))
+    random = np.random.default_rng(5)
+    bodies = [item_body(f"{k}", 1, random) for k in range(100)]
+    unfit = seeded_bundle(tmp_path / "unfit", dataclasses.replace(CONFIG, embedding_dim=9), features=FEATURES)
+    stage = {"action": "stage", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
+    chain = Chain(host, bundle_path)
+    with (
+        supervised(host),
+        Publisher(host) as publisher,
+        running_chain(lost, bundle_path) as first,
+        running_chain(apart, bundle_path) as encoders,
+    ):
+        publisher.items(bodies)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 100, "ingest wrote items", SLOW_S)
+        never = command(apart, "encode", "--generation", "g")
+        assert (never.returncode, never.stderr.splitlines()[-1]) == (1, "encode-g: generation g was never staged")
+
+        publisher.models([stage | {"generation": "g", "activate_when_complete": True}])
+        wait_until(lambda: "replicate-g" in jobs(host), "the host waits for rows", SLOW_S)
+        first.start("encode:g")
+        wait_until(
+            lambda: serving(host).active == "g", "g is active", SLOW_S, alive=lambda: _assert_runs(first, "encode:g")
+        )
+        check_rows(chain, "g", bundle, oracle(bodies))
+        assert "encode-g" not in jobs(host)
+
+        # its machine is lost; another one takes its place, under another name
+        wait_until(lambda: first.running("encode:g"), "encode is in its group", SLOW_S)
+        first.kill("encode:g")
+        encoders.start("encode:g")
+
+        # what an encoder says of a bundle whose fill is proven changes nothing: a later one of another version, perhaps
+        with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
+            for place in range(2):
+                refusal = [(REFUSED, b"bad bundle: too new")]
+                producer.send(host.topic("rows.g"), b"", headers=refusal, partition=place)
+        later = [item_body(f"{k}", 2, random) for k in range(50)]
+        publisher.items(later)
+        wait_until(lambda: sum(chain.end_offsets("items")) == 150, "ingest wrote items", SLOW_S)
+        ends = chain.end_offsets("items")
+        wait_until(
+            lambda: (chain.arena("g").progress().covered + 1).tolist() == ends, "the updates reach the rows", SLOW_S
+        )
+        check_rows(chain, "g", bundle, oracle(bodies + later))
+
+        publisher.models([stage | {"generation": "bad", "uri": (tmp_path / "unfit").as_uri(), "sha256": unfit.sha256}])
+        wait_until(lambda: state_of(host, "bad") == "filling", "bad is staged", SLOW_S)
+        encoders.start("encode:bad")
+        wait_until(lambda: encoders.ended("encode:bad") == BAD_BUNDLE, "its encoder ends", SLOW_S)
+        wait_until(lambda: state_of(host, "bad") == "failed", "bad has failed", SLOW_S)
+        assert serving(host).generations["bad"].reason.startswith("bad bundle: it cannot encode 100 of the first 100")
+
+        publisher.models([stage | {"generation": "h"}])
+        wait_until(lambda: state_of(host, "h") == "filling", "h is staged", SLOW_S)
+        encoders.start("encode:h")
+        wait_until(lambda: state_of(host, "h") == "complete", "h is complete", SLOW_S)
+        wait_until(lambda: encoders.running("encode:h"), "its encoder is in its group", SLOW_S)
+        assert command(host, "model", "retire", "h").returncode == 0
+        kept = f"(its topic is kept until its encoder has ended ({apart.host}-{host.topic('encode-h')}))"
+        wait_until(
+            lambda: f"h: retired, 100% {kept}" in command(host, "status").stdout, "retirement waits for it", SLOW_S
+        )
+
+        def shared() -> set[str]:
+            with admin_of(host.kafka_bootstrap) as admin:
+                groups = {found["group_id"] for found in admin.list_groups()}
+                return {host.topic("rows.h"), host.topic("encode-h")} & (set(admin.list_topics()) | groups)
+
+        assert shared() == {host.topic("rows.h"), host.topic("encode-h")}
+        assert encoders.kill("encode:h", signal.SIGTERM) == 0
+        wait_until(lambda: not shared(), "nothing is left of h in Kafka", SLOW_S)
+        wait_until(lambda: serving(host).generations["h"].reason == "", "and nothing is waited for", SLOW_S)
+        again = command(apart, "encode", "--generation", "h")
+        assert again.returncode == 1
+        assert "encode-h: generation h was retired, so nobody needs its encoder" in again.stderr
+        assert (serving(host).active, running(host, "replicate-g")) == ("g", True)
+
+
+def _assert_runs(chain: Chain, job: str) -> None:
+    assert chain.ended(job) is None, chain.log(job).read_text()
+
+
+def test_a_generation_that_loses_its_folder_while_it_is_filled_gets_it_again_or_fails(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
+) -> None:
+    host = settings(partitions=2)
+    host.state.mkdir()
+    bodies = [item_body(f"{k}", 1, np.random.default_rng(k)) for k in range(40)]
+    source = tmp_path / "source"
+    shutil.copytree(bundle_path, source)
+    stage = {"action": "stage", "uri": source.as_uri(), "sha256": bundle.sha256, "activate_when_complete": True}
+
+    def round_until(name: str, state: str) -> None:
+        def there() -> bool:
+            supervisor.round()
+            return state_of(host, name) == state
+
+        wait_until(there, f"{name} is {state}", SLOW_S)
+
+    with Supervisor(host, retrieval=False) as supervisor, Publisher(host) as publisher:
+        publisher.items(bodies)
+        publisher.models([stage | {"generation": "a"}])
+        round_until("a", "filling")
+        shutil.rmtree(host.generation_dir("a"))
+        round_until("a", "active")
+        chain = Chain(host, bundle_path)
+        publisher.models([stage | {"generation": "b"}])
+        round_until("b", "filling")
+        shutil.rmtree(host.generation_dir("b"))
+        source.rename(tmp_path / "elsewhere")
+        round_until("b", "failed")
+        assert "there is no bundle at" in serving(host).generations["b"].reason
+        assert serving(host).active == "a"
+        assert len(chain.read("rows.a")) > 0
 
 
 def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
