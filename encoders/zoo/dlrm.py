@@ -49,7 +49,7 @@ class DLRM(nn.Module):
         items = self.item.summed(item_ids)  # [N, item tables, d]
         number = torch.relu(self.bottom(self.below(dense)))  # [U, d]
         user = torch.cat([number[:, None], self.user.summed(user_ids)], dim=1)  # [U, 1 + user tables, d]
-        every = torch.cat([user.expand(len(items), -1, -1), items], dim=1)  # [N, vectors, d]
+        every = torch.cat([user.expand(items.shape[0], -1, -1), items], dim=1)  # [N, vectors, d]
         pairs = (every @ every.transpose(1, 2))[:, self.rows, self.columns]  # [N, pairs]
         out: Tensor = self.top(self.above(torch.cat([every[:, 0], pairs], dim=1))).squeeze(1)
         return out
