@@ -1,0 +1,123 @@
+"""Lanes of real threads: the same bits under every schedule, cancelled and late queries end, errors are the query's."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import CancelledError
+from typing import Any
+
+import pytest
+import torch
+
+from api.runtime.graph import capture
+from api.runtime.policy import Policy
+from api.runtime.runtime import LateError, Model, Runtime
+from tests.api.runtime.graphs import chain, made
+from tests.api.runtime.test_graph import model, query
+from tests.conftest import wait_until
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("policy", [Policy(), Policy(fifo=True), Policy(ageing=0.0)])
+def test_results_do_not_depend_on_the_schedule(lanes: int, policy: Policy) -> None:
+    modules = {name: model(name) for name in ("wnd", "din", "dlrm", "bst")}
+    models = {}
+    for name, module in modules.items():
+        example = query(name, 4)
+        models[name] = Model.of(capture(module, example, [None] * (len(example) - 1) + [0], grain_s=1e-5))
+    with Runtime(lanes, policy) as runtime:
+        asked = []
+        for at in range(60):
+            name = list(models)[at % 4]
+            inputs = query(name, 2 + at % 7)
+            asked.append((name, inputs, runtime.submit(models[name], *inputs, priority=at % 2)))
+        for name, inputs, answer in asked:
+            with torch.inference_mode():
+                assert torch.equal(answer.result(60), modules[name](*inputs))
+        assert (runtime._queries, runtime._ready) == ({}, [])
+
+
+def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -> None:
+    go, began, ran = threading.Event(), threading.Event(), list[tuple[str, int]]()
+
+    def wait(k: int, values: list[Any]) -> Any:
+        began.set()
+        assert go.wait(30)
+        return k
+
+    def noted(name: str) -> Model:
+        def run(k: int, values: list[Any]) -> Any:
+            ran.append((name, k))
+            return k
+
+        return chain(0.1, 0.1, run=run)
+
+    one = torch.zeros(1)
+    with Runtime(1) as runtime:
+        blocker = runtime.submit(chain(1.0, run=wait), one)
+        assert began.wait(30)
+        low = runtime.submit(noted("low"), one, priority=1)
+        high = runtime.submit(noted("high"), one)
+        gone = runtime.submit(noted("gone"), one)
+        assert gone.cancel()
+        go.set()
+        assert (blocker.result(30), low.result(30), high.result(30)) == (0, 1, 1)
+        assert ran == [("high", 0), ("high", 1), ("low", 0), ("low", 1)]
+        wait_until(lambda: not runtime._queries, "nothing is kept")
+
+
+def test_an_operator_that_runs_is_the_last_one_of_a_cancelled_query() -> None:
+    go, began, ran = threading.Event(), threading.Event(), list[int]()
+
+    def run(k: int, values: list[Any]) -> Any:
+        ran.append(k)
+        began.set()
+        assert go.wait(30)
+        return k
+
+    with Runtime(2) as runtime:
+        answer = runtime.submit(chain(0.1, 0.1, 0.1, run=run), torch.zeros(1))
+        assert began.wait(30)
+        assert answer.cancel()
+        go.set()
+        wait_until(lambda: not runtime._queries, "it is dropped")
+    assert ran == [0]
+
+
+def test_deadlines_that_cannot_be_met() -> None:
+    go, began = threading.Event(), threading.Event()
+
+    def wait(k: int, values: list[Any]) -> Any:
+        began.set()
+        assert go.wait(30)
+        return k
+
+    one, short = torch.zeros(1), chain(1e-6)
+    with Runtime(1) as runtime:
+        with pytest.raises(LateError, match="longest path"):
+            runtime.submit(chain(1.0), one, within_s=0.5)
+        blocker = runtime.submit(chain(1.0, run=wait), one)
+        assert began.wait(30)
+        late, patient = runtime.submit(short, one, within_s=1e-3), runtime.submit(short, one, within_s=math.inf)
+        threading.Event().wait(0.01)  # its deadline passes while the lane is busy
+        go.set()
+        assert blocker.result(30) == 0
+        assert patient.result(30) is not None
+        with pytest.raises(LateError, match="any more"):
+            late.result(30)
+
+
+def test_an_error_is_its_querys_alone_and_a_closed_runtime_takes_nothing() -> None:
+    def fails(k: int, values: list[Any]) -> Any:
+        raise ValueError("no such row")
+
+    one = torch.zeros(1)
+    with Runtime(2) as runtime:
+        broken = runtime.submit(made([0.1] * 3, [[], [0], [0]], fails), one)
+        fine = runtime.submit(chain(0.1, 0.1), one)
+        with pytest.raises(ValueError, match="no such row"):
+            broken.result(30)
+        assert fine.result(30)[0] == 1
+    with pytest.raises(CancelledError):
+        runtime.submit(chain(0.1), one)
