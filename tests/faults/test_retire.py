@@ -36,13 +36,16 @@ def supervise_until(settings: Settings, last: int) -> None:
 
 
 def left_of(settings: Settings, generation: str) -> set[str]:
-    """Whatever there still is of the generation, by kind: files of this host, topics, groups, processes."""
+    """Whatever there still is of the generation, by kind: files of this host, topics, groups, processes; not those of
+    other tests on the same broker, whose generations may have its name.
+    """
     found = {("process", name) for name in jobs(settings)}
     for folder, folders, files in os.walk(settings.state):
         found |= {(Path(folder).name, name) for name in (*folders, *files)}
     with admin_of(settings.kafka_bootstrap) as admin:
-        found |= {("topic", name) for name in admin.list_topics()}
-        found |= {("group", group["group_id"]) for group in admin.list_groups()}
+        kafka = [("topic", name) for name in admin.list_topics()]
+        kafka += [("group", group["group_id"]) for group in admin.list_groups()]
+        found |= {(kind, name) for kind, name in kafka if name.startswith(settings.topic_prefix)}
     ours = re.compile(rf"(.*[-.])?{re.escape(generation)}(\.(json|log)(\..*)?)?")
     return {f"{kind} {name}" for kind, name in found if ours.fullmatch(name)}
 
