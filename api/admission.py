@@ -5,10 +5,12 @@ waits: a queue in front of something slow only makes it slower for everyone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from api.problems import ProblemError
 from infra import telemetry
 
 P = ParamSpec("P")
@@ -17,6 +19,15 @@ T = TypeVar("T")
 
 class FullError(Exception):
     """As many run as may."""
+
+
+@contextmanager
+def overloaded(why: str) -> Iterator[None]:
+    """What a caller is told where as many run as may: ProblemError 503."""
+    try:
+        yield
+    except FullError as error:
+        raise ProblemError(503, "overloaded", f"{why}; try again") from error
 
 
 class Admission:

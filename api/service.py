@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 from api import items
-from api.admission import Admission, FullError
+from api.admission import Admission, overloaded
 from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
 from api.metrics import RequestMetrics
 from api.prerank import Merger
-from api.problems import ProblemError
 from api.recording import Recorder
 from api.rights import Rights
 from api.schemas import InlineUser
@@ -76,10 +75,8 @@ class Service:
 
     async def rank(self, work: Callable[..., T], *arguments: Any) -> T:
         """`run` of what has a deadline. Raises ProblemError `overloaded` where too many wait for a thread already."""
-        try:
+        with overloaded("as many requests wait as may"):
             future = self._admission.submit(self.requests, work, *arguments)
-        except FullError as error:
-            raise ProblemError(503, "overloaded", "as many requests wait as may; try again") from error
         return await asyncio.wrap_future(future)
 
     def _warm_up(self, generation: Generation) -> None:

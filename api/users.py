@@ -11,11 +11,10 @@ Where crosses come from a feature service, blocks are made without them, and the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -23,11 +22,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.admission import Admission, FullError
+from api.admission import Admission, overloaded
 from api.cache import CacheMetrics, Found, FutureCache
 from api.crosses import CrossCache, HostHistories, Key, Past, SourceError, UserCrosses, Wanted, behaviours_of
 from api.generations import Generation
-from api.problems import ProblemError, integer, invalid
+from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
 from encoders.fold import UserBlock
@@ -41,6 +40,7 @@ from streams import events
 LOG = logging.getLogger(__name__)
 State = Literal["started", "in flight", "ready"]
 Origin = Literal["store", "prefetched", "cached"]
+_FULL = "as many users are being inferred as may be"
 _WARM_S = 5.0  # for crosses of a generation that is about to be served
 INLINE = -2  # history position of a user who was sent along; -1 is that of one without behaviours
 
@@ -244,7 +244,7 @@ class Users:
         """The user's side, made in the pool; that of a stored user is shared with all who ask for the same. Raises
         ProblemError `overloaded` where it is not there and as many inferences run as may."""
         if query.user is not None:
-            with _overloaded():
+            with overloaded(_FULL):
                 future = self._admission.submit(self._pool, infer, generation, source)
             return Inference(future, "miss", time.perf_counter())
         return self._begun(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
@@ -270,7 +270,7 @@ class Users:
     def _begun(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
         """Block and crosses. Raises ProblemError `overloaded`."""
         crosses = None if self.crosses is None else self.crosses.begin(generation, key, source.as_of)
-        with _overloaded():
+        with overloaded(_FULL):
             return dataclasses.replace(self._shared(generation, key, source, origin), crosses=crosses)
 
     def _shared(
@@ -289,7 +289,7 @@ class Users:
         def renewed(side: UserSide) -> Inference | None:
             if side.current(generation.arena):
                 return None
-            with _overloaded():
+            with overloaded(_FULL):
                 return self._shared(generation, key, source, origin, future)
 
         future, found = self.blocks.start(key, source, submit, instead_of)
@@ -352,15 +352,6 @@ def infer(generation: Generation, source: UserSource, origin: Origin = "store", 
     used = min(len(behaviours), generation.bundle.manifest.config.longest)
     now = time.perf_counter()
     return UserSide(block, tables, source, rows, degraded, used, (now - began) * 1e3, now, origin)
-
-
-@contextlib.contextmanager
-def _overloaded() -> Iterator[None]:
-    """What a caller is told where as many inferences run as may."""
-    try:
-        yield
-    except FullError as error:
-        raise ProblemError(503, "overloaded", "as many users are being inferred as may be; try again") from error
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:
