@@ -55,12 +55,17 @@ class Graph:
     single: bool  # the module gives one tensor, not a tuple
     uses: tuple[int, ...]  # of each value: how many operators, and outputs, read it
 
-    def run(self, *inputs: Tensor) -> Any:
-        """One operator after the other: what every schedule gives."""
+    def begun(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """The values of a query before its first operator."""
         values: list[Any] = [None] * len(self.uses)
         values[: self.inputs] = inputs
         for place, tensor in self.constants.items():
             values[place] = tensor
+        return values
+
+    def run(self, *inputs: Tensor) -> Any:
+        """One operator after the other: what every schedule gives."""
+        values = self.begun(inputs)
         for one in self.operators:
             for place, value in zip(one.outputs, one(values), strict=True):
                 values[place] = value
@@ -93,9 +98,7 @@ def capture(
     spent = [0.0] * (1 + max(groups.values(), default=0))
     for name, group in groups.items():
         spent[group] += costs[name]
-    single = (
-        isinstance(program.call_spec.out_spec, torch.utils._pytree.LeafSpec) or program.call_spec.out_spec.is_leaf()
-    )
+    single = program.call_spec.out_spec.is_leaf()
     return _graph(split, {f"submod_{group}": cost for group, cost in enumerate(spent)}, single)
 
 
@@ -142,35 +145,25 @@ def _grouped(order: Sequence[fx.Node], costs: Mapping[str, float], grain_s: floa
 
 
 def _graph(split: fx.GraphModule, costs: Mapping[str, float], single: bool) -> Graph:
-    places: dict[fx.Node, int] = {}
     constants: dict[int, Tensor] = {}
-    found: list[tuple[Callable[..., Any], tuple[int, ...], list[int], float]] = []
+    found: list[tuple[Callable[..., Any], tuple[int, ...], range, float]] = []
     made: dict[int, int] = {}  # value -> operator
     outputs: tuple[int, ...] = ()
     nodes = list(split.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    for node in placeholders:
-        places[node] = len(places)
-    count = len(places)
+    places: dict[fx.Node, int] = {node: at for at, node in enumerate(n for n in nodes if n.op == "placeholder")}
+    inputs_count = count = len(places)
     for node in nodes:
         if node.op == "get_attr":
             places[node] = count
             constants[count] = operator.attrgetter(str(node.target))(split)
             count += 1
-    of_operator: dict[fx.Node, int] = {}
     for node in nodes:
         if node.op == "call_module":
             many = [user for user in node.users if user.target is operator.getitem]
-            of_operator[node] = len(found)
-            results = [0] * (1 + max((int(user.args[1]) for user in many), default=0))
-            for at in range(len(results)):
-                results[at] = count + at
-                made[count + at] = len(found)
+            results = range(count, count + 1 + max((int(user.args[1]) for user in many), default=0))
+            made |= dict.fromkeys(results, len(found))
             count += len(results)
-            for user in many:
-                places[user] = results[int(user.args[1])]
-            if not many:
-                places[node] = results[0]
+            places |= {user: results[int(user.args[1])] for user in many} or {node: results[0]}
             inputs = tuple(places[one] for one in node.args)
             found.append((getattr(split, str(node.target)).forward, inputs, results, costs[str(node.target)]))
         elif node.op == "output":
@@ -189,4 +182,4 @@ def _graph(split: fx.GraphModule, costs: Mapping[str, float], single: bool) -> G
         Operator(run, inputs, tuple(results), waits[at], then[at], cost)
         for at, (run, inputs, results, cost) in enumerate(found)
     )
-    return Graph(len(placeholders), constants, operators, outputs, single, tuple(uses))
+    return Graph(inputs_count, constants, operators, outputs, single, tuple(uses))

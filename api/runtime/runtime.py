@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from api.runtime.graph import Graph
+from api.runtime.graph import Graph, Operator
 from api.runtime.policy import Policy, Ready, hopeless
 
 
@@ -30,29 +30,28 @@ class LateError(Exception):
 class _Query:
     """What is there of a query, and what it still waits for."""
 
-    def __init__(self, number: int, graph: Graph, inputs: Sequence[Tensor], priority: int, deadline: float) -> None:
-        self.number, self.graph, self.priority, self.deadline = number, graph, priority, deadline
+    def __init__(self, number: int, model: Model, inputs: Sequence[Tensor], priority: int, deadline: float) -> None:
+        graph = model.graph
+        self.number, self.model, self.priority, self.deadline = number, model, priority, deadline
         self.arrived = time.monotonic()
         self.answer: Future[Any] = Future()
-        self.values: list[Any] = [None] * len(graph.uses)
-        self.values[: graph.inputs] = inputs
-        for place, tensor in graph.constants.items():
-            self.values[place] = tensor
+        self.values = graph.begun(inputs)
         self.uses = list(graph.uses)
         self.waits = [len(one.waits) for one in graph.operators]
-        self.left = sum(one.cost for one in graph.operators)
+        self.left = model.work
         self.unfinished = len(graph.operators)
 
-    def ready(self, operator: int, paths: Sequence[float], lane: int) -> Ready:
-        return Ready(
-            self.number, operator, self.priority, self.arrived, self.deadline, self.left, paths[operator], lane
-        )
+    def ready(self, operator: int, lane: int) -> Ready:
+        path = self.model.paths[operator]
+        return Ready(self.number, operator, self.priority, self.arrived, self.deadline, self.left, path, lane)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     graph: Graph
     paths: tuple[float, ...]  # of each operator, s: the longest chain of work from it on
+    longest: float  # of these
+    work: float  # s of all operators
 
     @classmethod
     def of(cls, graph: Graph) -> Model:
@@ -60,7 +59,7 @@ class Model:
         for at in reversed(range(len(paths))):
             one = graph.operators[at]
             paths[at] = one.cost + max((paths[after] for after in one.then), default=0.0)
-        return cls(graph, tuple(paths))
+        return cls(graph, tuple(paths), max(paths, default=0.0), sum(one.cost for one in graph.operators))
 
 
 class Runtime:
@@ -68,7 +67,7 @@ class Runtime:
 
     def __init__(self, lanes: int, policy: Policy | None = None) -> None:
         self._policy, self._wake = policy or Policy(), threading.Condition()
-        self._queries: dict[int, tuple[_Query, Model]] = {}
+        self._queries: dict[int, _Query] = {}
         self._ready: list[Ready] = []
         self._count, self._closed = 0, False
         self._lanes = [threading.Thread(target=self._lane, args=(lane,), name=f"lane-{lane}") for lane in range(lanes)]
@@ -84,7 +83,7 @@ class Runtime:
             self._wake.notify_all()
         for lane in self._lanes:
             lane.join()
-        for query, _ in self._queries.values():
+        for query in self._queries.values():
             query.answer.cancel()
 
     def __enter__(self) -> Runtime:
@@ -98,17 +97,17 @@ class Runtime:
         """The module's output, in time; `cancel` it, and no other operator of the query begins. Raises LateError where
         the deadline cannot be met by any schedule; the future raises it where it could not be after all.
         """
-        deadline = time.monotonic() + within_s
-        if hopeless(deadline, max(model.paths, default=0.0), time.monotonic()):
+        now = time.monotonic()
+        if hopeless(now + within_s, model.longest, now):
             raise LateError("the deadline is shorter than the model's longest path")
         with self._wake:
             if self._closed:
                 raise CancelledError
-            query = _Query(self._count, model.graph, inputs, priority, deadline)
+            query = _Query(self._count, model, inputs, priority, now + within_s)
             self._count += 1
-            self._queries[query.number] = query, model
+            self._queries[query.number] = query
             first = [at for at, waits in enumerate(query.waits) if not waits]
-            self._ready += [query.ready(at, model.paths, -1) for at in first]
+            self._ready += [query.ready(at, -1) for at in first]
             self._wake.notify(len(first))
         return query.answer
 
@@ -116,16 +115,16 @@ class Runtime:
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (taken := self._take(lane)) is not None:
-                query, model, at = taken
-                one = query.graph.operators[at]
+                query, one = taken
                 try:
                     made = one(query.values)
                 except Exception as error:
-                    self._drop(query, error)
+                    with self._wake:
+                        self._end(query, error)
                 else:
-                    self._done(query, model, at, made, lane)
+                    self._done(query, one, made, lane)
 
-    def _take(self, lane: int) -> tuple[_Query, Model, int] | None:
+    def _take(self, lane: int) -> tuple[_Query, Operator] | None:
         """The next operator; None: the runtime is closed."""
         with self._wake:
             while True:
@@ -134,21 +133,20 @@ class Runtime:
                 now = time.monotonic()
                 while self._ready:
                     chosen = self._ready.pop(self._policy.choose(self._ready, lane, now))
-                    found = self._queries.get(chosen.query)
-                    if found is None:
+                    query = self._queries.get(chosen.query)
+                    if query is None:
                         continue
-                    query, model = found
                     if query.answer.cancelled():
                         self._queries.pop(query.number, None)
                     elif hopeless(query.deadline, chosen.path, now):
                         self._end(query, LateError("the deadline cannot be met any more"))
                     else:
-                        query.left -= query.graph.operators[chosen.operator].cost
-                        return query, model, chosen.operator
+                        one = query.model.graph.operators[chosen.operator]
+                        query.left -= one.cost
+                        return query, one
                 self._wake.wait()
 
-    def _done(self, query: _Query, model: Model, at: int, made: tuple[Any, ...], lane: int) -> None:
-        one = query.graph.operators[at]
+    def _done(self, query: _Query, one: Operator, made: tuple[Any, ...], lane: int) -> None:
         with self._wake:
             if query.number not in self._queries:
                 return
@@ -166,18 +164,14 @@ class Runtime:
             for operator in one.then:
                 query.waits[operator] -= 1
                 if not query.waits[operator]:
-                    self._ready.append(query.ready(operator, model.paths, lane))
+                    self._ready.append(query.ready(operator, lane))
                     after += 1
             self._wake.notify(max(0, after - 1))  # this lane takes one itself
-
-    def _drop(self, query: _Query, error: Exception) -> None:
-        with self._wake:
-            self._end(query, error)
 
     def _end(self, query: _Query, error: Exception | None) -> None:
         if self._queries.pop(query.number, None) is None or not query.answer.set_running_or_notify_cancel():
             return
         if error is None:
-            query.answer.set_result(query.graph.result(query.values))
+            query.answer.set_result(query.model.graph.result(query.values))
         else:
             query.answer.set_exception(error)

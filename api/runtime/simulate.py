@@ -35,7 +35,7 @@ class Outcome:
 
 def simulate(arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: float = 0.0) -> Outcome:
     ended = [math.nan] * len(arrivals)
-    left = [sum(one.cost for one in query.model.graph.operators) for query in arrivals]
+    left = [query.model.work for query in arrivals]
     waits = [[len(one.waits) for one in query.model.graph.operators] for query in arrivals]
     unfinished = [len(query.model.graph.operators) for query in arrivals]
     dropped = set[int]()
