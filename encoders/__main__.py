@@ -100,13 +100,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise TrainingError(f"model {unknown[0]!r} is not known; known are {', '.join(MODELS)}")
     data = _data_of(bundle, options)
     check_split(bundle, data)
-    if rivals and bundle.manifest.metrics.get("fingerprint", own := fingerprint(data)) != own:
+    own = fingerprint(data) if rivals else ""
+    if rivals and bundle.manifest.metrics.get("fingerprint", own) != own:
         raise DataError("rivals are trained on these data, the bundle was on others: leave --against or --data out")
     found = evaluate(bundle, data)
     _table(found.figures, found.counts, found.unseen)
     if rivals or options.requests:
         cache = options.cache or load().state / "trials"
-        print("\n".join(["", *against(bundle, data, rivals, cache, options.requests, _say)]))
+        print("\n".join(["", *against(bundle, data, own, rivals, cache, options.requests, _say)]))
 
 
 def _data_of(bundle: Loaded, options: argparse.Namespace) -> Dataset:

@@ -23,17 +23,23 @@ _RANKED = ("hr@10", "ndcg@10", "hr@100", "ndcg@100")
 
 
 def against(
-    bundle: Loaded, data: Dataset, names: Sequence[str], cache: Path, requests: int = 0, report: Report = print
+    bundle: Loaded,
+    data: Dataset,
+    data_name: str,
+    names: Sequence[str],
+    cache: Path,
+    requests: int = 0,
+    report: Report = print,
 ) -> list[str]:
     """Lines of a table on the test slice, and of one over the whole catalogue for up to so many requests with a click.
-    Raises as `trials.trained` does.
+    `data_name`: the data's fingerprint, where there are rivals. Raises as `trials.trained` does.
     """
     own, manifest, sampling = options_of(bundle), bundle.manifest, Sampling(requests=requests, shortlists=0)
     ours = Fitted(bundle.model, manifest.features, manifest.config, own, 0, 0.0, [])
     runs = {"bundle": [_measured(ours, data, "bundle", sampling)]}
     for name in names:
         options = dataclasses.replace(own, model=name, distil=0.0, bridges_from_data=False, minutes=None)
-        runs[name] = [_measured(trained(data, options, cache, report=report), data, name, sampling)]
+        runs[name] = [_measured(trained(data, options, cache, name=data_name, report=report), data, name, sampling)]
     lines = []
     if names and own.minutes is not None:
         lines.append(f"the bundle was trained for {own.minutes:g} minutes at most, its rivals under no limit of time")
