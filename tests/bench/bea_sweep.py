@@ -23,14 +23,13 @@ from torch.nn import functional
 from encoders.batches import Batches
 from encoders.config import ModelConfig
 from encoders.data import synthetic
-from encoders.data.dataset import DataError, Dataset
+from encoders.data.dataset import Dataset
 from encoders.evaluate import Sampling, split_of
 from encoders.evaluation import CHANCE, Evaluation, compare, rows
 from encoders.intervals import Difference, Interval, holm
 from encoders.model import AIF
 from encoders.train import Fitted, TrainOptions
-from tests.bench.experiment import Failed, OutOfTimeError, Source, Trial, Variant, attempts, cells, stop_here
-from tests.bench.quality import ML_100K
+from tests.bench.experiment import Failed, OutOfTimeError, Source, Trial, Variant, attempts, cells, ml_100k, stop_here
 from tests.bench.report import Report
 
 SEEDS, QUICK_SEEDS = 3, 1
@@ -168,13 +167,11 @@ def parts(quick: bool) -> dict[str, Part]:
             "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in (1, MANY)), ()),
             "_alone": Part(source, ALONE, alone, HARDEST),
         }
-    if not ML_100K.is_dir():
-        raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
     world = synthetic.EXPERIMENT
     source = Source("marketplace", world=world)
     alone = tuple(Line(name, n) for n in BRIDGES for name in SWEPT)
     alone += tuple(Line(name, n) for n in (FEW, MANY) for name in others)
-    real = Source("MovieLens 100K", folder=str(ML_100K))
+    real = Source("MovieLens 100K", folder=ml_100k())
     found = {
         "": Part(source, FULL, tuple(Line(DEFAULT, n) for n in BRIDGES), ()),
         "_alone": Part(source, ALONE, alone, SETTINGS),

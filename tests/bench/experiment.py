@@ -26,7 +26,7 @@ import torch
 
 from encoders.batches import Batches
 from encoders.data import oracle, synthetic
-from encoders.data.dataset import Dataset
+from encoders.data.dataset import DataError, Dataset
 from encoders.data.fingerprint import fingerprint
 from encoders.data.source import open_dataset
 from encoders.evaluate import Sampling, Truth, measure, split_of
@@ -87,6 +87,14 @@ class Failed:
 
 
 Notes = Callable[[Fitted, Batches, Dataset], dict[str, float]]  # a module's function: what a trained model shows
+
+
+def ml_100k() -> str:
+    """The folder of MovieLens 100K. Raises DataError where it is not there."""
+    folder = os.environ.get("ML_100K", "../shared/data/ml-100k")
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder} is not there; ML_100K= names the folder of MovieLens 100K")
+    return folder
 
 
 class OutOfTimeError(Exception):

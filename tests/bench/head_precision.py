@@ -9,21 +9,18 @@ standard deviation.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from encoders.data.dataset import DataError
 from encoders.data.source import open_dataset
 from encoders.evaluate import score_items, split_of
 from encoders.train import TrainOptions, fit
+from tests.bench.experiment import ml_100k
 from tests.bench.report import Report
 
-ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))
 BEST = 100
 REQUESTS = 1_000
 _TOGETHER = 16
@@ -67,9 +64,7 @@ def stay(exact: np.ndarray, other: np.ndarray, k: int) -> np.ndarray:
 
 def run(seed: int, quick: bool) -> None:
     report = Report("head_precision", seed, quick)
-    if not ML_100K.is_dir():
-        raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
-    data = open_dataset(str(ML_100K))
+    data = open_dataset(ml_100k())
     fitted = fit(data, TrainOptions(seed=seed, epochs=2 if quick else 60))
     batches = fitted.batches(data)
     split = split_of(data)

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from encoders.evaluation import Evaluation, Row, compare, rows, tables
 from encoders.intervals import holm
 from encoders.metrics import calibration_error, gauc
 from encoders.train import TrainOptions
-from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, of, stop_here, trials
+from tests.bench.experiment import OutOfTimeError, Source, Trial, Variant, cells, ml_100k, of, stop_here, trials
 from tests.bench.lsh_bits import exact
 from tests.bench.report import Report
 from tests.bench.serving_forms import measure_all
@@ -66,15 +64,12 @@ DISTILLED = "aif, distilled"  # from the bound, trained beside it
 POPULARITY = "popularity"  # has no cost: one number per item
 _DRAWS = 1_000  # of an unrated item, before a user is said to have none
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
-ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))
 
 
 def run(seed: int, quick: bool) -> None:
     report = Report("quality", seed, quick)
-    if not ML_100K.is_dir():
-        raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
     world = Source("marketplace", world=QUICK_WORLD if quick else synthetic.EXPERIMENT)
-    real = Source("MovieLens 100K", folder=str(ML_100K))
+    real = Source("MovieLens 100K", folder=ml_100k())
     seeds = [seed + k for k in range(QUICK_SEEDS if quick else SEEDS)]
     found: dict[str, tuple[Source, dict[str, list[Trial]]]] = {}
     tried: list[dict[str, object]] = []

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from encoders import intervals
 from encoders.batches import Batches, Groups, groups_of
 from encoders.config import ModelConfig
 from encoders.data import oracle
-from encoders.data.dataset import DataError, Dataset
+from encoders.data.dataset import Dataset
 from encoders.data.fingerprint import fingerprint
 from encoders.data.oracle import Oracle
 from encoders.data.source import open_dataset
@@ -35,7 +33,7 @@ from encoders.ranker import Ranker
 from encoders.train import Fitted, TrainOptions
 from encoders.trials import trained
 from infra.settings import load
-from tests.bench.experiment import OutOfTimeError, Source, Variant, cells, stop_here, trials
+from tests.bench.experiment import OutOfTimeError, Source, Variant, cells, ml_100k, stop_here, trials
 from tests.bench.marketplace import expected_gauc
 from tests.bench.report import Report
 
@@ -48,7 +46,6 @@ REPLAY = {"slow": 1, "normal": 10, "fast": 200}  # times as fast as MovieLens wa
 WORLD = Marketplace(users=3_000, items=8_000, examples=200_000, days=14, past=150, page=(16, 32), restocked=True)
 QUICK_WORLD = Marketplace(users=300, items=800, examples=12_000, days=14, restocked=True)
 QUICK_USERS = 150  # of MovieLens
-ML_100K = Path(os.environ.get("ML_100K", "../shared/data/ml-100k"))
 TRAINED = ModelConfig(window=200)  # L <= 200
 REQUESTS, CANDIDATES = 150, 400  # of the shortlists, where the true probabilities are known
 _TOGETHER = 8  # shortlists scored at a time
@@ -111,10 +108,8 @@ def run(seed: int, quick: bool) -> None:
 
 def cases_of(quick: bool) -> list[Case]:
     """The marketplace at each speed, then MovieLens replayed at each."""
-    if not ML_100K.is_dir():
-        raise DataError(f"{ML_100K} is not there; ML_100K= names the folder of MovieLens 100K")
     sizes = QUICK_WORLD if quick else WORLD
-    films = Fresh("MovieLens 100K, replayed", folder=str(ML_100K), users=QUICK_USERS if quick else None)
+    films = Fresh("MovieLens 100K, replayed", folder=ml_100k(), users=QUICK_USERS if quick else None)
     return [
         *(
             Case("marketplace", speed, "", Fresh(f"marketplace, {speed}", sizes=sizes, every=every))
