@@ -42,6 +42,7 @@ TUNED = ("aif", "dssm", "cold", "inttower", BOUND)
 VARIED = {"din-plain": BOUND, "eta": "aif", "sdim": "aif", "aif-dots": "aif"}  # and the tuned model it varies
 TRAINED = ModelConfig(window=200)  # L <= 200 in training
 UNRATED = 1  # per rated film, of what is trained on
+MORE = dataclasses.replace(synthetic.EXPERIMENT, examples=300_000)  # are parts that cost nothing short of examples?
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"aif without {one}": {"without": (one,)} for one in COMPONENTS},
     "aif without dots": {"dots": 0},
@@ -64,6 +65,7 @@ DISTILLED = "aif, distilled"  # from the bound, trained beside it
 POPULARITY = "popularity"  # has no cost: one number per item
 _DRAWS = 1_000  # of an unrated item, before a user is said to have none
 QUICK_WORLD = synthetic.Marketplace(users=300, items=800, examples=12_000)
+QUICK_MORE = dataclasses.replace(QUICK_WORLD, examples=18_000)
 
 
 def run(seed: int, quick: bool) -> None:
@@ -71,6 +73,7 @@ def run(seed: int, quick: bool) -> None:
     world = Source("marketplace", world=QUICK_WORLD if quick else synthetic.EXPERIMENT)
     real = Source("MovieLens 100K", folder=ml_100k())
     seeds = [seed + k for k in range(QUICK_SEEDS if quick else SEEDS)]
+    larger = Source("marketplace, more examples", world=QUICK_MORE if quick else MORE)
     found: dict[str, tuple[Source, dict[str, list[Trial]]]] = {}
     tried: list[dict[str, object]] = []
     try:
@@ -79,6 +82,8 @@ def run(seed: int, quick: bool) -> None:
             chosen, table = _tuned(source, seed, quick)
             tried += table
             models = _trained(source, chosen, seeds, quick, sampling)
+            if source is world:
+                more = trials(larger, _with_more(chosen, quick), seeds, Sampling(requests=0, shortlists=0))
             found[suffix] = source, models | _popularity(source, sampling)
         others = _with_unrated(real, found["_ml100k"][1], chosen, seeds, quick)
     except OutOfTimeError as error:
@@ -90,6 +95,8 @@ def run(seed: int, quick: bool) -> None:
         report.table(f"seeds{suffix}", _seeds(results))
         _figures(report, results, suffix)
     report.table("unrated_ml100k", _table(others, {}, real, versus=POPULARITY))
+    report.table("models_more_examples", _table(more, costs, larger))
+    report.table("seeds_more_examples", _seeds(more))
     report.table("costs", [{"model": name, **cost} for name, cost in costs.items()])
     share = np.divide(*(np.array(costs[name]["samples"]) for name in ("aif", BOUND)))
     for suffix in found:  # the serving form costs the same whatever it was trained on
@@ -157,6 +164,19 @@ def pick(gauc: Mapping[float, float], default: float) -> float:
 
 def _tried(options: TrainOptions) -> str:
     return f"{options.model} {options.learning_rate:g} {options.weight_decay:g}"
+
+
+def _with_more(options: Mapping[str, TrainOptions], quick: bool) -> list[Variant]:
+    """AIF, the bound, and AIF without the parts that cost nothing when removed where examples are fewer."""
+    names = [name for name in ABLATIONS if name.removeprefix("aif without ") in ("bea", "lsh_din", "bea, lsh_din")]
+    without = {name: dataclasses.replace(options["aif"].config, **ABLATIONS[name]) for name in names}
+    return [
+        *(Variant(name, options[name]) for name in ("aif", BOUND)),
+        *(
+            Variant(name, dataclasses.replace(options["aif"], config=config))
+            for name, config in list(without.items())[: 1 if quick else None]
+        ),
+    ]
 
 
 def _trained(

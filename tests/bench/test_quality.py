@@ -57,6 +57,12 @@ def test_every_ablation_takes_away_what_its_name_says() -> None:
     assert len(set(configs.values())) == len(configs)
     for component in COMPONENTS:
         assert configs[f"aif without {component}"].without == (component,)
+    options = {name: TrainOptions(config=default, model=name) for name in ("aif", quality.BOUND)}
+    more = {variant.name: variant.options for variant in quality._with_more(options, quick=False)}
+    assert {name: own.config for name, own in more.items() if name in ABLATIONS} == {
+        name: configs[name] for name in ("aif without bea", "aif without lsh_din", "aif without bea, lsh_din")
+    }
+    assert {name for name, own in more.items() if own == options.get(name)} == {"aif", quality.BOUND}
     for reader in READERS:
         alone = configs[f"aif with {reader} alone"]
         assert (set(READERS) - set(alone.without), alone.dots) == ({reader}, 0)
