@@ -183,8 +183,8 @@ class _Processes:
             LOG.error("the new processes do not start; the old ones go on")
 
     def _forget(self) -> None:
-        """Tells those that serve; the others have nothing yet."""
-        for child in self._serving:
+        """Tells those that serve, or served and answer until they have ended; the others have nothing yet."""
+        for child in (*self._serving, *self._ending):
             served = child.served or (child.ready.poll() and child.heard())
             if served and child.process.pid is not None and child.process.is_alive():  # else it waits to be replaced
                 os.kill(child.process.pid, signal.SIGUSR1)
