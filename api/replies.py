@@ -77,7 +77,7 @@ def error_handlers(app: FastAPI) -> None:
     async def handler(_: Request, error: Exception) -> Response:
         return response_to(error)
 
-    for kind in (ProblemError, HTTPException, RequestValidationError, StoreError, Exception):
+    for kind in (ProblemError, HTTPException, RequestValidationError, ClientDisconnect, StoreError, Exception):
         app.add_exception_handler(kind, handler)
 
 
@@ -93,6 +93,8 @@ def response_to(error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         return invalid(str(first["loc"][-1]), str(first["msg"])).response()
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody hears it
     if isinstance(error, StoreError):
         LOG.error("a store of this host cannot be read", exc_info=error)
         return ProblemError(503, "store", str(error)).response()
@@ -116,8 +118,6 @@ class Shortcut:
             return
         try:
             response = await endpoint(Request(scope, receive))
-        except ClientDisconnect:
-            return
         except Exception as error:
             response = response_to(error)
         await response(scope, receive, send)

@@ -72,7 +72,9 @@ def passing(generation: Generation, filters: Mapping[str, Comparison], cold: NDA
         for operator, compare in _COMPARE.items():
             bound = getattr(comparison, operator)
             if bound is not None:
-                keep &= compare(values, np.float32(bound))
+                with np.errstate(over="ignore"):  # beyond all rows' values
+                    limit = np.float32(bound)
+                keep &= compare(values, limit)
     return keep
 
 
@@ -80,7 +82,8 @@ def order_values(scores: NDArray[np.float32], weights: NDArray[np.float32] | Non
     """What candidates are ranked by, f4[n]; absent weights (NaN) rank last."""
     if weights is None:
         return scores
-    values = weights / (1.0 + np.exp(-scores.astype(np.float64)))
+    with np.errstate(over="ignore"):  # of a probability that is nothing
+        values = weights / (1.0 + np.exp(-scores.astype(np.float64)))
     return np.where(np.isnan(values), -np.inf, values).astype(np.float32)
 
 

@@ -7,14 +7,15 @@ user's block there.
 SIGTERM or Ctrl-C ends all of them, SIGHUP exchanges them: new processes start, and once all are ready the old ones end.
 A process that ends by itself is replaced. A process that is to end answers what it was asked, and tells callers with
 each answer to come on another connection, before it closes those that are idle; whoever asks again within two seconds
-loses no request to an exchange. When all end, new connections are refused at once. SIGUSR1 makes the processes forget
-the user blocks and crosses that they keep.
+loses no request to an exchange. One that does not end is killed. When all end, new connections are refused at once.
+SIGUSR1 makes the processes forget the user blocks and crosses that they keep.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -124,6 +125,7 @@ class _Processes:
                     case signal.SIGUSR1:
                         self._forget()
                     case _:
+                        self._kill_overdue()
                         self._replace_dead()
             raise ServeError("The API's processes end before they serve; the log has the reason.")
         finally:
@@ -137,9 +139,11 @@ class _Processes:
                 child.join()
 
     def _next(self) -> int | None:
-        """The next signal; None when a process has ended."""
+        """The next signal; None when a process has ended, or should have."""
         alive = [child.process.sentinel for child in (*self._serving, *self._ending)]
-        if self._signals in wait([self._signals, *alive]):
+        due = min((child.due for child in self._ending), default=math.inf)
+        left = None if due == math.inf else max(0.0, due - time.monotonic())
+        if self._signals in wait([self._signals, *alive], left):
             number: int = self._signals.recv()
             return number
         return None
@@ -179,10 +183,18 @@ class _Processes:
             LOG.error("the new processes do not start; the old ones go on")
 
     def _forget(self) -> None:
-        """Tells those that serve; the others have nothing yet."""
-        for child in self._serving:
-            if child.process.pid is not None and (child.served or (child.ready.poll() and child.heard())):
+        """Tells those that serve, or served and answer until they have ended; the others have nothing yet."""
+        for child in (*self._serving, *self._ending):
+            served = child.served or (child.ready.poll() and child.heard())
+            if served and child.process.pid is not None and child.process.is_alive():  # else it waits to be replaced
                 os.kill(child.process.pid, signal.SIGUSR1)
+
+    def _kill_overdue(self) -> None:
+        """It would keep its memory, and its generations from being retired."""
+        for child in self._ending:
+            if child.due <= time.monotonic() and child.process.is_alive():
+                LOG.error("a process that does not end is killed", extra={"pid": child.process.pid})
+                child.kill()
 
     def _replace_dead(self) -> None:
         self._ending = [child for child in self._ending if child.process.is_alive()]
@@ -220,6 +232,7 @@ class _Child:
     def __init__(self, listeners: list[socket.socket]) -> None:
         self.ready, theirs = _SPAWN.Pipe()
         self.served = False
+        self.due = math.inf  # when it must have ended; `time.monotonic`
         self.process: BaseProcess = _SPAWN.Process(target=_work, args=(listeners, theirs), name="api")
         self.process.start()
         theirs.close()
@@ -234,11 +247,17 @@ class _Child:
 
     def end(self) -> None:
         self.process.terminate()
+        self.due = min(self.due, time.monotonic() + _END_S)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.due = math.inf  # no more can be done
 
     def join(self) -> None:
-        self.process.join(_END_S)
+        """After `end`."""
+        self.process.join(max(0.0, self.due - time.monotonic()) if self.due < math.inf else None)
         if self.process.is_alive():
-            self.process.kill()
+            self.kill()
             self.process.join()
 
 

@@ -368,14 +368,13 @@ class ArenaReader:
         where a large table has become almost empty, because a bounded part of it is read.
         """
         files = self._current()
-        entries = files.table.view("<u8").reshape(-1, table.ENTRY // 8)[: files.entries]
+        places = np.arange(files.entries)
         looked_at = max(_SAMPLED, int(count / table.LOAD) * 3)  # most of a table may be deleted rows, or room to grow
         if files.entries > looked_at:
-            entries = entries[np.unique(random.integers(files.entries, size=looked_at))]
-        low, high, word = (entries[:, at].copy() for at in range(3))
-        live = np.flatnonzero(word > table.DELETED)
-        chosen = random.permutation(live)[:count]
-        return np.stack([high[chosen], low[chosen]], axis=1)
+            places = np.unique(random.integers(files.entries, size=looked_at))
+        keys = np.empty((len(places), 2), np.uint64)
+        live = table.keys_at(np.uint64(files.addresses[2]), places, keys)
+        return keys[random.permutation(live)[:count]]
 
     def oldest(self) -> int | None:
         """The least `event_time` of all live rows, None without one. 35 ms of CPU for 1M rows, without the GIL."""

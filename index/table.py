@@ -448,6 +448,19 @@ def scan(
 
 
 @njit(cache=True, nogil=True)
+def keys_at(table: Any, places: Any, keys: Any) -> Any:
+    """The keys of the live rows among the entries at these places. Returns their number."""
+    count = 0
+    for at in places:
+        entry = table + uint64(at) * uint64(ENTRY)
+        if load64(entry + uint64(16)) > uint64(DELETED):
+            keys[count, 0] = load64(entry + uint64(8))
+            keys[count, 1] = load64(entry)
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
 def least(
     table: Any,
     entries: Any,

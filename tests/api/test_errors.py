@@ -251,6 +251,17 @@ def test_no_event_is_no_error(host: Host) -> None:
     assert (response.status_code, response.json()["accepted"]) == (202, 0)
 
 
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/events/items", "/v1/users/anna/prefetch"])
+def test_a_caller_who_goes_away_amid_a_body_is_no_error(host: Host, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", host.settings.api_port), timeout=20) as caller:
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n["
+        caller.sendall(head.encode())
+        caller.shutdown(socket.SHUT_WR)
+        assert caller.recv(1) == b""
+    assert host.client.get("/healthz").is_success  # what the event loop did before is done
+    assert "request failed" not in host.log
+
+
 def test_the_process_lives_and_logged_no_error(host: Host) -> None:
     assert host.client.get("/readyz").status_code == 200
     assert "Traceback" not in host.log

@@ -38,6 +38,20 @@ def filled(host: Host, generation: str, seed: int = 0) -> None:
     host.write(generation, ITEMS)
 
 
+def serving(host: Host, *generations: str, retrieval: bool = False, past: bool = False) -> httpx.Client:
+    """A client of the host's API, which serves the first of these generations; the n-th has seed n."""
+    for seed, name in enumerate(generations):
+        filled(host, name, seed)
+        if retrieval:
+            host.retrieval(name)
+    if past:
+        host.behave(PAST, {"u": PROFILE})
+    host.activate(generations[0])
+    client = host.start()
+    host.ready()
+    return client
+
+
 def reason(host: Host) -> str:
     response = host.client.get("/readyz")
     assert (response.status_code, response.headers["content-type"]) == (503, "application/problem+json")
@@ -98,11 +112,7 @@ def test_nothing_is_served_without_a_model(own_host: Callable[..., Host]) -> Non
 
 def test_a_bundle_that_does_not_load_never_replaces_one_that_does(own_host: Callable[..., Host]) -> None:
     host = own_host()
-    filled(host, "g1")
-    filled(host, "g2", seed=1)
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2")
     tensors = host.settings.generation_dir("g2") / "bundle" / "model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
     host.activate("g2")
@@ -150,13 +160,7 @@ def test_a_damaged_copy_of_a_bundle_keeps_no_other_generation_from_it(own_host: 
 def test_a_switch_under_load_fails_nothing_and_mixes_nothing(own_host: Callable[..., Host]) -> None:
     """Clients score while the served generation changes back and forth; each answer is right for the one it names."""
     host = own_host()
-    for seed, name in enumerate(("g1", "g2")):
-        filled(host, name, seed)
-        host.retrieval(name)
-    host.behave(PAST, {"u": PROFILE})
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2", retrieval=True, past=True)
     wanted = {name: host.reference(name, PAST, PROFILE, IDS, NOW) for name in ("g1", "g2")}
     assert np.abs(wanted["g1"] - wanted["g2"]).max() > 0.1
     stop, answers, failures = threading.Event(), {"g1": 0, "g2": 0}, []
@@ -200,12 +204,7 @@ def test_a_switch_under_load_fails_nothing_and_mixes_nothing(own_host: Callable[
 def test_hot_users_are_warm_before_a_generation_is_served(own_host: Callable[..., Host]) -> None:
     """Nobody asks while the generations change, so whoever asks first finds the block there."""
     host = own_host()
-    for seed, name in enumerate(("g1", "g2")):
-        filled(host, name, seed)
-    host.behave(PAST, {"u": PROFILE})
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2", past=True)
     body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
     sources = [client.post("/v1/score", json=body).json()["user"]["source"] for _ in range(3)]
     assert sources == ["store", "cached", "cached"]
@@ -219,11 +218,7 @@ def test_hot_users_are_warm_before_a_generation_is_served(own_host: Callable[...
 def test_a_rollback_under_requests_loads_nothing(own_host: Callable[..., Host]) -> None:
     """Once both are loaded the bundles are taken away: from then on a load would fail, and a switch needs none."""
     host = own_host()
-    for seed, name in enumerate(("g1", "g2")):
-        filled(host, name, seed)
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2")
     host.activate("g2")
     body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
     wanted = {name: host.reference(name, [], None, IDS, NOW) for name in ("g1", "g2")}
@@ -250,12 +245,7 @@ def test_no_request_waits_or_fails_at_a_switch_to_what_is_warm(own_host: Callabl
     """Two processes say that the next generation is warm; then its bundle is taken away, so that a load would fail, and
     the switch is made under requests. Prints what they took, and how long the switch took to reach all of them."""
     host = own_host(api_processes=2)
-    for seed, name in enumerate(("g1", "g2")):
-        filled(host, name, seed)
-    host.behave(PAST, {"u": PROFILE})
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2", past=True)
     body = {"user_id": "u", "candidates": IDS, "as_of": NOW}
     wanted = {name: host.reference(name, PAST, PROFILE, IDS, NOW) for name in ("g1", "g2")}
     stop, wrong = threading.Event(), list[str]()
@@ -339,13 +329,7 @@ def test_a_process_says_why_it_cannot_load_the_next_generation_and_when_it_can(o
 def test_a_canary_serves_its_share_of_the_users_and_no_others(own_host: Callable[..., Host]) -> None:
     """On two processes, by every route; a greater share keeps its users; nothing is mixed."""
     host = own_host(api_processes=2)
-    for seed, name in enumerate(("g1", "g2")):
-        filled(host, name, seed)
-        host.retrieval(name)
-    host.behave(PAST, {"u": PROFILE})
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", "g2", retrieval=True, past=True)
     host.prepare("g2")
     host.wait_for(lambda: all("g2" in one.warm for one in fleet.reports(host.settings)), 60.0)
     users = [str(number) for number in range(60)]
@@ -446,10 +430,7 @@ def test_a_retired_generation_is_dropped_and_in_use_until_its_last_request_has_e
 
 def test_rows_that_change_are_served_at_once(own_host: Callable[..., Host]) -> None:
     host = own_host()
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1")
     body = {"user_id": "u", "candidates": ["1", "2"], "as_of": NOW, "include": ["trace"]}
     assert client.post("/v1/score", json=body).json()["trace"]["versions"] == [1, 1]
     host.write("g1", [type(ITEMS[0])(**{**vars(ITEMS[7]), "item_id": "1", "version": 5})], deleted=["2"])
@@ -465,10 +446,7 @@ def test_rows_that_change_are_served_at_once(own_host: Callable[..., Host]) -> N
 def test_retrieval_is_renewed_without_a_failed_request(own_host: Callable[..., Host]) -> None:
     """The command follows the rows; the API takes its builds over while it answers."""
     host = own_host(retrieval_interval_s=0.2)
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1")
 
     builder = subprocess.Popen(
         [sys.executable, "-m", "api", "retrieval", "--generation", "g1"], env=host.environ(), stderr=subprocess.DEVNULL
@@ -515,10 +493,7 @@ def test_an_index_of_no_rows(own_host: Callable[..., Host]) -> None:
 
 def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: Callable[..., Host]) -> None:
     host = own_host()
-    filled(host, "g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1")
     rollout.write(host.settings.serving_file, rollout.fail(host.serving, "g1", "its jobs end again and again"))
     host.wait_for(lambda: client.get("/readyz").status_code == 503)
     assert "its jobs end again and again" in reason(host)
@@ -532,11 +507,7 @@ def test_a_served_generation_that_is_not_kept_up_to_date_is_not_ready(own_host: 
 
 def test_a_lost_index_is_served_until_it_is_restored(own_host: Callable[..., Host]) -> None:
     host = own_host()
-    filled(host, "g1")
-    host.retrieval("g1")
-    host.activate("g1")
-    client = host.start()
-    host.ready()
+    client = serving(host, "g1", retrieval=True)
 
     def missing() -> list[str]:
         answer = client.post("/v1/score", json={"user_id": "u", "candidates": IDS})

@@ -32,21 +32,58 @@ def served(host: Host) -> httpx.Client:
     return client
 
 
-def test_several_processes_serve_and_end_together(own_host: Callable[..., Host]) -> None:
-    host = own_host(api_processes=2)
-    client = served(host)
-    body: dict[str, Any] = {"user_id": "u", "candidates": IDS, "as_of": NOW}
-    for _ in range(10):
-        with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
-            assert fresh.post("/v1/score", json=body).status_code in (200, 503)
-    assert "Traceback" not in host.log
-
-
 def workers(host: Host) -> set[int]:
     """Process ids below the API's."""
     assert host._process is not None
     children = Path(f"/proc/{host._process.pid}/task/{host._process.pid}/children").read_text().split()
     return {int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def test_several_processes_serve_forget_and_end_together(own_host: Callable[..., Host]) -> None:
+    """They are told to forget once while they are exchanged, so that those that are to end forget too as long as they
+    answer; and once while one is dead and not yet replaced: the others go on."""
+    host = own_host(api_processes=2, prefetch_ttl_s=600.0)
+    client, process = served(host), host._process
+    assert process is not None
+    body: dict[str, Any] = {"user_id": "u", "candidates": IDS, "as_of": NOW}
+    kept = httpx.Limits(keepalive_expiry=None)
+    callers = [httpx.Client(base_url=client.base_url, timeout=30.0, limits=kept) for _ in range(30)]
+
+    def source(own: httpx.Client) -> tuple[str, bool]:
+        """Where the user's block came from, and whether the process that answered is to end."""
+        time.sleep(0.02)
+        answer = own.post("/v1/score", json=body).raise_for_status()
+        return answer.json()["user"]["source"], answer.headers.get("connection") == "close"
+
+    for own in callers:
+        source(own)
+    assert {source(own) for own in callers} == {("cached", False)}
+    old = workers(host)
+    os.kill(process.pid, signal.SIGHUP)
+    host.wait_for(lambda: "processes exchanged" in host.log, 60.0)
+    while len(callers) > 10 and not source(callers[-1])[1]:
+        callers.pop().close()
+    os.kill(process.pid, signal.SIGUSR1)
+    ending = [where for where, ends in map(source, callers) if ends]  # one more answer on each connection
+    assert "store" in ending or len(ending) < 3  # a slow machine lets them end before
+    for own in callers:
+        own.close()
+
+    host.wait_for(lambda: not workers(host) & old, 30.0)
+    first, second = workers(host)
+    os.kill(first, signal.SIGKILL)
+    host.wait_for(lambda: not Path(f"/proc/{first}").exists())  # the parent knows
+    os.kill(process.pid, signal.SIGUSR1)
+    host.wait_for(lambda: host.log.count("Application startup complete") == 5, 60.0)
+    assert second in workers(host)
+    for _ in range(10):
+        with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
+            assert fresh.post("/v1/score", json=body).is_success
+    known = workers(host)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not [pid for pid in known if Path(f"/proc/{pid}").exists()]
+    assert "Traceback" not in host.log
 
 
 def test_processes_are_exchanged_and_replaced_without_a_failed_request(own_host: Callable[..., Host]) -> None:
@@ -108,9 +145,12 @@ def test_processes_that_do_not_start_leave_the_old_ones_serving(own_host: Callab
     host.wait_for(lambda: workers(host) == known)
     shared.unlink()
     away.rename(shared)
+    os.kill(min(known), signal.SIGSTOP)  # it does not end when it is told to
     os.kill(process.pid, signal.SIGHUP)
     host.wait_for(lambda: len(workers(host)) == 2 and not workers(host) & known, 90.0)
-    assert client.get("/readyz").is_success
+    with httpx.Client(base_url=client.base_url, timeout=30.0) as fresh:
+        assert fresh.get("/readyz").is_success
+    assert "a process that does not end is killed" in host.log
 
 
 def test_sigterm_ends_the_process_with_its_requests_answered(own_host: Callable[..., Host]) -> None:

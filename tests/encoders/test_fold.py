@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from encoders import lsh
+from encoders import lsh, user_ir
 from encoders.bundle import Bundle
 from encoders.config import COMPONENTS
 from encoders.features import FeatureError, ItemEncoder, ProfileEncoder
@@ -21,6 +22,7 @@ from encoders.fold import Behaviours, Head, ItemFold, UserFold, join_scores, ref
 from encoders.ranker import RECENCY_EDGES
 from index import kernels
 from index.layout import RowLayout, aligned_empty
+from infra import codegen
 
 NOW = 1_767_225_600_000
 DAY = 86_400_000
@@ -227,6 +229,31 @@ def test_half_precision_rows_stay_within_the_stated_bound(world: Callable[..., A
                     worst_all = max(worst_all, error)
     assert worst_row > 1e-5  # it is the fp16 error that is measured
     print(f"fp16 rows: {worst_row:.2e} against the same histories, {worst_all:.2e} against fp32 histories")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="made for x86-64")
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_machines_without_avx512_fold_the_same(
+    world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: type[np.generic]
+) -> None:
+    """Code is made for a processor with AVX2."""
+    w = world("default", 0)
+    past = w.behaviours(np.random.default_rng(0), 1_000)
+    past = dataclasses.replace(past, vectors=past.vectors.astype(kind))
+    wanted = UserFold(w.bundle).block({"age": 30}, past, NOW)
+    made = (user_ir.user, user_ir.crosses)
+    monkeypatch.setattr(codegen, "host", lambda: ("x86-64-v3", ""))
+    for one in made:
+        one.cache_clear()
+    try:
+        found = UserFold(w.bundle).block({"age": 30}, past, NOW)
+        assert [one.cache_info().misses for one in made] == [1, 1]
+    finally:
+        for one in made:
+            one.cache_clear()
+    np.testing.assert_array_equal(found.cross_slots, wanted.cross_slots)
+    for name in ("P", "C", "D", "G"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,8 @@ def reader(path: Path, ids: str) -> dict[str, Any]:
             keys, cold = arena.snapshot()
             seen["faults"] += cold_faults(keys, cold)
             seen["faults"] += arena.oldest() == 0  # no row has had version 0
+            drawn = arena.sample(len(newest), rng)
+            seen["faults"] += len(drawn) - len(np.unique(drawn, axis=0))  # a key that is not there yet is 0
         seen["gathers"] += 1
         seen["found"] += int(found.sum())
         seen["missing"] += int((~found).sum())

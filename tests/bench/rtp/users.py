@@ -1,8 +1,9 @@
-"""The user phase alone, for `rtp`: behaviours whose rows are there become a user block and the tables of `score`."""
+"""The user phase alone: behaviours whose rows are there become a user block and the tables of `score`."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,22 @@ from encoders.fold import Behaviours, UserFold
 from encoders.ranker import RECENCY_EDGES
 from index.kernels import user_tables
 from infra.codegen import F32, Matrix
+from tests.bench.report import Report
+from tests.bench.rtp.common import interleaved
 
-AS_OF = 1_780_000_000_000
-SIZES = ((50, 1_000), (200, 1_000), (200, 10_000), (1_000, 10_000))  # recent, long-term
+_AS_OF = 1_780_000_000_000
+_SIZES = ((50, 1_000), (200, 1_000), (200, 10_000), (1_000, 10_000))  # recent, long-term
 
 
-def phases(folder: Path, recent: int, length: int, seed: int) -> dict[str, Callable[[int], object]]:
+def measure(report: Report, folder: Path, seed: int, rounds: int) -> None:
+    """CPU time by (recent, long-term) behaviours, whose rows are there; in turns."""
+    made = {sizes: _phases(folder, *sizes, seed) for sizes in _SIZES}
+    work = {f"{name}_{recent}_{length}": do for (recent, length), two in made.items() for name, do in two.items()}
+    for name, spent in interleaved(rounds, work, time.thread_time).items():
+        report.figure(f"user_{name}_cpu_ms", [float(np.median(part)) for part in np.array_split(spent, 5)], "ms")
+
+
+def _phases(folder: Path, recent: int, length: int, seed: int) -> dict[str, Callable[[int], object]]:
     """By name: `block`, all that a user block of so many recent and long-term behaviours takes, tables included, and
     `D`, what LSH-DIN does of it over all of them."""
     config = dataclasses.replace(ModelConfig(), recent=recent, length=length)
@@ -31,9 +42,9 @@ def phases(folder: Path, recent: int, length: int, seed: int) -> dict[str, Calla
     past, profile = _behaviours(config, length, np.random.default_rng(seed)), {"segment": "s1", "age": 30.0}
 
     def block(_: int) -> None:
-        user_tables(*fold.block(profile, past, AS_OF).arrays, narrow=True)
+        user_tables(*fold.block(profile, past, _AS_OF).arrays, narrow=True)
 
-    return {"block": block, "D": _din(fold, past, fold.block(profile, past, AS_OF).D)}
+    return {"block": block, "D": _din(fold, past, fold.block(profile, past, _AS_OF).D)}
 
 
 def _behaviours(config: ModelConfig, length: int, random: np.random.Generator) -> Behaviours:
@@ -44,7 +55,7 @@ def _behaviours(config: ModelConfig, length: int, random: np.random.Generator) -
         signatures=random.integers(0, 256, (length, config.bits // 8), dtype=np.uint8),
         crosses=crosses.astype(np.uint16),
         actions=random.integers(0, 3, length).astype(np.uint8),
-        times=AS_OF - np.sort(random.integers(0, 30 * 86_400_000, length))[::-1],
+        times=_AS_OF - np.sort(random.integers(0, 30 * 86_400_000, length))[::-1],
     )
 
 
@@ -64,7 +75,7 @@ def _din(fold: UserFold, past: Behaviours, wanted: NDArray[np.float32]) -> Calla
     code, signatures = _Din(sizes, RECENCY_EDGES).compiled(), past.signatures
     unread: list[Any] = [None] * 3  # pointers to what D does not need
     arguments = [fold._weights.ctypes.data, scratch.ctypes.data, len(past), None, 0]
-    arguments += [signatures.ctypes.data, signatures.strides[0], None, 0, None, None, AS_OF, None, None]
+    arguments += [signatures.ctypes.data, signatures.strides[0], None, 0, None, None, _AS_OF, None, None]
     arguments += [P.ctypes.data, None, D.ctypes.data, None, *unread, None]
     held = scratch, P, D, past, fold  # alive as long as their addresses
 
