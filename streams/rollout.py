@@ -439,7 +439,7 @@ def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
 def rest(serving: Serving, running: Collection[str]) -> Serving:
     """-> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
     for name, known in serving.generations.items():
-        if known.state in ("filling", "verifying", "complete") and name not in running:
+        if known.state in (*UNREADY, "complete") and name not in running:
             serving = _with(serving, msgspec.structs.replace(known, state="staged", reason=_RESTS))
     return serving
 

@@ -92,6 +92,28 @@ def running(settings: Settings, job: str) -> bool:
     return beat is not None and beat.state == "running" and beat.pid == jobs(settings).get(job)
 
 
+def piped(bundle_path: Path, folder: Path) -> tuple[Path, Path]:
+    """A bundle that takes as long to read as the test likes, and the pipe in it."""
+    shutil.copytree(bundle_path, folder)
+    tensors = folder / "model.safetensors"
+    tensors.unlink()
+    os.mkfifo(tensors)
+    return folder, tensors
+
+
+def wait_for_reader(pipe: Path) -> int:
+    """The end to write to, once somebody reads the other one."""
+    found: list[int] = []
+
+    def read_from() -> bool:
+        with suppress(OSError):  # nobody reads yet
+            found.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(found)
+
+    wait_until(read_from, "the bundle is read")
+    return found[0]
+
+
 def test_generations_come_and_go_and_jobs_are_kept_alive(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +172,11 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (serving(host).previous, state_of(host, "a")) == ("a", "former")
         check_rows(chain, "b", bundle, oracle(bodies))
 
-        # back, by the log alone, and forth again
+        # back, by the log alone, and forth again, while another bundle is being copied
+        slow, pipe = piped(bundle_path, tmp_path / "slow")
+        with Publisher(host) as publisher:  # the command would read the pipe itself
+            publisher.models([stage | {"generation": "slow", "uri": slow.as_uri()}])
+        writing = wait_for_reader(pipe)
         assert command(host, "model", "rollback", "--generation", "b").returncode == 0
         wait_until(lambda: serving(host).active == "a", "a is active again")
         assert (serving(host).previous, state_of(host, "b")) == ("b", "former")
@@ -161,7 +187,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
             assert refused.returncode == 1
             assert f"Not published: generation {name} {reason}; activate another one" in refused.stderr
 
-        # a killed job comes back; so does the supervisor, to the same jobs
+        known = serving(host).generations["slow"]
+        assert (known.state, known.reason) == ("staged", "its bundle is being copied")
+
+        # a killed job comes back; so does the supervisor, to the same jobs, and copies anew
         ingest = jobs(host)["ingest"]
         os.kill(ingest, signal.SIGKILL)
         wait_until(lambda: jobs(host).get("ingest", ingest) != ingest, "ingest is started again")
@@ -169,6 +198,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert os.getpriority(os.PRIO_PROCESS, before["ingest"]) == priority.JOB, "requests go first"
         supervisor.kill()
         supervisor.wait(10)
+        os.close(writing)
         with Publisher(host) as publisher:
             publisher.models([{"action": "activate", "generation": "a"}])
         again = start(host)
@@ -176,8 +206,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
             wait_until(lambda: serving(host).active == "a", "the event that came meanwhile is acted upon")
             assert jobs(host) == before
             assert "serving: a" in command(host, "status").stdout
+            writing = wait_for_reader(pipe)
             again.send_signal(signal.SIGTERM)
             assert again.wait(30) == 0
+            os.close(writing)
         finally:
             again.kill()
             again.wait(10)
@@ -358,6 +390,23 @@ def test_a_generation_that_loses_its_folder_while_it_is_filled_gets_it_again_or_
         round_until("b", "failed")
         assert "there is no bundle at" in serving(host).generations["b"].reason
         assert serving(host).active == "a"
+
+        # one that is retired while its bundle is copied is deleted after that, and its bundle with it
+        slow, pipe = piped(bundle_path, tmp_path / "slow")
+        publisher.models([stage | {"generation": "c", "uri": slow.as_uri(), "activate_when_complete": False}])
+        round_until("c", "staged")
+        writing = wait_for_reader(pipe)
+        publisher.models([{"action": "retire", "generation": "c"}])
+        round_until("c", "retiring")
+        supervisor.round()
+        assert state_of(host, "c") == "retiring"
+        pipe.unlink()
+        shutil.copyfile(bundle_path / pipe.name, pipe)
+        os.set_blocking(writing, True)
+        os.write(writing, pipe.read_bytes())
+        os.close(writing)
+        round_until("c", "retired")
+        assert not host.generation_dir("c").exists()
         assert len(chain.read("rows.a")) > 0
 
 
@@ -463,18 +512,7 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
     ports = free_ports(2)
     own = Broker(tmp_path / "kafka", ports[0], ports[1], jars=JARS)
     host = settings(partitions=2, kafka_bootstrap=own.bootstrap, kafka_port=own.port)
-    slow, tensors = tmp_path / "slow", tmp_path / "slow" / "model.safetensors"
-    shutil.copytree(bundle_path, slow)
-    tensors.unlink()
-    os.mkfifo(tensors)
-    pipe = -1
-
-    def read_from() -> bool:
-        nonlocal pipe
-        with suppress(OSError):  # nobody reads yet
-            pipe = os.open(tensors, os.O_WRONLY | os.O_NONBLOCK)
-        return pipe >= 0
-
+    slow, tensors = piped(bundle_path, tmp_path / "slow")
     with own, supervised(host) as supervisor:
         for job in ("ingest", "histories"):
             wait_until(lambda job=job: running(host, job), f"{job} runs")  # type: ignore[misc]
@@ -482,15 +520,15 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
         stage = {"action": "stage", "generation": "a", "uri": slow.as_uri(), "sha256": bundle.sha256}
         with Publisher(host) as publisher:  # the command would read the pipe itself
             publisher.models([stage | {"activate_when_complete": True}])
-        wait_until(read_from, "the supervisor reads the bundle")
+        pipe = wait_for_reader(tensors)
         own.down()
         tensors.unlink()
         shutil.copyfile(bundle_path / tensors.name, tensors)
         os.set_blocking(pipe, True)
         os.write(pipe, tensors.read_bytes())
         os.close(pipe)
-        wait_until(lambda: state_of(host, "a") == "staged", "it waits for the broker")
-        assert "cannot be reached" in serving(host).generations["a"].reason
+        wait_until(lambda: "cannot be reached" in serving(host).generations["a"].reason, "it waits for the broker")
+        assert state_of(host, "a") == "staged"
         assert supervisor.poll() is None
         assert jobs(host) == before
         own.up()
