@@ -35,7 +35,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -45,7 +46,7 @@ from kafka.errors import KafkaError
 from index import room
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
-from index.room import RoomError
+from index.room import Room, RoomError
 from infra import priority, processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
@@ -261,7 +262,16 @@ class Supervisor:
             with group_admin(self._settings) as groups:  # at most so many: some are older states of the same items
                 ends, starts = (found(self._settings.topic("items")) for found in (groups.ends, groups.starts))
             rows = sum(ends) - sum(starts)
-        room.check(room.need(layout, rows, copied), room.free(self._settings.state))
+        needed, others = room.need(layout, rows, copied), self._fills(name, rows)
+        room.check(needed, room.free(self._settings.state), others)
+
+    def _fills(self, but: str, rows: int) -> Iterator[Room]:
+        """What the other fills under way on this host have yet to write, each of as many rows."""
+        for name, known in self.serving.generations.items():
+            if name != but and (known.state == "filling" or self._copying(name)):
+                with suppress(BundleFileError):  # it will fail by itself
+                    layout, copied = bundles.ahead(known.uri, self._settings.generation_dir(name) / "bundle")
+                    yield room.remaining(room.need(layout, rows, copied), known.progress)
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""

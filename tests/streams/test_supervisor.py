@@ -440,13 +440,17 @@ def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
 def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_copied(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
 ) -> None:
-    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk."""
+    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk; of 2 MB, there is room
+    for one generation, but not for another one while its bundle is being copied.
+    """
     host = settings(partitions=2)
-    large = tmp_path / "large"
-    shutil.copytree(bundle_path, large)
-    manifest = json.loads((large / "manifest.json").read_bytes())
-    manifest["row"]["attributes"] = [f"a{number}" for number in range(1_000_000)]
-    (large / "manifest.json").write_text(json.dumps(manifest))
+    large, half = tmp_path / "large", tmp_path / "half"
+    for path, attributes in ((large, 1_000_000), (half, 500_000)):
+        shutil.copytree(bundle_path, path)
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest["row"]["attributes"] = [f"a{number}" for number in range(attributes)]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    slow, pipe = piped(half, tmp_path / "slow")
     ensure_topics(host)
     with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap, linger_ms=20)) as producer:
         for _ in range(shutil.disk_usage(tmp_path).free // 10_000_000):
@@ -461,6 +465,20 @@ def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_c
         assert not host.generation_dir("a").exists()
         with admin_of(host.kafka_bootstrap) as admin:
             assert host.topic("rows.a") not in admin.list_topics()
+        publisher.models(
+            [{"action": "stage", "generation": "c", "uri": slow.as_uri(), "sha256": manifest_sha256(slow)}]
+        )
+        writing = wait_for_reader(pipe)
+        publisher.models(
+            [{"action": "stage", "generation": "d", "uri": half.as_uri(), "sha256": manifest_sha256(half)}]
+        )
+        wait_until(lambda: state_of(host, "d") == "failed", "d has failed")
+        reason = serving(host).generations["d"].reason
+        assert re.fullmatch(r"needs [\d.]+ GB of disk, [\d.]+ GB free, [\d.]+ GB of it for fills under way", reason)
+        assert state_of(host, "c") == "staged"
+        os.close(writing)  # an empty file
+        wait_until(lambda: state_of(host, "c") == "failed", "c has failed")
+        assert "is not the file that manifest.json names" in serving(host).generations["c"].reason
         publisher.models([stage | {"generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}])
         wait_until(lambda: serving(host).active == "b", "b, for which there is room, is active")
         assert supervisor.poll() is None
