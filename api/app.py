@@ -391,7 +391,7 @@ def _operation_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", summary="Prometheus metrics of all processes of the host", response_class=Response)
     async def metrics() -> Response:
-        text = await service.run(telemetry.render, service.settings)
+        text = await service.run(telemetry.render, service.settings, service.generations.gone)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.head("/", include_in_schema=False)

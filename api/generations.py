@@ -139,6 +139,11 @@ class Generations:
         return f"generation {state.generation} is served, but its rows are not kept up to date: {state.reason}"
 
     @property
+    def gone(self) -> set[str]:
+        """What this host has retired, or is retiring."""
+        return {name for name, known in self.serving.generations.items() if known.state in ("retiring", "retired")}
+
+    @property
     def retrieval(self) -> RetrievalView | None:
         """Of the active generation; right after a swap, until its own is built, of the one before."""
         return self._retrieval

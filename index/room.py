@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from index import table
@@ -44,6 +45,11 @@ def need(layout: RowLayout, rows: int, bundle: int) -> Room:
     return Room(disk, hot * records_for(rows) + slots + bundle)
 
 
+def remaining(needed: Room, done: float) -> Room:
+    """What a fill has yet to write of what it needs, when this share of it is done."""
+    return Room(int((1 - done) * needed.disk), int((1 - done) * needed.memory))
+
+
 def free(folder: Path) -> Room:
     """What is free on the disk of `folder`, which need not exist yet, and of the memory that this host or its control
     group may use. Raises RoomError where the disk does not say.
@@ -55,10 +61,15 @@ def free(folder: Path) -> Room:
         raise RoomError(f"what is free at {folder} cannot be read: {error.strerror}") from error
 
 
-def check(needed: Room, found: Room) -> None:
-    """Raises RoomError where `found` is too little, naming all that is."""
-    pairs = (("disk", needed.disk, found.disk), ("memory", needed.memory, found.memory))
-    short = [f"{_size(wanted)} of {name}, {_size(there)} free" for name, wanted, there in pairs if wanted > there]
+def check(needed: Room, found: Room, others: Iterable[Room] = ()) -> None:
+    """Raises RoomError where `found` is too little, naming all that is; the `others` will take of it as well."""
+    fills, short = list(others), []
+    for name in ("disk", "memory"):
+        wanted, there = getattr(needed, name), getattr(found, name)
+        taken = sum(getattr(fill, name) for fill in fills)
+        if wanted > there - taken:
+            beside = f", {_size(taken)} of it for fills under way" if taken else ""
+            short.append(f"{_size(wanted)} of {name}, {_size(there)} free{beside}")
     if short:
         raise RoomError(f"needs {' and '.join(short)}")
 

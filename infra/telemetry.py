@@ -10,17 +10,18 @@ import fcntl
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from infra.processes import identity_of
 from infra.settings import Settings
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Gauge, Histogram
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+    from prometheus_client.registry import Collector
 
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
 _ARCHIVE = 0  # the pid in its files' names, which no process has
@@ -92,21 +93,38 @@ def histogram(name: str, meaning: str, labels: Sequence[str] = (), buckets: Sequ
     return Histogram(name, meaning, labels, buckets=buckets or Histogram.DEFAULT_BUCKETS)
 
 
-def render(settings: Settings) -> bytes:
-    """All processes' metrics in Prometheus' text form; gauges of processes that ended are left out.
+def render(settings: Settings, gone: Collection[str] = ()) -> bytes:
+    """All processes' metrics in Prometheus' text form; gauges of processes that ended are left out, and so is what
+    there is of generations that are `gone`: a process that lives cannot take a series back.
 
     A process that did not call `start_metrics` (a test) shows its own alone.
     """
-    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
+    from prometheus_client import REGISTRY, generate_latest, multiprocess
 
     if not os.environ.get(_SHARED):
-        return generate_latest(REGISTRY)
+        return generate_latest(cast("CollectorRegistry", _Shown(REGISTRY, gone)))
     folder = settings.metrics_dir.absolute()
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, path=str(folder))
     with _locked(folder):
         _archive_ended(folder)
-        return generate_latest(registry)
+        every = multiprocess.MultiProcessCollector(None, path=str(folder))
+        return generate_latest(cast("CollectorRegistry", _Shown(every, gone)))
+
+
+class _Shown:
+    """What a collector has, without the series of generations that are gone."""
+
+    def __init__(self, every: Collector, gone: Collection[str]) -> None:
+        self._every, self._gone = every, gone
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._every.collect():
+            metric.samples = [
+                found
+                for found in metric.samples
+                if found.labels.get("generation") not in self._gone
+                and found.labels.get("job", "").partition("-")[2] not in self._gone  # encode-<generation>
+            ]
+            yield metric
 
 
 @contextmanager

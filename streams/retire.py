@@ -49,10 +49,13 @@ class NotYetError(Exception):
     """Something has to end first, or the broker is away: trying again is right. The message is one sentence."""
 
 
+def jobs_of(generation: str) -> list[str]:
+    return [f"{job}-{generation}" for job in _JOBS]
+
+
 def leave(settings: Settings, generation: str, step: Step = int) -> None:
     """Steps 1 to 4 on this host; `step(number)` is called after each. Raises NotYetError."""
-    jobs = [f"{job}-{generation}" for job in _JOBS]
-    logs, folder = settings.state / "logs", settings.generation_dir(generation)
+    jobs, logs, folder = jobs_of(generation), settings.state / "logs", settings.generation_dir(generation)
     try:
         found = (processes.find(name, logs) for name in jobs)
         processes.stop_all([process for process in found if process is not None], _STOP_S)  # 1

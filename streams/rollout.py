@@ -338,18 +338,14 @@ def kept(desired: Desired, serving: Serving, generation: str) -> str:
 
 def spent(serving: Serving, generation: str) -> str:
     """Why staging the generation's bundle again is no use on this host; empty: it is not known here, or goes on."""
-    known = serving.generations.get(generation)
-    if known is None or known.state != "failed":
-        return ""
-    return f"generation {generation} is failed here ({known.reason}): stage the bundle under a new name"
+    why = _failure(serving, generation)
+    return f"generation {generation} is failed here ({why}): stage the bundle under a new name" if why else ""
 
 
 def never(serving: Serving, generation: str) -> str:
     """Why this host will never serve the generation, whatever is waited for; empty: it does, or may."""
-    known = serving.generations.get(generation)
-    if known is None or known.state != "failed":
-        return ""
-    return f"generation {generation} is failed ({known.reason}) and cannot be activated"
+    why = _failure(serving, generation)
+    return f"generation {generation} is failed ({why}) and cannot be activated" if why else ""
 
 
 def stuck(desired: Desired, serving: Serving, generation: str) -> str:
@@ -443,7 +439,7 @@ def running(serving: Serving, waits: Collection[str] = ()) -> list[str]:
 def rest(serving: Serving, running: Collection[str]) -> Serving:
     """-> staged, of those without jobs: their rows age, so whoever is wanted later fills up first."""
     for name, known in serving.generations.items():
-        if known.state in ("filling", "verifying", "complete") and name not in running:
+        if known.state in (*UNREADY, "complete") and name not in running:
             serving = _with(serving, msgspec.structs.replace(known, state="staged", reason=_RESTS))
     return serving
 
@@ -502,6 +498,12 @@ def _possible(serving: Serving, known: GenerationState) -> bool:
     if known.state == "former":
         return not aged(serving, known.generation) and known.reason != REMADE
     return known.state == "complete"
+
+
+def _failure(serving: Serving, generation: str) -> str:
+    """Why it has failed here; empty: it has not."""
+    known = serving.generations.get(generation)
+    return known.reason if known is not None and known.state == "failed" else ""
 
 
 def _fresh(serving: Serving) -> set[str | None]:

@@ -24,7 +24,7 @@ canary is an activation whose switch sets `canary` instead; while its share is 0
 
 Jobs are child processes; one that ends or falls silent is started again, later each time. A generation that fails
 takes nothing with it: the live one has its own jobs and files. What it decided is in `serving.json`, so a restart
-repeats nothing.
+repeats nothing. Bundles are copied and generations deleted beside the rounds (errands.py): no switch waits for that.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -46,7 +46,7 @@ from kafka.errors import KafkaError
 from index import room
 from index.arena import ArenaReader, Progress
 from index.errors import StoreError
-from index.room import RoomError
+from index.room import Room, RoomError
 from infra import priority, processes
 from infra.kafka.broker import BrokerError, admin_of
 from infra.kafka.topics import TopicError, ensure_rows_topic, ensure_topics
@@ -55,6 +55,7 @@ from infra.settings import Settings, environment
 from infra.telemetry import clear_metrics
 from streams import bundles, events, fleet, retire, rollout
 from streams.bundles import BundleFileError
+from streams.errands import Errands
 from streams.events import ModelEvent
 from streams.groups import GroupError, group_admin
 from streams.heartbeat import read_heartbeat
@@ -90,7 +91,8 @@ def supervise(settings: Settings, *, retrieval: bool = True) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda found, _: stopping.append(found))
     try:
-        with _only_one(settings), Supervisor(settings, retrieval) as supervisor:
+        _only_one(settings)
+        with Supervisor(settings, retrieval) as supervisor:
             print("Nearline jobs are running; Ctrl-C or SIGTERM stops them.", flush=True)
             while not stopping:
                 supervisor.round()
@@ -134,7 +136,9 @@ class Supervisor:
         self._complete_since: dict[str, float] = {}
         self._stage_due: dict[str, float] = {}
         self._retire_due: dict[str, float] = {}
-        self._cleaned: set[str] = set()  # retired generations of which nothing is left in Kafka
+        self._errands = Errands()
+        self._cleaning: list[str] = []  # retired generations that are being deleted from Kafka
+        self._cleaned: set[str] = set()  # those of which nothing is left there
         self._clean_due = 0.0
         self._models.read_all()
 
@@ -142,6 +146,7 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._errands.close()
         self._jobs.stop()
         self._models.close()
         self._producer.close(timeout=_SEND_S)
@@ -161,7 +166,6 @@ class Supervisor:
                 refused={str(offset): reason for offset, reason in desired.refused.items()},
             )
         )
-        # before anything that takes long: a rollback does not wait for a bundle to be fetched
         loading = self._activate(rollout.next_active(desired, self.serving))
         self._share(rollout.canary_of(desired, self.serving), loading)
         self._put(rollout.renew(desired, self.serving))
@@ -182,6 +186,7 @@ class Supervisor:
         if self.serving.active in self._hosts.report(self.serving, running, self._progress):
             self._activation_step(4)
         self._clean_up()
+        self._errands.forget()
 
     def _bury(self) -> int:
         """Sends what is no model event, and was not acted upon before, to `models.dlq`; gives the first offset still to
@@ -205,10 +210,14 @@ class Supervisor:
 
     def _stage(self, name: str, staged: rollout.Staged) -> None:
         event = staged.event
-        serving = rollout.stage(self.serving, staged.offset, event)
+        self._put(rollout.stage(self.serving, staged.offset, event))  # so that what is copied can be retired
+        serving = self.serving
         try:
-            self._check_room(name, event)
-            bundles.fetch(event.uri or "", event.sha256 or "", self._settings.generation_dir(name) / "bundle")
+            if not self._copying(name):
+                self._check_room(name, event)
+            if not self._fetched(name, event.uri or "", event.sha256 or ""):
+                self._put(rollout.wait(serving, name, "its bundle is being copied"))
+                return
             bundles.layout_of(self._settings.generation_dir(name) / "bundle")
             ensure_rows_topic(self._settings, name)
             with group_admin(self._settings) as groups:
@@ -224,6 +233,23 @@ class Supervisor:
             self._stage_due[name] = time.monotonic() + _STAGE_AGAIN_S
         self._put(serving)
 
+    def _fetched(self, name: str, uri: str, sha256: str) -> bool:
+        """Whether the bundle is here; where it is not, it is on its way. Raises BundleFileError."""
+        folder = self._settings.generation_dir(name) / "bundle"
+        if folder.exists() and not self._copying(name):
+            bundles.fetch(uri, sha256, folder)  # looks whether it is the one
+            return True
+        ended = self._errands.ended(f"fetch {name}", lambda: bundles.fetch(uri, sha256, folder))
+        if ended is not None:
+            ended.result()
+        return ended is not None
+
+    def _copying(self, name: str) -> bool:
+        return self._errands.under_way(f"fetch {name}")
+
+    def _leaving(self, name: str) -> bool:
+        return self._errands.under_way(f"leave {name}")
+
     def _check_room(self, name: str, event: ModelEvent) -> None:
         """Before anything is copied. Raises RoomError, and what `_stage` expects besides."""
         if (self._settings.generation_dir(name) / "n2o").exists():  # it has what it needs
@@ -236,7 +262,16 @@ class Supervisor:
             with group_admin(self._settings) as groups:  # at most so many: some are older states of the same items
                 ends, starts = (found(self._settings.topic("items")) for found in (groups.ends, groups.starts))
             rows = sum(ends) - sum(starts)
-        room.check(room.need(layout, rows, copied), room.free(self._settings.state))
+        needed, others = room.need(layout, rows, copied), self._fills(name, rows)
+        room.check(needed, room.free(self._settings.state), others)
+
+    def _fills(self, but: str, rows: int) -> Iterator[Room]:
+        """What the other fills under way on this host have yet to write, each of as many rows."""
+        for name, known in self.serving.generations.items():
+            if name != but and (known.state == "filling" or self._copying(name)):
+                with suppress(BundleFileError):  # it will fail by itself
+                    layout, copied = bundles.ahead(known.uri, self._settings.generation_dir(name) / "bundle")
+                    yield room.remaining(room.need(layout, rows, copied), known.progress)
 
     def _advance(self, name: str) -> None:
         """Takes over how far the arena is, and why a job of the generation has given up."""
@@ -247,8 +282,9 @@ class Supervisor:
             self._put(rollout.fail(self.serving, name, reason))
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
-        if self.serving.generations[name].state in ("filling", "verifying"):
-            self._restore_bundle(self.serving.generations[name])
+        known = self.serving.generations[name]
+        if known.state in ("filling", "verifying") or known.reason == rollout.REMADE:
+            self._restore_bundle(known)
         if self.serving.generations[name].state != "filling":
             if not reason and self.serving.generations[name].state not in ("staged", "failed"):
                 self._watch(name)
@@ -268,16 +304,17 @@ class Supervisor:
         self._put(serving)
 
     def _restore_bundle(self, known: rollout.GenerationState) -> None:
-        """Where the bundle has gone before the generation is complete; it fails where there is none to be had."""
-        folder = self._settings.generation_dir(known.generation) / "bundle"
-        if folder.exists():
-            return
-        LOG.error("generation %s: its bundle has gone; it is fetched again", known.generation)
+        """Where the bundle has gone and its rows are still to be made; it fails where there is none to be had."""
+        name = known.generation
+        if not self._copying(name):
+            if (self._settings.generation_dir(name) / "bundle").exists():
+                return
+            LOG.error("generation %s: its bundle has gone; it is fetched again", name)
         try:
-            bundles.fetch(known.uri, known.sha256, folder)
+            self._fetched(name, known.uri, known.sha256)
         except BundleFileError as error:
-            LOG.error("generation %s has failed: %s", known.generation, error)
-            self._put(rollout.fail(self.serving, known.generation, str(error)))
+            LOG.error("generation %s has failed: %s", name, error)
+            self._put(rollout.fail(self.serving, name, str(error)))
 
     def _judge(self, name: str) -> None:
         """Takes over the verdict, where there is one."""
@@ -308,9 +345,10 @@ class Supervisor:
 
     def _lose(self, known: rollout.GenerationState) -> None:
         name, ends = known.generation, known.staged_ends
-        LOG.error("generation %s: %s", name, rollout.REMADE)
         try:
-            bundles.fetch(known.uri, known.sha256, self._settings.generation_dir(name) / "bundle")  # it may be lost too
+            # the bundle may be lost too; what is not served says first that it is not ready, lest a switch go to it
+            if known.state == "active" and not self._fetched(name, known.uri, known.sha256):
+                return
             with group_admin(self._settings) as groups:
                 ends = groups.ends(self._settings.topic("items"))
         except BundleFileError as error:
@@ -320,7 +358,9 @@ class Supervisor:
             return
         except (BrokerError, GroupError) as error:
             LOG.warning("generation %s: it need not come further than before: %s", name, error)
+        LOG.error("generation %s: %s", name, rollout.REMADE)
         self._put(rollout.lose(self.serving, name, ends))
+        self._restore_bundle(self.serving.generations[name])
 
     def _activate(self, name: str | None) -> bool:
         """Whether API processes are loading it."""
@@ -368,8 +408,11 @@ class Supervisor:
             self._put(rollout.retire(self.serving, name))
             LOG.info("generation %s: retiring", name)
         self._arenas.pop(name, None)  # deleted files that are mapped keep their space
+        ended = self._errands.ended(f"leave {name}", lambda: retire.leave(self._settings, name, self._step))
+        if ended is None:
+            return
         try:
-            retire.leave(self._settings, name, self._step)
+            ended.result()
         except NotYetError as error:
             LOG.warning("generation %s: not retired yet: %s", name, error)
             self._retire_due[name] = time.monotonic() + _RETIRE_AGAIN_S
@@ -381,13 +424,17 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         """What all hosts share of retired generations, once none of them needs it."""
-        names = [name for name, known in self.serving.generations.items() if known.state == "retired"]
-        names = [name for name in names if name not in self._cleaned]
-        if not names or time.monotonic() < self._clean_due:
+        if not self._cleaning and time.monotonic() >= self._clean_due:
+            retired = [name for name, known in self.serving.generations.items() if known.state == "retired"]
+            self._cleaning = [name for name in retired if name not in self._cleaned]
+        if not (names := self._cleaning):
             return
-        self._clean_due = time.monotonic() + _CLEAN_AGAIN_S
+        ended = self._errands.ended("clean up", lambda: retire.clean_up(self._settings, names, self._step))
+        if ended is None:
+            return
+        self._cleaning, self._clean_due = [], time.monotonic() + _CLEAN_AGAIN_S
         try:
-            waits = retire.clean_up(self._settings, names, self._step)
+            waits = ended.result()
         except NotYetError as error:
             LOG.warning("retired generations are not deleted from Kafka yet: %s", error)
             waits = dict.fromkeys(names, str(error))
@@ -403,6 +450,8 @@ class Supervisor:
 
     def _keep_jobs(self, running: list[str]) -> None:
         needed = {"ingest": ["streams", "ingest"], "histories": ["streams", "histories"]}
+        leaving = filter(self._leaving, self.serving.generations)
+        held = {job for name in leaving for job in retire.jobs_of(name)}  # they are being stopped
         for name in running:
             state = self.serving.generations[name].state
             if state == "staged":
@@ -417,7 +466,9 @@ class Supervisor:
                 needed[f"shadow-{name}"] = ["api", "shadow", "--generation", name]
             if state == "verifying":
                 needed[f"verify-{name}"] = ["api", "verify", "--generation", name]
-        self._jobs.keep(needed)
+            if self._copying(name):  # without it they would end for good
+                held |= set(retire.jobs_of(name))
+        self._jobs.keep(needed, held)
 
     def _writer_of(self, name: str) -> str:
         """The job that writes the index now: reconcile from when replicate has ended because rows are no longer in
@@ -472,10 +523,11 @@ class Jobs:
         self._due: dict[str, float] = {}
         self._gave_up: dict[str, str] = {}
 
-    def keep(self, needed: dict[str, list[str]]) -> None:
-        """Starts those that do not run, and stops those of ours that are not needed."""
+    def keep(self, needed: dict[str, list[str]], held: Collection[str] = ()) -> None:
+        """Starts those that do not run, and stops those of ours that are not needed; neither of the `held` ones."""
         alive = {process.name: process for process in processes.listing(self._folder)}
-        processes.stop_all([process for name, process in alive.items() if name not in needed], _STOP_S)
+        kept = {*needed, *held}
+        processes.stop_all([process for name, process in alive.items() if name not in kept], _STOP_S)
         for name, arguments in needed.items():
             process = alive.get(name)
             if process is not None:
@@ -484,7 +536,7 @@ class Jobs:
                 LOG.error("%s gives no sign of life; it is killed", name)
                 processes.stop(process, 0.0)
                 process = None
-            if process is None:
+            if process is None and name not in held:
                 self._start(name, arguments)
 
     def gave_up(self, name: str) -> str:
@@ -528,16 +580,16 @@ class Jobs:
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
 
 
-@contextmanager
-def _only_one(settings: Settings) -> Iterator[None]:
-    """Holds the state folder's lock; the kernel gives it back when the process ends, however it ends."""
+def _only_one(settings: Settings) -> None:
+    """Takes the state folder's lock, which the kernel gives back when the process ends, however it ends: not before
+    that, because an errand may be under way. Raises SupervisorError.
+    """
     settings.state.mkdir(parents=True, exist_ok=True)
-    with (settings.state / "supervisor.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SupervisorError(f"Another supervisor already runs on {settings.state}.") from None
-        yield
+    held = os.open(settings.state / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SupervisorError(f"Another supervisor already runs on {settings.state}.") from None
 
 
 def _check_cluster(settings: Settings) -> None:

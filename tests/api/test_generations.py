@@ -377,6 +377,9 @@ def test_a_canary_serves_its_share_of_the_users_and_no_others(own_host: Callable
         assert f"forerank_generation_seconds_count{labels}" in metrics
         assert f"forerank_generation_best_score_count{labels}" in metrics
     assert share(None) == set()
+    rollout.write(host.settings.serving_file, rollout.retire(host.serving, "g2"))
+    host.wait_for(lambda: 'generation="g2"' not in client.get("/metrics").text)
+    assert 'forerank_generation_seconds_count{generation="g1",route="score"}' in client.get("/metrics").text
 
 
 def test_a_generation_that_was_dropped_is_freed(own_host: Callable[..., Host]) -> None:

@@ -85,7 +85,26 @@ def test_too_little_is_refused_and_enough_is_not(disk: int, memory: int, there: 
     assert ("of memory" in str(error.value)) == (memory > left)
 
 
+FILLS = st.lists(st.tuples(st.integers(0, 10**13), st.floats(0, 1)), max_size=3)  # what each needs, and is done of it
+
+
+@given(st.integers(0, 10**13), FILLS, st.integers(0, 10**13))
+def test_what_other_fills_have_yet_to_write_is_not_free(disk: int, fills: list[tuple[int, float]], there: int) -> None:
+    others = [room.remaining(Room(needed, 0), done) for needed, done in fills]
+    for (needed, done), other in zip(fills, others, strict=True):
+        assert other.memory == 0
+        assert abs(other.disk - (1 - done) * needed) <= 1
+    if disk <= there - sum(other.disk for other in others):
+        room.check(Room(disk, 0), Room(there, 0), others)
+        return
+    with pytest.raises(RoomError, match="of disk"):
+        room.check(Room(disk, 0), Room(there, 0), others)
+
+
 def test_the_sentence() -> None:
+    fills = [Room(1_500_000_000, 5), room.remaining(Room(2_000_000_000, 0), 0.5)]
+    with pytest.raises(RoomError, match=r"^needs 3\.1 GB of disk, 4\.0 GB free, 2\.5 GB of it for fills under way$"):
+        room.check(Room(3_100_000_000, 1), Room(4_000_000_000, 9), fills)
     with pytest.raises(RoomError, match=r"^needs 3\.1 GB of disk, 2\.0 GB free$"):
         room.check(Room(3_100_000_000, 1), Room(2_000_000_000, 1))
     with pytest.raises(RoomError, match=r"^needs 40\.0 GB of disk, 50\.0 MB free and 2\.0 MB of memory, 0\.0 MB free$"):

@@ -78,6 +78,28 @@ def test_clearing_forgets_ended_processes_alone(tmp_path: Path) -> None:
     assert 'rows_total{kind="new"} 21.0' in page
 
 
+def test_what_is_gone_is_left_out_of_live_and_of_ended_processes(tmp_path: Path) -> None:
+    """Also of jobs, whose names end with their generation; `a-b` is not `b`."""
+    served = (
+        _JOB
+        + """
+for name in ("b", "a-b"):
+    telemetry.counter("asked", "Asked.", ("route", "generation")).labels("score", name).inc()
+    telemetry.histogram("took", "Time.", ("generation",), (1.0,)).labels(name).observe(0.5)
+    telemetry.gauge("oldest", "Age.", ("generation",)).labels(name).set(1)
+    telemetry.counter("records", "Records.", ("job",)).labels(f"encode-{name}").inc()
+telemetry.counter("records", "Records.", ("job",)).labels("ingest").inc()
+"""
+    )
+    run(served, tmp_path, "10")
+    page = run(served + _PAGE.replace("mine", "mine, {'b'}"), tmp_path, "20").stdout
+    assert '"b"' not in page
+    assert "encode-b" not in page
+    wanted = ('asked_total{generation="a-b",route="score"} 2', 'took_count{generation="a-b"} 2', 'job="encode-a-b"} 2')
+    for series in (*wanted, 'oldest{generation="a-b"} 1', 'job="ingest"} 2', 'rows_total{kind="new"} 32', "\nlag 20.0"):
+        assert series in page
+
+
 def test_sharing_must_begin_before_the_client_is_imported(tmp_path: Path) -> None:
     code = "import prometheus_client\n" + _JOB
     with pytest.raises(subprocess.CalledProcessError) as caught:

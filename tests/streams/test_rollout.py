@@ -542,6 +542,8 @@ def test_what_has_no_jobs_is_complete_no_longer_and_fills_up_when_it_is_wanted()
     serving = rollout.rest(serving, rollout.running(serving))
     assert serving.generations["a"].state == "staged"
     assert "not kept fresh" in serving.generations["a"].reason
+    copied = rollout.wait(serving, "a", "its bundle is being copied")  # for the sake of a wish that is none any more
+    assert rollout.rest(copied, rollout.running(copied)) == serving
     for event, canary in ((activate("a"), None), (activate("a", 0.1), rollout.Canary("a", 0.1))):
         desired = rollout.reduce_models([*log, (2, event)])
         assert (rollout.next_active(desired, serving), rollout.canary_of(desired, serving)) == (None, None)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -92,6 +93,28 @@ def running(settings: Settings, job: str) -> bool:
     return beat is not None and beat.state == "running" and beat.pid == jobs(settings).get(job)
 
 
+def piped(bundle_path: Path, folder: Path) -> tuple[Path, Path]:
+    """A bundle that takes as long to read as the test likes, and the pipe in it."""
+    shutil.copytree(bundle_path, folder)
+    tensors = folder / "model.safetensors"
+    tensors.unlink()
+    os.mkfifo(tensors)
+    return folder, tensors
+
+
+def wait_for_reader(pipe: Path) -> int:
+    """The end to write to, once somebody reads the other one."""
+    found: list[int] = []
+
+    def read_from() -> bool:
+        with suppress(OSError):  # nobody reads yet
+            found.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(found)
+
+    wait_until(read_from, "the bundle is read")
+    return found[0]
+
+
 def test_generations_come_and_go_and_jobs_are_kept_alive(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +173,11 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert (serving(host).previous, state_of(host, "a")) == ("a", "former")
         check_rows(chain, "b", bundle, oracle(bodies))
 
-        # back, by the log alone, and forth again
+        # back, by the log alone, and forth again, while another bundle is being copied
+        slow, pipe = piped(bundle_path, tmp_path / "slow")
+        with Publisher(host) as publisher:  # the command would read the pipe itself
+            publisher.models([stage | {"generation": "slow", "uri": slow.as_uri()}])
+        writing = wait_for_reader(pipe)
         assert command(host, "model", "rollback", "--generation", "b").returncode == 0
         wait_until(lambda: serving(host).active == "a", "a is active again")
         assert (serving(host).previous, state_of(host, "b")) == ("b", "former")
@@ -161,7 +188,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
             assert refused.returncode == 1
             assert f"Not published: generation {name} {reason}; activate another one" in refused.stderr
 
-        # a killed job comes back; so does the supervisor, to the same jobs
+        known = serving(host).generations["slow"]
+        assert (known.state, known.reason) == ("staged", "its bundle is being copied")
+
+        # a killed job comes back; so does the supervisor, to the same jobs, and copies anew
         ingest = jobs(host)["ingest"]
         os.kill(ingest, signal.SIGKILL)
         wait_until(lambda: jobs(host).get("ingest", ingest) != ingest, "ingest is started again")
@@ -169,6 +199,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert os.getpriority(os.PRIO_PROCESS, before["ingest"]) == priority.JOB, "requests go first"
         supervisor.kill()
         supervisor.wait(10)
+        os.close(writing)
         with Publisher(host) as publisher:
             publisher.models([{"action": "activate", "generation": "a"}])
         again = start(host)
@@ -176,8 +207,10 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
             wait_until(lambda: serving(host).active == "a", "the event that came meanwhile is acted upon")
             assert jobs(host) == before
             assert "serving: a" in command(host, "status").stdout
+            writing = wait_for_reader(pipe)
             again.send_signal(signal.SIGTERM)
             assert again.wait(30) == 0
+            os.close(writing)
         finally:
             again.kill()
             again.wait(10)
@@ -186,7 +219,7 @@ def test_generations_come_and_go_and_jobs_are_kept_alive(
         assert command(host, "status").returncode == 1
         reports = [msgspec.json.decode(record.value, type=events.HostReport) for record in chain.read("hosts")]
         told = [(report.generation, report.state) for report in reports]
-        of_b = [state for name, state in told if name == "b"]
+        of_b = [state for state, _ in groupby(state for name, state in told if name == "b")]  # told each minute
         assert of_b[-5:] == ["complete", "active", "former", "active", "former"]
         last = [report for report in reports if report.generation == "b"][-1]
         assert sum(last.counts) == 100
@@ -358,6 +391,23 @@ def test_a_generation_that_loses_its_folder_while_it_is_filled_gets_it_again_or_
         round_until("b", "failed")
         assert "there is no bundle at" in serving(host).generations["b"].reason
         assert serving(host).active == "a"
+
+        # one that is retired while its bundle is copied is deleted after that, and its bundle with it
+        slow, pipe = piped(bundle_path, tmp_path / "slow")
+        publisher.models([stage | {"generation": "c", "uri": slow.as_uri(), "activate_when_complete": False}])
+        round_until("c", "staged")
+        writing = wait_for_reader(pipe)
+        publisher.models([{"action": "retire", "generation": "c"}])
+        round_until("c", "retiring")
+        supervisor.round()
+        assert state_of(host, "c") == "retiring"
+        pipe.unlink()
+        shutil.copyfile(bundle_path / pipe.name, pipe)
+        os.set_blocking(writing, True)
+        os.write(writing, pipe.read_bytes())
+        os.close(writing)
+        round_until("c", "retired")
+        assert not host.generation_dir("c").exists()
         assert len(chain.read("rows.a")) > 0
 
 
@@ -391,13 +441,17 @@ def _broken_bundles(good: Path, folder: Path) -> dict[str, tuple[Path, str]]:
 def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_copied(
     settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path, tmp_path: Path
 ) -> None:
-    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk."""
+    """Rows of 4 MB, and as many records on `items` as make them more than is free on this disk; of 2 MB, there is room
+    for one generation, but not for another one while its bundle is being copied.
+    """
     host = settings(partitions=2)
-    large = tmp_path / "large"
-    shutil.copytree(bundle_path, large)
-    manifest = json.loads((large / "manifest.json").read_bytes())
-    manifest["row"]["attributes"] = [f"a{number}" for number in range(1_000_000)]
-    (large / "manifest.json").write_text(json.dumps(manifest))
+    large, half = tmp_path / "large", tmp_path / "half"
+    for path, attributes in ((large, 1_000_000), (half, 500_000)):
+        shutil.copytree(bundle_path, path)
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest["row"]["attributes"] = [f"a{number}" for number in range(attributes)]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    slow, pipe = piped(half, tmp_path / "slow")
     ensure_topics(host)
     with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap, linger_ms=20)) as producer:
         for _ in range(shutil.disk_usage(tmp_path).free // 10_000_000):
@@ -412,6 +466,20 @@ def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_c
         assert not host.generation_dir("a").exists()
         with admin_of(host.kafka_bootstrap) as admin:
             assert host.topic("rows.a") not in admin.list_topics()
+        publisher.models(
+            [{"action": "stage", "generation": "c", "uri": slow.as_uri(), "sha256": manifest_sha256(slow)}]
+        )
+        writing = wait_for_reader(pipe)
+        publisher.models(
+            [{"action": "stage", "generation": "d", "uri": half.as_uri(), "sha256": manifest_sha256(half)}]
+        )
+        wait_until(lambda: state_of(host, "d") == "failed", "d has failed")
+        reason = serving(host).generations["d"].reason
+        assert re.fullmatch(r"needs [\d.]+ GB of disk, [\d.]+ GB free, [\d.]+ GB of it for fills under way", reason)
+        assert state_of(host, "c") == "staged"
+        os.close(writing)  # an empty file
+        wait_until(lambda: state_of(host, "c") == "failed", "c has failed")
+        assert "is not the file that manifest.json names" in serving(host).generations["c"].reason
         publisher.models([stage | {"generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}])
         wait_until(lambda: serving(host).active == "b", "b, for which there is room, is active")
         assert supervisor.poll() is None
@@ -463,18 +531,7 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
     ports = free_ports(2)
     own = Broker(tmp_path / "kafka", ports[0], ports[1], jars=JARS)
     host = settings(partitions=2, kafka_bootstrap=own.bootstrap, kafka_port=own.port)
-    slow, tensors = tmp_path / "slow", tmp_path / "slow" / "model.safetensors"
-    shutil.copytree(bundle_path, slow)
-    tensors.unlink()
-    os.mkfifo(tensors)
-    pipe = -1
-
-    def read_from() -> bool:
-        nonlocal pipe
-        with suppress(OSError):  # nobody reads yet
-            pipe = os.open(tensors, os.O_WRONLY | os.O_NONBLOCK)
-        return pipe >= 0
-
+    slow, tensors = piped(bundle_path, tmp_path / "slow")
     with own, supervised(host) as supervisor:
         for job in ("ingest", "histories"):
             wait_until(lambda job=job: running(host, job), f"{job} runs")  # type: ignore[misc]
@@ -482,15 +539,15 @@ def test_a_broker_that_is_away_while_staging_neither_stops_the_jobs_nor_uses_the
         stage = {"action": "stage", "generation": "a", "uri": slow.as_uri(), "sha256": bundle.sha256}
         with Publisher(host) as publisher:  # the command would read the pipe itself
             publisher.models([stage | {"activate_when_complete": True}])
-        wait_until(read_from, "the supervisor reads the bundle")
+        pipe = wait_for_reader(tensors)
         own.down()
         tensors.unlink()
         shutil.copyfile(bundle_path / tensors.name, tensors)
         os.set_blocking(pipe, True)
         os.write(pipe, tensors.read_bytes())
         os.close(pipe)
-        wait_until(lambda: state_of(host, "a") == "staged", "it waits for the broker")
-        assert "cannot be reached" in serving(host).generations["a"].reason
+        wait_until(lambda: "cannot be reached" in serving(host).generations["a"].reason, "it waits for the broker")
+        assert state_of(host, "a") == "staged"
         assert supervisor.poll() is None
         assert jobs(host) == before
         own.up()
