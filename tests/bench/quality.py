@@ -123,7 +123,7 @@ def _tuned(source: Source, seed: int, quick: bool) -> tuple[dict[str, TrainOptio
         changed: dict[str, Any] = {option: value}
         return dataclasses.replace(options, **changed)
 
-    base = TrainOptions(config=TRAINED, epochs=2) if quick else TrainOptions(config=TRAINED)
+    base = TrainOptions(config=TRAINED, epochs=1) if quick else TrainOptions(config=TRAINED)
     names = ("aif", "dssm", "cold", BOUND) if quick else TUNED
     steps: dict[str, Sequence[float]] = {
         "learning_rate": RATES[-1:] if quick else RATES,
