@@ -42,13 +42,15 @@ TUNED = ("aif", "dssm", "cold", "inttower", BOUND)
 VARIED = {"din-plain": BOUND, "eta": "aif", "sdim": "aif", "aif-dots": "aif"}  # and the tuned model it varies
 TRAINED = ModelConfig(window=200)  # L <= 200 in training
 UNRATED = 1  # per rated film, of what is trained on
-MORE = dataclasses.replace(synthetic.EXPERIMENT, examples=300_000)  # are parts that cost nothing short of examples?
+MORE = dataclasses.replace(synthetic.EXPERIMENT, examples=300_000)
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"aif without {one}": {"without": (one,)} for one in COMPONENTS},
     "aif without dots": {"dots": 0},
     "aif without short window": {"short_window": 0},
     "aif without bea, lsh_din": {"without": ("bea", "lsh_din")},
 }
+# What costs nothing when removed: is it short of examples? Trained on MORE too.
+SPARED = ("aif without bea", "aif without lsh_din", "aif without bea, lsh_din")
 READERS = ("bea", "lsh_din", "simtier", "sim")  # what looks at history and item together, beside the dot products
 # What parts are worth where none of the others stands in for them; on the marketplace.
 GROUPS: dict[str, dict[str, Any]] = {
@@ -166,17 +168,19 @@ def _tried(options: TrainOptions) -> str:
     return f"{options.model} {options.learning_rate:g} {options.weight_decay:g}"
 
 
+def _changed(aif: TrainOptions, several: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
+    """AIF with other values of its config, by name."""
+    return [
+        Variant(name, dataclasses.replace(aif, config=dataclasses.replace(aif.config, **changes)))
+        for name, changes in several.items()
+    ]
+
+
 def _with_more(options: Mapping[str, TrainOptions], quick: bool) -> list[Variant]:
     """AIF, the bound, and AIF without the parts that cost nothing when removed where examples are fewer."""
-    names = [name for name in ABLATIONS if name.removeprefix("aif without ") in ("bea", "lsh_din", "bea, lsh_din")]
-    without = {name: dataclasses.replace(options["aif"].config, **ABLATIONS[name]) for name in names}
-    return [
-        *(Variant(name, options[name]) for name in ("aif", BOUND)),
-        *(
-            Variant(name, dataclasses.replace(options["aif"], config=config))
-            for name, config in list(without.items())[: 1 if quick else None]
-        ),
-    ]
+    removed = SPARED[:1] if quick else SPARED
+    models = [Variant(name, options[name]) for name in ("aif", BOUND)]
+    return [*models, *_changed(options["aif"], {name: ABLATIONS[name] for name in removed})]
 
 
 def _trained(
@@ -187,23 +191,17 @@ def _trained(
     models = [Variant(name, own) for name, own in options.items()]
     aif = options["aif"]
 
-    def changed(several: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
-        return [
-            Variant(name, dataclasses.replace(aif, config=dataclasses.replace(aif.config, **changes)))
-            for name, changes in several.items()
-        ]
-
     if quick:
-        return trials(source, [*models, *changed(ABLATIONS)[:2]], seeds, sampling)
+        return trials(source, [*models, *_changed(aif, ABLATIONS)[:2]], seeds, sampling)
     others = [
         Variant(EXACT, dataclasses.replace(options[BOUND], config=exact(TRAINED))),
         Variant(DISTILLED, dataclasses.replace(aif, distil=1.0)),
         Variant(DRAWN, dataclasses.replace(aif, towers_from_data=False)),
-        *changed(GROUPS if known else {}),
+        *_changed(aif, GROUPS if known else {}),
     ]
     more = [seeds[0] + k for k in range(ABLATION_SEEDS)] if known else seeds
     found = trials(source, [*models, *others], seeds, sampling)
-    return found | trials(source, [Variant("aif", aif), *changed(ABLATIONS)], more, sampling)
+    return found | trials(source, [Variant("aif", aif), *_changed(aif, ABLATIONS)], more, sampling)
 
 
 def _with_unrated(
