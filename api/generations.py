@@ -141,7 +141,7 @@ class Generations:
     @property
     def gone(self) -> set[str]:
         """What this host has retired, or is retiring."""
-        return {name for name, known in self.serving.generations.items() if known.state in ("retiring", "retired")}
+        return {name for name, known in self.serving.generations.items() if known.state in rollout.GONE}
 
     @property
     def retrieval(self) -> RetrievalView | None:
@@ -267,8 +267,8 @@ class Generations:
             for name in self._loaded.keys() - keep - {self._active.name}:
                 del self._loaded[name]
                 self._views.pop(name, None)
-            known = self.serving.generations.get(self._retrieval.generation) if self._retrieval is not None else None
-            if known is not None and known.state in ("retiring", "retired") and known.generation != self._active.name:
+            retrieval = self._retrieval.generation if self._retrieval is not None else self._active.name
+            if retrieval in self.gone and retrieval != self._active.name:
                 self._retrieval = self._views.get(self._active.name)
 
     def _renew_retrieval(self, generation: Generation) -> None:

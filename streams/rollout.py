@@ -28,6 +28,7 @@ FORMAT = 1
 _RESTS = "is not kept fresh while nothing asks for it"
 REMADE = "its rows are not all on this host, which is restoring them"
 UNREADY: tuple[State, ...] = ("staged", "filling", "verifying")  # on the way to `complete`
+GONE: tuple[State, ...] = ("retiring", "retired")  # what there is of it is being deleted, or is
 
 
 class Refused(Exception):  # noqa: N818 - the outcome has a name of its own

@@ -483,7 +483,7 @@ class Supervisor:
 
     def _progress(self, name: str) -> Progress | None:
         """What the arena says; None while there is none, and when it is about to be deleted."""
-        if self.serving.generations[name].state in ("retiring", "retired"):
+        if self.serving.generations[name].state in rollout.GONE:
             return None
         folder = self._settings.generation_dir(name)
         try:
