@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -38,15 +38,13 @@ class Admission:
         refused = telemetry.counter("forerank_refused", "Computations that found no free place, by kind", ("kind",))
         self._refused = refused.labels(kind)
 
-    def submit(
-        self, pool: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **named: P.kwargs
-    ) -> Future[T]:
-        """Starts `work` in the pool; its place is free again when it has ended. Raises FullError."""
+    def admit(self, submit: Callable[P, Future[T]], *arguments: P.args, **named: P.kwargs) -> Future[T]:
+        """Has something started by `submit`; its place is free again when it has ended. Raises FullError."""
         if not self._free.acquire(blocking=False):
             self._refused.inc()
             raise FullError
         try:
-            future = pool.submit(work, *arguments, **named)
+            future = submit(*arguments, **named)
         except BaseException:
             self._free.release()
             raise

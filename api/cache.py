@@ -86,15 +86,20 @@ class FutureCache(Generic[K, S, V]):
         self._lock = threading.Lock()
 
     def start(
-        self, key: K, state: S, submit: Callable[[], Future[V]], instead_of: Future[V] | None = None
+        self,
+        key: K,
+        state: S,
+        submit: Callable[[], Future[V]],
+        instead_of: Future[V] | None = None,
+        ahead: Callable[[], Future[V]] | None = None,
     ) -> tuple[Future[V], Found]:
         """The future of `key` made from `state`, and how it was found; callers that meet share one computation, which
         `submit` starts.
 
         `instead_of`: one that was given before and that the caller knows to be outdated; the first who says so has it
         replaced (renewed). A hot entry near its end is also started anew, but its old value is given until the new one
-        is there. Raises FullError where `submit` does, which leaves all as it was; an entry that would be started
-        anew ahead of its end serves on.
+        is there; `ahead` starts that, by default `submit` too. Raises FullError where `submit` does, which leaves all
+        as it was; an entry that would be started anew ahead of its end serves on.
         """
         with self._lock:
             entry = self._fresh(key)
@@ -105,7 +110,7 @@ class FutureCache(Generic[K, S, V]):
                 found: Found = "hit" if future.done() and not _failed(future) else "joined"
                 if self._hit(entry):
                     with contextlib.suppress(FullError):
-                        started = submit()
+                        started = (ahead or submit)()
                 if started is not None:
                     entry.next = _Entry(started, state, self._clock(), entry.hits + entry.earlier)
             else:

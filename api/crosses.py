@@ -196,6 +196,9 @@ class Wanted:
     future: Future[UserCrosses] | None
     ttl_s: float
 
+    def done(self) -> bool:
+        return self.future is None or self.future.done()
+
     def result(self, until: float | None) -> tuple[UserCrosses | None, tuple[str, ...]]:
         """The crosses, None where they are not there at `until` (`time.perf_counter`; None: when their fetch ends), and
         what is to be said of them."""
@@ -234,7 +237,7 @@ class CrossCache:
         """Starts a fetch unless the crosses are there or on their way. `as_of`: that of the key, ms."""
 
         def submit() -> Future[UserCrosses]:
-            return self._admission.submit(self._pool, self._fetch, generation, key[0], as_of)
+            return self._admission.admit(self._pool.submit, self._fetch, generation, key[0], as_of)
 
         try:
             future, _ = self.kept.start(key, None, submit)

@@ -1,7 +1,8 @@
 """ONE REQUEST, top to bottom (the Merger): pin a generation, infer the user while candidates are retrieved, join, rank,
 answer.
 
-Runs in a request thread; user inference runs in another meanwhile, and all heavy steps of both release the GIL.
+Runs in a request thread, which waits; the heavy steps run on lanes (api/lanes.py), user inference on one while another
+retrieves and gathers.
 Guarantees: user block, rows and head come from the pinned generation; every candidate that is not in the answer is
 named or counted there.
 """
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from api import rtp
 from api.generations import Generation, Generations
+from api.lanes import Lanes, Rank, Step
 from api.problems import ProblemError, invalid
 from api.retrieval import NEWEST, RetrievalView
 from api.schemas import HistoryTrace, Id, Query, Ranked, RecommendRequest, ScoreOptions, Stages, Trace, column
@@ -75,6 +77,31 @@ class Rows:
     cold: NDArray[Any] | None
 
 
+Retrieved = tuple[Candidates, list[str]]  # and what is degraded about them
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Of the step before the user is needed."""
+
+    candidates: Candidates
+    rows: Rows
+    degraded: list[str]
+    retrieval_ms: float
+    gather_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Of the step that joins user and rows; `order`: places among the rows."""
+
+    side: UserSide
+    scores: NDArray[np.float32]
+    order: NDArray[np.int64]
+    score_ms: float
+    top_k_ms: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """A ranked request before it is encoded. `places`, `scores` and `versions` are parallel."""
@@ -112,55 +139,82 @@ class Clock:
 class Merger:
     """Answers score and recommend requests. Thread safe."""
 
-    def __init__(self, settings: Settings, generations: Generations, users: Users) -> None:
-        self._settings, self._generations, self._users = settings, generations, users
+    def __init__(self, settings: Settings, generations: Generations, users: Users, lanes: Lanes) -> None:
+        self._settings, self._generations, self._users, self._lanes = settings, generations, users, lanes
         self._hash_key = settings.hash_key.encode()
 
     def score(self, ids: Ids, options: ScoreOptions) -> Answer:
         """The caller's own candidates."""
-        return self.prerank(options, options.k, lambda *_: (Candidates.of_ids(ids, self._hash_key), []))
+        return self.prerank(
+            options, options.k, len(ids), lambda *_: lambda: (Candidates.of_ids(ids, self._hash_key), [])
+        )
 
     def recommend(self, request: RecommendRequest) -> Answer:
         """Candidates of the built-in retrieval."""
         if request.retrieve is not None:
             self._at_most(request.retrieve, "retrieve")
-        return self.prerank(request, request.k, lambda pinned, source: self._retrieve(pinned, request, source))
+        count = request.retrieve or min(RETRIEVED, self._settings.candidates_max)
+        return self.prerank(
+            request,
+            request.k,
+            count,
+            lambda pinned, source: lambda: self._retrieve(pinned, source, count, request.exclude_seen),
+        )
 
     def prerank(
-        self, query: Query, k: int | None, retrieve: Callable[[Generation, UserSource], tuple[Candidates, list[str]]]
+        self,
+        query: Query,
+        k: int | None,
+        size: int,
+        retrieve: Callable[[Generation, UserSource], Callable[[], Retrieved]],
     ) -> Answer:
-        """One request. Raises ProblemError."""
+        """One request of about `size` candidates. `retrieve` may wait for them; what it gives must not, and runs on a
+        lane. Raises ProblemError.
+        """
         clock = Clock()
+        deadline_ms = query.deadline_ms or self._settings.deadline_ms
+        until = clock.at(deadline_ms)
         generation = self._generations.pin(query.user_id)
         weight = rtp.order_attribute(generation, query.order)
         source = self._users.find(query)
         found_ms = clock.lap()
-        user = self._users.begin(generation, query, source)  # runs beside the next two steps
+        user = self._users.begin(generation, query, source, until)  # runs beside the next two steps
+        candidates = retrieve(generation, source)
+        waited_ms = clock.lap()
 
-        candidates, degraded = retrieve(generation, source)
-        retrieval_ms = clock.lap()
-        rows = gather(generation, candidates, query, cold=weight is not None or "trace" in query.include)
-        gather_ms = clock.lap()
+        def find() -> tuple[Found, Scored | None]:
+            found = _found(generation, candidates, query, cold=weight is not None or "trace" in query.include)
+            side = user.at_once()
+            return found, None if side is None else self._score(generation, side, found, weight, k)
 
-        deadline_ms = query.deadline_ms or self._settings.deadline_ms
-        side = user.result(until=clock.at(CROSSES_SHARE * deadline_ms))
-        clock.lap()
-        scores = rtp.score(generation, side, rows.hot)
-        score_ms = clock.lap()
-
-        weights = None if weight is None or rows.cold is None else rows.cold["attributes"][:, weight]
-        order = self._order(rtp.order_values(scores, weights), k, candidates.at(rows.places))
-        top_k_ms = clock.lap()
+        found, scored = self._lanes.run(Step.FIND, size, find, until=until)
+        if scored is None:  # no lane may wait for the user
+            side = user.result(until=clock.at(CROSSES_SHARE * deadline_ms))
+            scored = self._lanes.run(
+                Step.SCORE,
+                len(found.rows.places),
+                lambda: self._score(generation, side, found, weight, k),
+                Rank.NEXT,
+                until,
+            )
+        side, rows, order = scored.side, found.rows, scored.order
         return Answer(
             generation=generation,
             side=side,
-            candidates=candidates,
+            candidates=found.candidates,
             rows=rows,
             places=rows.places[order],
-            scores=scores[order],
+            scores=scored.scores[order],
             versions=rows.cold["version"][order] if rows.cold is not None else None,
-            degraded=[*side.degraded, *degraded],
-            stages=Stages(found_ms + side.ms, retrieval_ms, gather_ms, score_ms, top_k_ms, clock.total()),
+            degraded=[*side.degraded, *found.degraded],
+            stages=Stages(
+                found_ms + side.ms,
+                waited_ms + found.retrieval_ms,
+                found.gather_ms,
+                scored.score_ms,
+                scored.top_k_ms,
+                clock.total(),
+            ),
         )
 
     def check(self, query: Query, candidates: int, k: int | None) -> None:
@@ -177,26 +231,38 @@ class Merger:
         if count > self._settings.candidates_max:
             raise invalid(field, f"{count} are more than the {self._settings.candidates_max} that one request may have")
 
+    def _score(self, generation: Generation, side: UserSide, found: Found, weight: int | None, k: int | None) -> Scored:
+        clock, rows = Clock(), found.rows
+        scores = rtp.score(generation, side, rows.hot)
+        score_ms = clock.lap()
+        weights = None if weight is None or rows.cold is None else rows.cold["attributes"][:, weight]
+        order = self._order(rtp.order_values(scores, weights), k, found.candidates.at(rows.places))
+        return Scored(side, scores, order, score_ms, clock.lap())
+
     def _order(self, values: NDArray[np.float32], k: int | None, candidates: Candidates) -> NDArray[np.int64]:
         if k is None:
             return np.arange(len(values))
         return rtp.ranked(values, k, candidates.keys, candidates.names)
 
-    def _retrieve(
-        self, generation: Generation, request: RecommendRequest, source: UserSource
-    ) -> tuple[Candidates, list[str]]:
+    def _retrieve(self, generation: Generation, source: UserSource, count: int, exclude_seen: bool) -> Retrieved:
         view = self._generations.retrieval_of(generation)
         if view is None:
             raise ProblemError(503, "not-ready", "the retrieval index of this generation is still being built")
-        count = request.retrieve or min(RETRIEVED, self._settings.candidates_max)
         positions = view.retrieve(source.keys[-NEWEST:], count)
         candidates = Candidates.retrieved(view, positions)
-        if request.exclude_seen and len(source.keys):
+        if exclude_seen and len(source.keys):
             seen = set(map(tuple, source.keys.tolist()))
             fresh = [at for at, key in enumerate(map(tuple, candidates.keys.tolist())) if key not in seen]
             candidates = candidates.at(np.array(fresh, np.int64))
         other = generation.name != view.generation
         return candidates, [f"candidates were retrieved by generation {view.generation}"] if other else []
+
+
+def _found(generation: Generation, candidates: Callable[[], Retrieved], query: Query, cold: bool) -> Found:
+    clock = Clock()
+    there, degraded = candidates()
+    retrieval_ms = clock.lap()
+    return Found(there, gather(generation, there, query, cold), degraded, retrieval_ms, clock.lap())
 
 
 def gather(generation: Generation, candidates: Candidates, query: Query, cold: bool) -> Rows:

@@ -29,8 +29,8 @@ Deadline = Annotated[
     Meta(
         gt=0,
         le=DEADLINE_MAX_MS,
-        description="what the request may take; decides how long crosses of a feature service are waited for; "
-        "default: the setting of the service",
+        description="what the request may take; decides how long crosses of a feature service are waited for, and "
+        "which request goes first; default: the setting of the service",
     ),
 ]
 

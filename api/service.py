@@ -1,4 +1,4 @@
-"""What one API process owns: threads, the watched generation, users, the Merger, the way to Kafka.
+"""What one API process owns: threads and lanes, the watched generation, users, the Merger, the way to Kafka.
 
 Made once; the application starts and stops it.
 """
@@ -18,10 +18,12 @@ from api.admission import Admission, overloaded
 from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
+from api.lanes import Lanes, lanes_of
 from api.metrics import RequestMetrics
 from api.prerank import Merger
 from api.recording import Recorder
 from api.rights import Rights
+from api.runtime.runtime import Runtime
 from api.schemas import InlineUser
 from api.users import Users, moment
 from api.waiting import Waiters
@@ -31,7 +33,6 @@ from infra.settings import Settings
 
 T = TypeVar("T")
 _REQUEST_THREADS = 8
-_USER_THREADS = 4
 _WARM_BLOCKS = 200  # which a generation has before it is served: those that were used most
 
 
@@ -45,11 +46,12 @@ class Service:
         self.metrics = RequestMetrics()
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
         self._admission = Admission("requests", settings.requests_max)
-        self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
+        self.runtime = Runtime(lanes_of(settings))
+        self.lanes = Lanes(self.runtime)
         self.generations = Generations(settings, self._warm_up)
         crosses = crosses_of(settings)
-        self.users = Users(settings, lambda: self.generations.histories, self.inferences, crosses)
-        self.merger = Merger(settings, self.generations, self.users)
+        self.users = Users(settings, lambda: self.generations.histories, self.lanes, crosses)
+        self.merger = Merger(settings, self.generations, self.users, self.lanes)
         self.recorder = Recorder(settings)
         self.feed = Feed(settings)
         self.waiters = Waiters(self.generations.answering)
@@ -58,12 +60,13 @@ class Service:
         torch.set_num_threads(1)
         self.metrics.start()
         self.recorder.start()
+        self.runtime.start()
         self.generations.start()
 
     def stop(self) -> None:
         self.generations.close()
         self.requests.shutdown()
-        self.inferences.shutdown()
+        self.runtime.close()
         self.recorder.stop()
         if self.users.crosses is not None:
             self.users.crosses.close()
@@ -76,7 +79,7 @@ class Service:
     async def rank(self, work: Callable[..., T], *arguments: Any) -> T:
         """`run` of what has a deadline. Raises ProblemError `overloaded` where too many wait for a thread already."""
         with overloaded("as many requests wait as may"):
-            future = self._admission.submit(self.requests, work, *arguments)
+            future = self._admission.admit(self.requests.submit, work, *arguments)
         return await asyncio.wrap_future(future)
 
     def _warm_up(self, generation: Generation) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import msgspec
@@ -26,6 +27,7 @@ from api.admission import Admission, overloaded
 from api.cache import CacheMetrics, Found, FutureCache
 from api.crosses import CrossCache, HostHistories, Key, Past, SourceError, UserCrosses, Wanted, behaviours_of
 from api.generations import Generation
+from api.lanes import Lanes, Rank, Step
 from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
@@ -146,6 +148,14 @@ class Inference:
     began: float
     renewed: Callable[[UserSide], Inference | None] = lambda _: None  # another one, where the side is outdated by now
     crosses: Wanted | None = None  # None: the block has them
+    help: Callable[[Future[UserSide]], None] = lambda _: None  # makes the side here, where nobody has begun to
+
+    def at_once(self) -> UserSide | None:
+        """`result` for a caller on a lane, which must not wait; None where it would."""
+        if self.found == "joined" or not (self.crosses is None or self.crosses.done()):
+            return None
+        self.help(self.future)
+        return self.result(until=0.0) if self.future.done() else None
 
     def result(self, until: float | None = None) -> UserSide:
         """Raises what the inference raised, also where another request began it. `until` (`time.perf_counter`): how
@@ -196,17 +206,17 @@ def user_id_of(value: Id, field: str = "user_id") -> str:
 
 
 class Users:
-    """User sides for requests. `pool` runs the inferences; NumPy, Torch and LMDB release the GIL in it."""
+    """User sides for requests, inferred on `lanes`."""
 
     def __init__(
         self,
         settings: Settings,
         histories: Callable[[], HistoriesReader | None],
-        pool: ThreadPoolExecutor,
+        lanes: Lanes,
         crosses: CrossCache | None = None,
     ) -> None:
         """`crosses`: None for those of the histories, which the blocks have."""
-        self._settings, self._histories, self._pool = settings, histories, pool
+        self._settings, self._histories, self._lanes = settings, histories, lanes
         self.crosses = crosses
         self._admission = Admission("users", settings.user_misses)
         self._hash_key = settings.hash_key.encode()
@@ -237,17 +247,19 @@ class Users:
     def prefetch(self, generation: Generation, user_id: str, as_of: int | str | None) -> State:
         """Starts the inference unless a right one of this user, generation and `as_of` is there."""
         source = self.stored(user_id, moment(as_of, "as_of"))
-        inference = self._begun(generation, (user_id, generation.name, as_of), source, "prefetched")
+        inference = self._begun(generation, (user_id, generation.name, as_of), source, "prefetched", Rank.AHEAD)
         return "started" if inference.found == "miss" else "ready" if inference.future.done() else "in flight"
 
-    def begin(self, generation: Generation, query: Query, source: UserSource) -> Inference:
-        """The user's side, made in the pool; that of a stored user is shared with all who ask for the same. Raises
-        ProblemError `overloaded` where it is not there and as many inferences run as may."""
+    def begin(self, generation: Generation, query: Query, source: UserSource, until: float = math.inf) -> Inference:
+        """The user's side, made on a lane, best before `until` (`time.perf_counter`); that of a stored user is shared
+        with all who ask for the same. Raises ProblemError `overloaded` where it is not there and as many inferences run
+        as may."""
         if query.user is not None:
             with overloaded(_FULL):
-                future = self._admission.submit(self._pool, infer, generation, source)
-            return Inference(future, "miss", time.perf_counter())
-        return self._begun(generation, (str(query.user_id), generation.name, query.as_of), source, "store")
+                future = self._submit(lambda: infer(generation, source), source, until=until)
+            return Inference(future, "miss", time.perf_counter(), help=self._lanes.help)
+        key = (str(query.user_id), generation.name, query.as_of)
+        return self._begun(generation, key, source, "store", until=until)
 
     def forget(self) -> None:
         """All kept blocks and crosses."""
@@ -263,15 +275,29 @@ class Users:
         for user_id, as_of in asked:
             try:
                 source = self.stored(user_id, moment(as_of, "as_of"))
-                self._begun(generation, (user_id, generation.name, as_of), source, "store").result(until)
+                self._begun(generation, (user_id, generation.name, as_of), source, "store", Rank.AHEAD).result(until)
             except Exception:
                 LOG.warning("a user is not warm", extra={"generation": generation.name}, exc_info=True)
 
-    def _begun(self, generation: Generation, key: Key, source: UserSource, origin: Origin) -> Inference:
+    def _submit(
+        self, work: Callable[[], UserSide], source: UserSource, rank: Rank = Rank.REQUEST, until: float = math.inf
+    ) -> Future[UserSide]:
+        """Raises FullError."""
+        return self._admission.admit(self._lanes.submit, Step.INFER, len(source.keys), work, rank, until)
+
+    def _begun(
+        self,
+        generation: Generation,
+        key: Key,
+        source: UserSource,
+        origin: Origin,
+        rank: Rank = Rank.REQUEST,
+        until: float = math.inf,
+    ) -> Inference:
         """Block and crosses. Raises ProblemError `overloaded`."""
         crosses = None if self.crosses is None else self.crosses.begin(generation, key, source.as_of)
         with overloaded(_FULL):
-            return dataclasses.replace(self._shared(generation, key, source, origin), crosses=crosses)
+            return dataclasses.replace(self._shared(generation, key, source, origin, rank, until), crosses=crosses)
 
     def _shared(
         self,
@@ -279,23 +305,33 @@ class Users:
         key: Key,
         source: UserSource,
         origin: Origin,
+        rank: Rank,
+        until: float,
         instead_of: Future[UserSide] | None = None,
     ) -> Inference:
         began = time.perf_counter()
 
+        def work() -> UserSide:
+            return infer(generation, source, origin, self.crosses is None)
+
         def submit() -> Future[UserSide]:
-            return self._admission.submit(self._pool, infer, generation, source, origin, self.crosses is None)
+            return self._submit(work, source, rank, until)
+
+        def ahead() -> Future[UserSide]:
+            return self._submit(work, source, Rank.AHEAD)
 
         def renewed(side: UserSide) -> Inference | None:
             if side.current(generation.arena):
                 return None
             with overloaded(_FULL):
-                return self._shared(generation, key, source, origin, future)
+                return self._shared(generation, key, source, origin, rank, until, future)
 
-        future, found = self.blocks.start(key, source, submit, instead_of)
+        future, found = self.blocks.start(key, source, submit, instead_of, ahead)
         while found == "hit" and not future.result().current(generation.arena):
-            future, found = self.blocks.start(key, source, submit, future)
-        return Inference(future, found, began, renewed)
+            future, found = self.blocks.start(key, source, submit, future, ahead)
+        if found == "joined" and rank is not Rank.AHEAD:
+            self._lanes.hurry(future)
+        return Inference(future, found, began, renewed, help=self._lanes.help)
 
     def stored(self, user_id: str, as_of: int) -> UserSource:
         """Profile and history of the stores; empty ones for a user they do not know."""

@@ -19,7 +19,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -30,8 +29,10 @@ from kafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from api.generations import Generation, load
+from api.lanes import Lanes
 from api.recording import KEPT, newest
 from api.replay import Comparison, score
+from api.runtime.runtime import Runtime
 from api.users import Users
 from encoders.bundle import BundleError
 from encoders.fold import EncodedItems, ItemFold
@@ -478,9 +479,9 @@ def users_of(settings: Settings) -> Iterator[Users]:
         histories = HistoriesReader(settings.histories_dir)
     except StoreError:
         histories = None
-    with ThreadPoolExecutor(1, "user") as pool:
+    with Runtime(1) as runtime:
         try:
-            yield Users(settings, lambda: histories, pool)
+            yield Users(settings, lambda: histories, Lanes(runtime))
         finally:
             if histories is not None:
                 histories.close()

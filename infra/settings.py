@@ -43,6 +43,7 @@ class Settings:
     api_host: str = "127.0.0.1"
     api_port: int = 8080
     api_processes: int = 1
+    lanes: int = 0  # of each: heavy steps of requests at once; 0: the cores, divided by the processes
     admin_token: str = dataclasses.field(default="", repr=False)  # "" = that of `admin_token_file`
     api_sockets: str = ""  # folder of one Unix socket per API process, <place>.sock, for a proxy; "" = none
     history_length: int = 10_000  # newest behaviours kept per user (L)
@@ -168,6 +169,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         ("partitions", 1),
         ("replication", 1),
         ("api_processes", 1),
+        ("lanes", 0),
         ("history_length", 1),
         ("take_max", 1),
         ("requests_max", 1),

@@ -55,7 +55,7 @@ class Graph:
     single: bool  # the module gives one tensor, not a tuple
     uses: tuple[int, ...]  # of each value: how many operators, and outputs, read it
 
-    def begun(self, inputs: Sequence[Tensor]) -> list[Any]:
+    def begun(self, inputs: Sequence[Any]) -> list[Any]:
         """The values of a query before its first operator."""
         values: list[Any] = [None] * len(self.uses)
         values[: self.inputs] = inputs

@@ -12,12 +12,11 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from api.runtime.graph import Graph, Operator
 from api.runtime.policy import Policy, Ready, hopeless
@@ -30,7 +29,7 @@ class LateError(Exception):
 class _Query:
     """What is there of a query, and what it still waits for."""
 
-    def __init__(self, number: int, model: Model, inputs: Sequence[Tensor], priority: int, deadline: float) -> None:
+    def __init__(self, number: int, model: Model, inputs: Sequence[Any], priority: int, deadline: float) -> None:
         graph = model.graph
         self.number, self.model, self.priority, self.deadline = number, model, priority, deadline
         self.arrived = time.monotonic()
@@ -62,6 +61,11 @@ class Model:
         return cls(graph, tuple(paths), max(paths, default=0.0), sum(one.cost for one in graph.operators))
 
 
+def opaque(run: Callable[[Any], Any], cost_s: float) -> Model:
+    """Work on one input of any type that cannot be looked into, as one operator."""
+    return Model.of(Graph(1, {}, (Operator(run, (0,), (1,), (), (), cost_s),), (1,), True, (1, 1)))
+
+
 class Runtime:
     """Lanes, from `start` to `close`. Thread safe."""
 
@@ -70,6 +74,7 @@ class Runtime:
         self._queries: dict[int, _Query] = {}
         self._ready: list[Ready] = []
         self._count, self._closed = 0, False
+        self._free = lanes  # that no operator runs on, and that are not lent
         self._lanes = [threading.Thread(target=self._lane, args=(lane,), name=f"lane-{lane}") for lane in range(lanes)]
 
     def start(self) -> None:
@@ -93,7 +98,7 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, model: Model, *inputs: Tensor, priority: int = 0, within_s: float = math.inf) -> Future[Any]:
+    def submit(self, model: Model, *inputs: Any, priority: int = 0, within_s: float = math.inf) -> Future[Any]:
         """The module's output, in time; `cancel` it, and no other operator of the query begins. Raises LateError where
         the deadline cannot be met by any schedule; the future raises it where it could not be after all.
         """
@@ -111,6 +116,20 @@ class Runtime:
             self._wake.notify(len(first))
         return query.answer
 
+    def borrow(self) -> bool:
+        """Whether a lane has nothing to do; until `give_back` the caller works in its place, without a hand-over."""
+        with self._wake:
+            if self._closed or self._free <= len(self._ready):
+                return False
+            self._free -= 1
+            return True
+
+    def give_back(self) -> None:
+        with self._wake:
+            self._free += 1
+            if self._ready:
+                self._wake.notify()
+
     def _lane(self, lane: int) -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
@@ -120,6 +139,7 @@ class Runtime:
                     made = one(query.values)
                 except Exception as error:
                     with self._wake:
+                        self._free += 1
                         self._end(query, error)
                 else:
                     self._done(query, one, made, lane)
@@ -131,7 +151,7 @@ class Runtime:
                 if self._closed:
                     return None
                 now = time.monotonic()
-                while self._ready:
+                while self._ready and self._free:
                     chosen = self._ready.pop(self._policy.choose(self._ready, lane, now))
                     query = self._queries.get(chosen.query)
                     if query is None:
@@ -143,11 +163,13 @@ class Runtime:
                     else:
                         one = query.model.graph.operators[chosen.operator]
                         query.left -= one.cost
+                        self._free -= 1
                         return query, one
                 self._wake.wait()
 
     def _done(self, query: _Query, one: Operator, made: tuple[Any, ...], lane: int) -> None:
         with self._wake:
+            self._free += 1
             if query.number not in self._queries:
                 return
             for place, value in zip(one.outputs, made, strict=True):

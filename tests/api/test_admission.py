@@ -21,17 +21,17 @@ def test_who_finds_no_place_is_told_at_once() -> None:
     admission, go = Admission("test", 2), threading.Event()
     before = refused()
     with ThreadPoolExecutor(1) as pool:  # one runs, one is queued: both have their places
-        held = [admission.submit(pool, go.wait, 30) for _ in range(2)]
+        held = [admission.admit(pool.submit, go.wait, 30) for _ in range(2)]
         with pytest.raises(FullError):
-            admission.submit(pool, int)
+            admission.admit(pool.submit, int)
         go.set()
         assert [one.result(30) for one in held] == [True, True]
         wait_until(lambda: admission._free._value == 2, "the places are free again")
-        failing = admission.submit(pool, int, "no number")
+        failing = admission.admit(pool.submit, int, "no number")
         with pytest.raises(ValueError, match="no number"):
             failing.result(30)
         wait_until(lambda: admission._free._value == 2, "a failure frees its place too")
     with pytest.raises(RuntimeError, match="shutdown"):
-        admission.submit(pool, int)
+        admission.admit(pool.submit, int)
     assert admission._free._value == 2
     assert refused() == before + 1

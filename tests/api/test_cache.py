@@ -215,7 +215,7 @@ def test_a_hot_entry_near_its_end_is_made_anew_once_while_the_old_one_serves() -
         return late
 
     for _ in range(5):
-        future, found = cache.start("u", 0, submit)
+        future, found = cache.start("u", 0, lambda: pytest.fail("somebody waits"), ahead=submit)
         assert (future.result(0), found) == (5, "hit")
     assert runs == [1]
     clock.now = 9.0

@@ -15,7 +15,9 @@ import pytest
 
 from api.crosses import MISSING, OLD, CrossCache, CrossSource, HostHistories, Past, RemoteHistories, SourceError
 from api.generations import load
+from api.lanes import Lanes, Step
 from api.problems import ProblemError
+from api.runtime.runtime import Runtime
 from api.schemas import Query
 from api.users import Users, UserSide, UserSource, infer
 from index.keys import keys_of
@@ -178,11 +180,13 @@ class Remote:
             host.write(name, ITEMS)
         host.behave([*PAST, dataclasses.replace(PAST[0], user_id="v")], {"u": {"segment": "s1", "age": 50}})
         self.generations = [load(host.settings, name, host.bundles[name].sha256) for name in ("g1", "g2")]
-        self.pool = ThreadPoolExecutor(1)
+        self.runtime = Runtime(1)
+        self.runtime.start()
         settings = dataclasses.replace(host.settings, **changes)
         self.crosses = CrossCache(settings, remote_of(str(service.base_url)))
         reader = host.reader()
-        self.users = Users(settings, lambda: reader, self.pool, self.crosses)
+        self.lanes = Lanes(self.runtime)
+        self.users = Users(settings, lambda: reader, self.lanes, self.crosses)
 
     def ask(self, user: str = "u", generation: int = 0, until: float | None = None) -> UserSide:
         query = Query(user_id=user, as_of=NOW)
@@ -193,7 +197,7 @@ class Remote:
 
     def close(self) -> None:
         self.crosses.close()
-        self.pool.shutdown()
+        self.runtime.close()
 
 
 @pytest.fixture
@@ -324,7 +328,7 @@ def test_crosses_of_another_generation_are_refused(remote: Callable[..., Remote]
 def test_users_have_places_and_who_finds_none_is_told(remote: Callable[..., Remote]) -> None:
     """Who asks for one that is being inferred already needs no place."""
     one, go = remote(user_misses=1), threading.Event()
-    one.pool.submit(go.wait, 30)
+    one.lanes.submit(Step.FIND, 1, lambda: go.wait(30))
     first, query = threading.Thread(target=one.ask), Query(user_id="v", as_of=NOW)
     first.start()
     wait_until(lambda: len(one.users.blocks) == 1, "it has the place")

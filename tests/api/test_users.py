@@ -7,7 +7,6 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 
 import api.users
 from api.generations import Generation, load
+from api.lanes import Lanes, Rank, Step
+from api.runtime.runtime import Runtime
 from api.schemas import Query
 from api.users import INLINE, Users, UserSide, UserSource, infer
 from index.errors import StoreError
@@ -77,7 +78,7 @@ def test_a_history_row_is_never_of_two_versions(own_host: Callable[..., Host]) -
 
 
 class Shared:
-    """A host's users in this process, with one thread for inferences. `made`: the generations of those that ran."""
+    """A host's users in this process, with one lane. `made`: the generations of those that ran."""
 
     def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host, self.may_run = host, threading.Event()
@@ -88,8 +89,9 @@ class Shared:
         host.behave(PAST, {"u": {"segment": "s1", "age": 50}})
         self.generations = [load(host.settings, name, host.bundles[name].sha256) for name in ("g1", "g2")]
         histories = host.reader()
-        self.pool = ThreadPoolExecutor(1)
-        self.users = Users(host.settings, lambda: histories, self.pool)
+        self.runtime = Runtime(1)
+        self.users = Users(host.settings, lambda: histories, Lanes(self.runtime))
+        self.runtime.start()
         self.may_run.set()
 
         def counted(generation: Generation, *arguments: Any) -> UserSide:
@@ -109,7 +111,7 @@ def shared(own_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> It
     one = Shared(own_host(), monkeypatch)
     yield one
     one.may_run.set()
-    one.pool.shutdown()
+    one.runtime.close()
 
 
 def at_once(callers: int, call: Callable[[], None]) -> list[threading.Thread]:
@@ -126,7 +128,7 @@ def at_once(callers: int, call: Callable[[], None]) -> list[threading.Thread]:
 
 
 def test_a_thousand_calls_for_a_cold_user_cost_one_inference(shared: Shared) -> None:
-    """Though the pool has one thread, which any wait in it would block for ever."""
+    """Though there is one lane, which any wait on it would block for ever."""
     sides: list[UserSide] = []
     shared.may_run.clear()
     threads = at_once(1_000, lambda: sides.append(shared.ask()))
@@ -236,6 +238,24 @@ def test_rows_that_change_while_a_block_is_made(shared: Shared) -> None:
     assert not began.result().current(arena)
     assert late.result().current(arena)
     assert len(shared.made) == 3
+
+
+def test_a_lane_makes_a_side_that_nobody_has_begun_and_waits_for_none(shared: Shared) -> None:
+    """The one lane is where it is asked for: a wait would be for ever."""
+    query, lanes = Query(user_id="u", as_of=NOW), shared.users._lanes
+    source = shared.users.find(query)
+    shared.may_run.clear()
+    blocked = lanes.submit(Step.FIND, 1, lambda: shared.may_run.wait(30))
+    first, second = (shared.users.begin(shared.generations[0], query, source) for _ in range(2))
+    assert (first.found, second.found) == ("miss", "joined")
+    on_lane = lanes.submit(Step.SCORE, 1, lambda: (second.at_once(), first.at_once(), second.at_once()), Rank.NEXT)
+    shared.may_run.set()
+    blocked.result(30)
+    joined, side, again = on_lane.result(30)
+    assert (joined, again) == (None, None)
+    assert side is not None
+    assert second.result().block is side.block
+    assert shared.made == ["g1"]
 
 
 def test_a_failed_inference_is_told_to_all_and_not_kept(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:

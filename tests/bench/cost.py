@@ -33,6 +33,8 @@ import torch
 from numpy.typing import NDArray
 
 from api.generations import load
+from api.lanes import Lanes
+from api.runtime.runtime import Runtime
 from encoders.baselines import COLD, DSSM
 from encoders.bundle import load_bundle, seeded_bundle
 from encoders.config import ModelConfig
@@ -42,13 +44,12 @@ from index import kernels
 from index.histories import HistoriesReader
 from tests.bench import costs_nearline, costs_online
 from tests.bench.costs_nearline import Nearline, Plan
-from tests.bench.costs_online import Aif, CachedCold, SequentialCold, SequentialDssm, System, untrained
+from tests.bench.costs_online import CANDIDATES, Aif, CachedCold, SequentialCold, SequentialDssm, System, untrained
 from tests.bench.report import Report
 from tests.bench.serving_forms import ColdJoin, Scene, cold_items, dssm_items, one_thread
 from tests.bench.stack import BenchStack
 from tests.bench.world import World
 
-CANDIDATES = 10_000
 LENGTH = 1_000
 RATIOS = (0.0, 0.1, 1.0, 10.0, 100.0, 1000.0)  # item updates per request
 HEADLINE = 1.0  # the ratio of `compute_over_*`
@@ -81,7 +82,7 @@ def run(seed: int, quick: bool) -> None:
     items, users, repetitions = (15_000, 8, 25) if quick else (60_000, 32, 200)
     plan = Plan((3, 3), (5_000, 5_000), 2, 3) if quick else Plan((20, 20, 20), (20_000,) * 5, 15, 20)
     world = World(items, seed)
-    with one_thread(), BenchStack() as stack:
+    with one_thread(), BenchStack() as stack, Runtime(2) as runtime:
         bundle = stack.folder / "bundle"
         seeded_bundle(bundle, config, seed)
         nearline = costs_nearline.measure(stack, world, bundle, users, LENGTH, plan)
@@ -89,7 +90,7 @@ def run(seed: int, quick: bool) -> None:
         kernels.warm_up(generation.layout, generation.head_tables)
         histories = HistoriesReader(stack.settings.histories_dir)
         scene = Scene(items, LENGTH, config, seed)
-        systems = _systems(scene, Aif(stack.settings, generation, histories), histories)
+        systems = _systems(scene, Aif(stack.settings, generation, histories, Lanes(runtime)), histories)
         print(f"requests: {repetitions} of each system, in turn", flush=True)
         cpu, wall = _requests(systems, world, users, repetitions)
         stages = _stages(systems, world, users, max(10, repetitions // 4))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 
 from api import rtp
 from api.generations import Generation, Generations
-from api.prerank import Candidates, Merger, gather
+from api.lanes import Lanes
+from api.prerank import Candidates, Merger, Retrieved, gather
 from api.schemas import RecommendRequest
 from api.users import Users as UserInference
 from api.users import infer
@@ -43,6 +43,7 @@ I8 = NDArray[np.int64]
 Lap = Callable[[str], None]
 Retrieve = Callable[[], NDArray[np.uint64]]
 
+CANDIDATES = 10_000
 K = 100  # of the answer
 RETRIEVAL_S = 0.010
 
@@ -66,20 +67,19 @@ class Aif(System):
 
     name = "aif"
 
-    def __init__(self, settings: Settings, generation: Generation, histories: HistoriesReader) -> None:
+    def __init__(self, settings: Settings, generation: Generation, histories: HistoriesReader, lanes: Lanes) -> None:
         self._generation = generation
-        pool = ThreadPoolExecutor(1, thread_name_prefix="user")
-        self._users = UserInference(settings, lambda: histories, pool)
-        self._merger = Merger(settings, _Pinned(generation), self._users)
+        self._users = UserInference(settings, lambda: histories, lanes)
+        self._merger = Merger(settings, _Pinned(generation), self._users, lanes)
 
     def request(self, user_id: str, retrieve: Retrieve) -> NDArray[np.uint64]:
         ids: list[NDArray[np.uint64]] = []
 
-        def candidates(*_: object) -> tuple[Candidates, list[str]]:
+        def candidates(*_: object) -> Callable[[], Retrieved]:
             ids.append(retrieve())
-            return Candidates.of_integers(ids[0]), []
+            return lambda: (Candidates.of_integers(ids[0]), [])
 
-        answer = self._merger.prerank(_query(user_id), K, candidates)
+        answer = self._merger.prerank(_query(user_id), K, CANDIDATES, candidates)
         return ids[0][answer.places]
 
     def stages(self, user_id: str, ids: NDArray[np.uint64], lap: Lap) -> NDArray[np.uint64]:

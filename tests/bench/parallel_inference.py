@@ -2,7 +2,7 @@
 
 The product's Merger in process, 10,000 candidates of a remote retrieval that takes 0 to 30 ms (it sleeps, as a thread
 does that waits for the network), users of 50 to 10,000 behaviours all of which enter, no block is kept. Both ways run
-the same code with the same results; sequential has a pool that works in the caller's thread. Repetitions are
+the same code with the same results; sequential has lanes that work in the caller's thread. Repetitions are
 interleaved.
 
 - `gain_ms` = sequential - parallel, medians of the pairs; `possible_ms` = what parallel can hide at most: the least of
@@ -17,14 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from api.generations import Generation, Generations, load
-from api.prerank import Candidates, Merger
+from api.lanes import Lanes, Step
+from api.prerank import Candidates, Merger, Retrieved
+from api.runtime.runtime import Runtime
 from api.schemas import ScoreOptions, Stages
 from api.users import Users
 from encoders.config import ModelConfig
@@ -40,13 +42,16 @@ COLOURS = ("#bcd2ea", "#8fb4dc", "#5f93cb", "#2f6db3", "#173a63")
 GENERATION = "g1"
 
 
-class _Inline(ThreadPoolExecutor):
+class _Inline(Lanes):
     """Works in the caller's thread."""
 
-    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+    def submit(self, step: Step, size: int, work: Callable[[], Any], *_: object, **__: object) -> Future[Any]:
         done: Future[Any] = Future()
-        done.set_result(work(*arguments, **named))
+        done.set_result(work())
         return done
+
+    def run(self, step: Step, size: int, work: Callable[[], Any], *_: object, **__: object) -> Any:
+        return work()
 
 
 class _Pinned(Generations):
@@ -60,14 +65,14 @@ def run(seed: int, quick: bool) -> None:
     report = Report("parallel_inference", seed, quick)
     repetitions = 12 if quick else 60
     sys.setswitchinterval(1e-4)  # as the API does
-    with tempfile.TemporaryDirectory(prefix="forerank-bench-") as folder, ThreadPoolExecutor(4) as pool:
+    with tempfile.TemporaryDirectory(prefix="forerank-bench-") as folder, Runtime(2) as runtime:
         host = _host(Path(folder), seed)
         generation = load(host.settings, GENERATION, host.bundles[GENERATION].sha256)
         kernels.warm_up(generation.layout, generation.head_tables)
         reader = host.reader()
         ways = {
-            way: Merger(host.settings, _Pinned(generation), Users(host.settings, lambda: reader, own))
-            for way, own in (("parallel", pool), ("sequential", _Inline(1)))
+            way: Merger(host.settings, _Pinned(generation), Users(host.settings, lambda: reader, own), own)
+            for way, own in (("parallel", Lanes(runtime)), ("sequential", _Inline(runtime)))
         }
         ids = np.random.default_rng(seed).permutation(ITEMS)[:CANDIDATES].astype(np.uint64)
         rows = [
@@ -104,10 +109,10 @@ def _point(
     """One row of the table, and the gains of the pairs."""
     query = ScoreOptions(user_id=f"u{length}", as_of=NOW, k=K)
 
-    def retrieve(*_: object) -> tuple[Candidates, list[str]]:
+    def retrieve(*_: object) -> Callable[[], Retrieved]:
         if retrieval_ms:
             time.sleep(retrieval_ms / 1e3)
-        return Candidates.of_integers(ids), []
+        return lambda: (Candidates.of_integers(ids), [])
 
     spent: dict[str, list[float]] = {way: [] for way in ways}
     stages: list[Stages] = []
@@ -115,7 +120,7 @@ def _point(
     for repetition in range(repetitions + 2):  # the first two do not count
         for way in (list(ways), list(ways)[::-1])[repetition % 2]:
             began = time.perf_counter()
-            answer = ways[way].prerank(query, K, retrieve)
+            answer = ways[way].prerank(query, K, CANDIDATES, retrieve)
             took = (time.perf_counter() - began) * 1e3
             places.append(answer.places)
             if repetition >= 2:

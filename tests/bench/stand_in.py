@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.app import create_app
 from api.generations import Generation
-from api.prerank import Answer, Candidates, Merger
+from api.prerank import Answer, Candidates, Merger, Retrieved
 from api.schemas import Query, RecommendRequest
 from api.serve import config_of
 from api.service import Service
@@ -46,12 +46,12 @@ class RemoteRetrieval(Merger):
         return self
 
     def recommend(self, request: RecommendRequest) -> Answer:
-        return self.prerank(request, request.k, self._remote)
+        return self.prerank(request, request.k, CANDIDATES, self._remote)
 
-    def _remote(self, _: Generation, __: UserSource) -> tuple[Candidates, list[str]]:
+    def _remote(self, _: Generation, __: UserSource) -> Callable[[], Retrieved]:
         ids = next(self._answers)
         time.sleep(RETRIEVAL_S)
-        return Candidates.of_integers(ids), []
+        return lambda: (Candidates.of_integers(ids), [])
 
 
 class Ready(Merger):
@@ -60,12 +60,16 @@ class Ready(Merger):
     _known: dict[int | None, Answer] | None = None
 
     def prerank(
-        self, query: Query, k: int | None, retrieve: Callable[[Generation, UserSource], tuple[Candidates, list[str]]]
+        self,
+        query: Query,
+        k: int | None,
+        size: int,
+        retrieve: Callable[[Generation, UserSource], Callable[[], Retrieved]],
     ) -> Answer:
         if self._known is None:
             self._known = {}
         if k not in self._known:
-            self._known[k] = super().prerank(query, k, retrieve)
+            self._known[k] = super().prerank(query, k, size, retrieve)
         return self._known[k]
 
 
@@ -106,9 +110,9 @@ def main() -> None:
         uvicorn.Server(config).run()
         return
     if sys.argv[1] == "ready":
-        service.merger = Ready(settings, service.generations, service.users)
+        service.merger = Ready(settings, service.generations, service.users, service.lanes)
     else:
-        remote = RemoteRetrieval(settings, service.generations, service.users)
+        remote = RemoteRetrieval(settings, service.generations, service.users, service.lanes)
         service.merger = remote.prepare(int(sys.argv[2]), int(sys.argv[3]))
     uvicorn.Server(config_of(create_app(service), host=settings.api_host, port=settings.api_port)).run()
 

@@ -108,6 +108,28 @@ def test_deadlines_that_cannot_be_met() -> None:
             late.result(30)
 
 
+def test_a_lane_that_is_lent_runs_nothing() -> None:
+    one, go = torch.zeros(1), threading.Event()
+
+    def wait(k: int, values: list[Any]) -> Any:
+        assert go.wait(30)
+        return k
+
+    with Runtime(2) as runtime:
+        assert runtime.borrow()
+        first = runtime.submit(chain(0.1, run=wait), one)
+        second = runtime.submit(chain(0.1), one)
+        assert not runtime.borrow()
+        wait_until(lambda: runtime._free == 0, "one of both begins")
+        assert not second.done()
+        runtime.give_back()
+        assert second.result(30)[0] == 0
+        go.set()
+        assert first.result(30) == 0
+        wait_until(lambda: runtime._free == 2, "all lanes are free")
+    assert not runtime.borrow()
+
+
 def test_an_error_is_its_querys_alone_and_a_closed_runtime_takes_nothing() -> None:
     def fails(k: int, values: list[Any]) -> Any:
         raise ValueError("no such row")

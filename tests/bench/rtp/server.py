@@ -22,12 +22,12 @@ from tests.host import Host
 
 
 @contextlib.contextmanager
-def server(host: Host, *command: str, processes: int = 1) -> Iterator[tuple[int, int]]:
-    """(port, process id) of an API over the host's state."""
+def server(host: Host, *command: str, processes: int = 1, folder: Path | None = None) -> Iterator[tuple[int, int]]:
+    """(port, process id) of an API over the host's state, of the code in `folder`."""
     port = free_ports(1)[0]
     environ = {**os.environ, **environment(host.settings), "API_PORT": str(port), "API_PROCESSES": str(processes)}
     log = (host.settings.state / f"{command[-1]}.log").open("ab")
-    process = subprocess.Popen([sys.executable, "-m", *command], env=environ, stdout=log, stderr=log)
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=environ, stdout=log, stderr=log)
     log.close()
     try:
         deadline = time.monotonic() + 120
@@ -55,8 +55,7 @@ def clients(port: int, pid: int, clients: int, folder: Path, seconds: int) -> di
         "clients": clients,
         "requests_per_s": found["count"] / found["seconds"],
         "per_core": found["count"] / used,
-        "p50_ms": found["p50_ms"],
-        "p99_ms": found["p99_ms"],
+        **{part: found[part] for part in ("p50_ms", "p95_ms", "p99_ms")},
     }
 
 

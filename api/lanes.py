@@ -1,0 +1,183 @@
+"""The heavy steps of requests, on a few lanes that all of them share (api/runtime).
+
+A step is one operator. It releases the GIL for most of its time and waits for nothing: what it needs is there when it
+is submitted, and whoever wants its result waits in a thread of his own. So the processes of a host compute on no more
+cores than they were given, however many requests there are, and who is next is the policy's choice.
+
+Guarantee: a step that is submitted is done, once, unless the runtime is closed. A deadline orders, it drops nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from api.runtime.runtime import LateError, Model, Runtime, opaque
+from infra.settings import Settings
+
+T = TypeVar("T")
+AHEAD_S = 0.02  # work that nobody waits for lets requests go first for so long
+_RATE = 0.1  # weight of the newest sample of a cost
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+class Rank(enum.IntEnum):
+    """The classes of the policy; a lower one waits for all higher ones."""
+
+    NEXT = 0  # a request's last step, or one that is late: what is nearly done holds memory
+    REQUEST = 1
+    AHEAD = 2  # nobody waits for it yet
+
+
+class Step(enum.Enum):
+    """By what costs are known. The value is what one is taken to cost, s, before any of its size has run."""
+
+    INFER = 1.4e-3
+    FIND = 4e-3  # candidates and their rows, and their scores where the user is there by then
+    SCORE = 3e-3
+
+
+_Kind = tuple[Step, int]  # and the power of two of its size
+
+
+class _Task(Future[T]):
+    """A step on its way. It may be handed over more than once; the first lane that takes it does it."""
+
+    def __init__(self, kind: _Kind, work: Callable[[], T], rank: Rank) -> None:
+        super().__init__()
+        self.kind, self.rank, self.since = kind, rank, time.monotonic()
+        self._work: Callable[[], T] | None = work
+        self._taken = threading.Lock()
+
+    def take(self) -> bool:
+        return self._taken.acquire(blocking=False)
+
+    def run(self) -> None:
+        """After `take`."""
+        work, self._work = self._work, None  # what it holds goes with it, wherever this task still waits
+        assert work is not None
+        try:
+            found = work()
+        except BaseException as error:
+            self.set_exception(error)
+        else:
+            self.set_result(found)
+
+
+class Lanes:
+    """Gives steps to a runtime. Thread safe."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._costs: dict[_Kind, float] = {}
+        self._models: dict[_Kind, Model] = {}
+        self._ahead: deque[_Task[Any]] = deque()
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        step: Step,
+        size: int,
+        work: Callable[[], T],
+        rank: Rank = Rank.REQUEST,
+        until: float = math.inf,
+    ) -> Future[T]:
+        """`size`: of what the step takes, by which its cost is known; `until`: when it is to be done at the latest
+        (`time.perf_counter`). Raises CancelledError where the runtime is closed, and so does the future."""
+        task = _Task((step, size.bit_length()), work, rank)
+        self._place(task, rank, until)
+        if rank is Rank.AHEAD:
+            with self._lock:
+                self._ahead.append(task)
+        self._promote()
+        return task
+
+    def run(
+        self, step: Step, size: int, work: Callable[[], T], rank: Rank = Rank.REQUEST, until: float = math.inf
+    ) -> T:
+        """`submit` for a caller who waits; he works himself, in place of a lane that has nothing to do."""
+        if not self._runtime.borrow():
+            return self.submit(step, size, work, rank, until).result()
+        try:
+            began = time.perf_counter()
+            found = work()
+            self._took((step, size.bit_length()), time.perf_counter() - began)
+            return found
+        finally:
+            self._runtime.give_back()
+
+    def hurry(self, future: Future[Any]) -> None:
+        """Somebody waits for what was submitted ahead."""
+        if isinstance(future, _Task) and future.rank is Rank.AHEAD and not future.done():
+            future.rank = Rank.REQUEST
+            self._place(future, Rank.REQUEST, math.inf)
+
+    def help(self, future: Future[Any]) -> None:
+        """For a caller on a lane who needs the result next: he does the step himself, unless somebody has begun it."""
+        if isinstance(future, _Task):
+            self._run(future)
+
+    def _place(self, task: _Task[Any], rank: Rank, until: float) -> None:
+        model = self._model(task.kind)
+        try:
+            answer = self._runtime.submit(model, task, priority=rank, within_s=until - time.perf_counter())
+        except LateError:
+            answer = self._runtime.submit(model, task, priority=Rank.NEXT)
+        answer.add_done_callback(lambda answer: self._dropped(task, answer))
+
+    def _model(self, kind: _Kind) -> Model:
+        """With the cost that is known now, about."""
+        cost, model = self._costs.get(kind, kind[0].value), self._models.get(kind)
+        if model is None or not 0.8 * model.work < cost < 1.25 * model.work:
+            model = self._models[kind] = opaque(self._run, cost)
+        return model
+
+    def _dropped(self, task: _Task[Any], answer: Future[Any]) -> None:
+        """What is late is done all the same, next."""
+        if answer.cancelled():
+            if task.take():
+                task.cancel()
+        elif isinstance(answer.exception(), LateError):
+            self._place(task, Rank.NEXT, math.inf)
+
+    def _run(self, task: _Task[Any]) -> None:
+        if task.take():
+            began = time.perf_counter()
+            task.run()
+            self._took(task.kind, time.perf_counter() - began)
+
+    def _took(self, kind: _Kind, took: float) -> None:
+        known = self._costs.get(kind, took)
+        self._costs[kind] = known + _RATE * (took - known)
+
+    def _promote(self) -> None:
+        """Looked for with each step that comes: only others can keep one waiting."""
+        now, old = time.monotonic(), []
+        with self._lock:
+            while self._ahead and (self._ahead[0].done() or now - self._ahead[0].since > AHEAD_S):
+                old.append(self._ahead.popleft())
+        for task in old:
+            self.hurry(task)
+
+
+def lanes_of(settings: Settings) -> int:
+    """Of one API process: so many that those of all of them are no more than the cores."""
+    return settings.lanes or max(1, cores() // settings.api_processes)
+
+
+def cores() -> int:
+    """That this process may use: its affinity, and the quota of its control group (v2)."""
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = _QUOTA.read_text().split()
+        count = min(count, int(quota) // int(period))
+    return max(1, count)
