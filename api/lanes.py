@@ -25,17 +25,18 @@ from api.runtime.runtime import LateError, Model, Runtime, opaque
 from infra.settings import Settings
 
 T = TypeVar("T")
-AHEAD_S = 0.02  # work that nobody waits for lets requests go first for so long
+AHEAD_S = 0.02
 _RATE = 0.1  # weight of the newest sample of a cost
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Rank(enum.IntEnum):
-    """The classes of the policy; a lower one waits for all higher ones."""
+    """The classes of the policy, and a lower one that it does not see: a queue of what nobody waits for yet would make
+    each of its choices dearer."""
 
     NEXT = 0  # a request's last step, or one that is late: what is nearly done holds memory
     REQUEST = 1
-    AHEAD = 2  # nobody waits for it yet
+    AHEAD = 2  # nobody waits for it yet; it comes when nothing else does, or has waited for AHEAD_S
 
 
 class Step(enum.Enum):
@@ -94,10 +95,11 @@ class Lanes:
         """`size`: of what the step takes, by which its cost is known; `until`: when it is to be done at the latest
         (`time.perf_counter`). Raises CancelledError where the runtime is closed, and so does the future."""
         task = _Task((step, size.bit_length()), work, rank)
-        self._place(task, rank, until)
         if rank is Rank.AHEAD:
             with self._lock:
                 self._ahead.append(task)
+        else:
+            self._place(task, rank, until)
         self._promote()
         return task
 
@@ -114,11 +116,11 @@ class Lanes:
             return found
         finally:
             self._runtime.give_back()
+            self._promote()
 
     def hurry(self, future: Future[Any]) -> None:
         """Somebody waits for what was submitted ahead."""
-        if isinstance(future, _Task) and future.rank is Rank.AHEAD and not future.done():
-            future.rank = Rank.REQUEST
+        if isinstance(future, _Task) and self._is_request(future):
             self._place(future, Rank.REQUEST, math.inf)
 
     def help(self, future: Future[Any]) -> None:
@@ -154,19 +156,31 @@ class Lanes:
             began = time.perf_counter()
             task.run()
             self._took(task.kind, time.perf_counter() - began)
+        self._promote()
 
     def _took(self, kind: _Kind, took: float) -> None:
         known = self._costs.get(kind, took)
         self._costs[kind] = known + _RATE * (took - known)
 
     def _promote(self) -> None:
-        """Looked for with each step that comes: only others can keep one waiting."""
-        now, old = time.monotonic(), []
+        """What is ahead becomes a request where nothing else waits for a lane, and in time. Looked for whenever a step
+        comes or ends: only others can keep one waiting."""
+        while self._ahead:
+            with self._lock:
+                if not self._ahead:
+                    return
+                first = self._ahead[0]
+                waits = first.rank is Rank.AHEAD and not first.done()
+                if waits and not self._runtime.idle() and time.monotonic() - first.since < AHEAD_S:
+                    return
+                self._ahead.popleft()
+            self.hurry(first)
+
+    def _is_request(self, task: _Task[Any]) -> bool:
+        """Whether it becomes one by this call."""
         with self._lock:
-            while self._ahead and (self._ahead[0].done() or now - self._ahead[0].since > AHEAD_S):
-                old.append(self._ahead.popleft())
-        for task in old:
-            self.hurry(task)
+            was, task.rank = task.rank, min(task.rank, Rank.REQUEST)
+        return was is Rank.AHEAD and not task.done()
 
 
 def lanes_of(settings: Settings) -> int:

@@ -116,6 +116,10 @@ class Runtime:
             self._wake.notify(len(first))
         return query.answer
 
+    def idle(self) -> bool:
+        """Whether nothing waits for a lane."""
+        return not self._ready
+
     def borrow(self) -> bool:
         """Whether a lane has nothing to do; until `give_back` the caller works in its place, without a hand-over."""
         with self._wake:

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 def run(seed: int, quick: bool) -> None:
     report = Report("lanes", seed, quick)
-    items, rounds, seconds = (20_000, 1, 2) if quick else (200_000, 6, 4)
+    items, rounds, seconds = (20_000, 1, 2) if quick else (200_000, 5, 2)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="forerank-lanes-") as made:
         folder = Path(made)
