@@ -14,7 +14,7 @@ BENCHES = {
     "quality": "all models and ablations: accuracy against real-time cost (hours, in parts of MINUTES=; quick 2 min)",
     "staleness": "what fresh item vectors are worth, per turnover speed (hours, in parts of MINUTES=; quick 2 min)",
     "marketplace": "what each term of the synthetic marketplace is worth to its oracle (6 min; quick 1)",
-    "lanes": "recommend with the heavy steps on lanes, against the commit before, 1 to 30 clients (20 min; quick 2)",
+    "lanes": "recommend with the heavy steps on lanes, against the commit before, 1 to 30 clients (10 min; quick 2)",
     "parallel_inference": "user inference beside retrieval or after it, by retrieval time and history (4 min; quick 1)",
     "miss_storm": "caches emptied under load, feature service 10 times slower, waited for or not (4 min; quick 1)",
     "rtp": "10,000 candidates against the machine's limits, in process and through HTTP; growth (6 min; quick 1)",

@@ -1,9 +1,10 @@
 """Benchmark `lanes`: recommendations through HTTP with the heavy steps of requests on lanes, against the commit before
 them, where each request's thread took its own steps beside all others'.
 
-Two real servers over one state, 1 to 30 closed-loop clients, in turns; no block is kept, so every request infers its
-user (1,000 behaviours). `built-in`: 2,000 candidates of the built-in retrieval. `remote`: 10,000 of a stand-in for a
-remote retrieval that takes 10 ms. BEFORE= names another commit. A ratio is lanes over before, of a round's pair.
+Two real servers over one state, 1 to 30 closed-loop clients, in turns of a second; no block is kept, so every request
+infers its user (1,000 behaviours). `built-in`: 2,000 candidates of the built-in retrieval. `remote`: 10,000 of a
+stand-in for a remote retrieval that takes 10 ms. BEFORE= names another commit. A ratio is lanes over before, of two
+turns; its range is over turns.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.bench import http_load
 from tests.bench.peers.data import Data, write_world
 from tests.bench.report import Report
 from tests.bench.rtp import common
-from tests.bench.rtp.server import clients, server
+from tests.bench.rtp.server import server
+from tests.bench.stack import wait
 from tests.conftest import ROOT
 
 BEFORE = "432079d"
@@ -36,7 +42,7 @@ Row = dict[str, Any]
 
 def run(seed: int, quick: bool) -> None:
     report = Report("lanes", seed, quick)
-    items, rounds, seconds = (20_000, 1, 2) if quick else (200_000, 5, 2)
+    items, rounds, seconds = (20_000, 6, 0.5) if quick else (100_000, 12, 1.0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="forerank-lanes-") as made:
         folder = Path(made)
@@ -44,11 +50,8 @@ def run(seed: int, quick: bool) -> None:
         write_world(folder / "world", items, USERS, common.LENGTH, seed, common.CANDIDATES, common.REQUESTS)
         host = common.host_of(folder / "state", Data(folder / "world"))
         host.retrieval(common.GENERATION)
-        asked = folder / "asked"
-        asked.mkdir()
-        for user in range(USERS):
-            body = json.dumps({"user_id": f"u{user}", "k": K}).encode()
-            (asked / f"{user:03}").write_bytes(http_load.request("/v1/recommend", body, http_load.JSON))
+        bodies = [json.dumps({"user_id": f"u{user}", "k": K}).encode() for user in range(USERS)]
+        asked = [http_load.request("/v1/recommend", body, http_load.JSON) for body in bodies]
         remote = ("tests.bench.stand_in", "retrieval", str(items), str(seed))
         for name, command in {"built-in": ("api", "serve"), "remote": remote}.items():
             with contextlib.ExitStack() as held:
@@ -73,14 +76,70 @@ def _checkout(folder: Path) -> Path:
     return folder
 
 
+class _Clients:
+    """Closed-loop clients, each a thread with a connection to every server; all ask that one whose turn it is."""
+
+    def __init__(self, ports: Mapping[str, int], requests: Sequence[bytes], count: int) -> None:
+        self._ports, self._requests = ports, requests
+        self._way, self._stop = next(iter(ports)), False
+        self._trips: list[list[tuple[str, float]]] = [[] for _ in range(count)]
+        self._failed: list[Exception] = []
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
+
+    def __enter__(self) -> _Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        for thread in self._threads:
+            thread.join()
+
+    def turn(self, way: str, pid: int, seconds: float) -> Row:
+        """Of trips that ended within so long, once every client has come over from the other server."""
+        self._way = way
+        begun = [len(trips) for trips in self._trips]
+        wait("all have come over", lambda: self._came_over(way, begun), 60)
+        begun, began, used = [len(trips) for trips in self._trips], time.perf_counter(), http_load.cpu_seconds(pid)
+        time.sleep(seconds)
+        found = [ms for trips, first in zip(self._trips, begun, strict=True) for _, ms in trips[first:]]
+        took, used = time.perf_counter() - began, http_load.cpu_seconds(pid) - used
+        if self._failed:
+            raise self._failed[0]
+        p50, p95, p99 = np.percentile(found, [50, 95, 99]).tolist()
+        rate, cpu = len(found) / took, 1e3 * used / len(found)
+        return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "requests_per_s": rate, "cpu_ms": cpu}
+
+    def _came_over(self, way: str, begun: list[int]) -> bool:
+        newest = zip(self._trips, begun, strict=True)
+        return bool(self._failed) or all(len(trips) > first and trips[-1][0] == way for trips, first in newest)
+
+    def _ask(self, number: int) -> None:
+        connections, place = {way: http_load.Connection(port) for way, port in self._ports.items()}, number
+        try:
+            while not self._stop:
+                way = self._way
+                self._trips[number].append((way, connections[way].timed(self._requests[place % len(self._requests)])))
+                place += 1
+        except (OSError, RuntimeError) as error:
+            self._failed.append(error)
+        for connection in connections.values():
+            connection.close()
+
+
 def _point(
-    ways: dict[str, tuple[int, int]], count: int, asked: Path, rounds: int, seconds: int
+    ways: dict[str, tuple[int, int]], count: int, requests: Sequence[bytes], rounds: int, seconds: float
 ) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        for way in (list(ways), list(ways)[::-1])[turn % 2]:
-            row = clients(*ways[way], count, asked, seconds)
-            found[way].append(row | {"cpu_ms": 1e3 / row["per_core"]})
+    with _Clients({way: port for way, (port, _) in ways.items()}, requests, count) as clients:
+        for turn in range(rounds):
+            for way in (list(ways), list(ways)[::-1])[turn % 2]:
+                found[way].append({"clients": count} | clients.turn(way, ways[way][1], seconds))
+    for row in _medians(found):
+        print(
+            "  " + "  ".join(f"{key} {row[key]:.4g}" for key in ("clients", *FIGURES)) + f"  {row['way']}", flush=True
+        )
     return found
 
 
@@ -91,7 +150,6 @@ def _medians(pair: dict[str, list[Row]]) -> list[Row]:
         for figure in FIGURES:
             values = [one[figure] for one in rounds]
             row |= {figure: statistics.median(values), f"{figure}_low": min(values), f"{figure}_high": max(values)}
-        print("  " + "  ".join(f"{key} {row[key]:.4g}" for key in ("clients", *FIGURES)) + f"  {way}", flush=True)
         out.append(row)
     return out
 

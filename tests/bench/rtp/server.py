@@ -55,7 +55,8 @@ def clients(port: int, pid: int, clients: int, folder: Path, seconds: int) -> di
         "clients": clients,
         "requests_per_s": found["count"] / found["seconds"],
         "per_core": found["count"] / used,
-        **{part: found[part] for part in ("p50_ms", "p95_ms", "p99_ms")},
+        "p50_ms": found["p50_ms"],
+        "p99_ms": found["p99_ms"],
     }
 
 
