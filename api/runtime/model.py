@@ -1,0 +1,47 @@
+"""A graph with what its operators have been seen to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from api.runtime.graph import Graph, Operator, Plan
+
+_NEWEST = 0.05  # the share of the newest time in what is learned of an operator
+
+
+class Model:
+    """What is learned is one number by operator and bucket of rows (1, 2 to 3, 4 to 7 ...). Thread safe."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._learned: dict[tuple[int, int], float] = {}
+
+    @classmethod
+    def opaque(cls, run: Callable[..., Any], inputs: int, cost_s: float, rows: int = 0) -> Model:
+        """One operator of inputs of any kind. `cost_s` is that of so many rows; 0: it does not depend on them."""
+        one = Operator(run, tuple(range(inputs)), (inputs,), cost_s, rows)
+        return cls(Graph(inputs, (one,), (inputs,), single=True))
+
+    def rows(self, plan: Plan, step: int, rows: int) -> int:
+        """Of a step, in a query of so many; 0 where its cost does not depend on them."""
+        one, size = self.graph.operators[plan.steps[step].operator], self.graph.block
+        if not one.blocks or size is None:
+            return rows if one.rows else 0
+        return min(size, rows - plan.steps[step].block * size)
+
+    def costs(self, plan: Plan, rows: int) -> list[float]:
+        """s of each step."""
+        return [self._cost(step.operator, self.rows(plan, at, rows)) for at, step in enumerate(plan.steps)]
+
+    def _cost(self, operator: int, rows: int) -> float:
+        learned = self._learned.get((operator, rows.bit_length()))
+        if learned is not None:
+            return learned
+        one = self.graph.operators[operator]
+        return one.cost * rows / one.rows if one.rows else one.cost
+
+    def learn(self, operator: int, rows: int, seconds: float) -> None:
+        key = operator, rows.bit_length()
+        before = self._learned.get(key)
+        self._learned[key] = seconds if before is None else before + _NEWEST * (seconds - before)
