@@ -58,7 +58,7 @@ class Graph:
     outputs: tuple[int, ...]
     single: bool  # the module gives one tensor, not a tuple
     rows: tuple[int | None, ...] = ()  # of each input the dimension that differs from query to query
-    block: int | None = None  # rows of a full block; None: no operator runs in blocks
+    block: int | None = None  # rows of a usual block; None: no operator runs in blocks
     bytes: tuple[float, float] = (0.0, 0.0)  # of a query's values: whatever its rows, and for each of them
     _plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Graph:
         return math.ceil(self.bytes[0] + self.bytes[1] * rows)
 
     def plan(self, rows: int) -> Plan:
-        blocks = 1 if self.block is None else max(1, -(-rows // self.block))
+        blocks = 1 if self.block is None else max(1, round(rows / self.block))
         if blocks not in self._plans:
             self._plans[blocks] = _plan(self, blocks)
         return self._plans[blocks]
@@ -88,9 +88,8 @@ class Graph:
                 slots[into[0]] = value
             else:
                 at = self.rows[place]
-                assert self.block is not None
                 assert at is not None
-                for slot, part in zip(into, value.split(self.block, at), strict=True):
+                for slot, part in zip(into, value.tensor_split(plan.blocks, at), strict=True):
                     slots[slot] = part
         return slots
 
@@ -137,6 +136,11 @@ class Plan:
     steps: tuple[Step, ...]
     places: tuple[tuple[int, ...], ...]  # of each value its slots: one, or one a block
     uses: tuple[int, ...]  # of each slot: how many steps, and outputs, read it
+    blocks: int
+
+    def rows_of_block(self, block: int, rows: int) -> int:
+        """As `torch.tensor_split` parts them: sizes differ by 1 at most."""
+        return rows // self.blocks + (block < rows % self.blocks)
 
 
 def _plan(graph: Graph, blocks: int) -> Plan:
@@ -171,7 +175,7 @@ def _plan(graph: Graph, blocks: int) -> Plan:
         for read in places[place]:
             uses[read] += 1
     steps = [dataclasses.replace(step, then=tuple(after)) for step, after in zip(steps, then, strict=True)]
-    return Plan(tuple(steps), tuple(places), tuple(uses))
+    return Plan(tuple(steps), tuple(places), tuple(uses), blocks)
 
 
 def capture(
@@ -180,10 +184,11 @@ def capture(
     rows: Sequence[int | None] = (),
     grain_s: float = GRAIN_S,
     blocks: Sequence[int] = BLOCKS,
+    exact: bool = False,
 ) -> Graph:
     """`rows`: of each input the dimension that differs from query to query (the number of candidates), None for none.
     `example` is timed, so it is best of a usual size. `blocks`: sizes to choose from, none to run all rows at once.
-    Raises GraphError.
+    `exact`: the module's own operations on all rows at once, so that results are its bits. Raises GraphError.
     """
     number = Dim("rows", min=2)
     shapes = tuple(None if at is None else {at: number} for at in rows) or None
@@ -191,7 +196,7 @@ def capture(
         program = export(module.eval(), example, dynamic_shapes=shapes)
     except Exception as error:  # whatever torch finds that it cannot follow
         raise GraphError(f"torch.export cannot follow the module: {str(error).splitlines()[0]}") from error
-    return capture_program(program, example, grain_s, blocks)
+    return capture_program(program, example, grain_s, blocks, exact)
 
 
 def capture_program(
@@ -199,8 +204,20 @@ def capture_program(
     example: tuple[Tensor, ...],
     grain_s: float = GRAIN_S,
     blocks: Sequence[int] = BLOCKS,
+    exact: bool = False,
 ) -> Graph:
     """`capture` of what torch.export has given, with one dynamic dimension or none. Raises GraphError."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a lane, and so that this thread's CPU time is all that an operation takes
+    try:
+        return _captured(program, example, grain_s, blocks, exact)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _captured(
+    program: ExportedProgram, example: tuple[Tensor, ...], grain_s: float, blocks: Sequence[int], exact: bool
+) -> Graph:
     whole = program.module(check_guards=False)
     assert isinstance(whole, fx.GraphModule)
     whole.graph.eliminate_dead_code()
@@ -215,18 +232,18 @@ def capture_program(
         item = [node for node in order if node.name in of_rows]
         groups = _grouped(user, costs, grain_s, 0)
         first = 1 + max(groups.values(), default=-1)
-        if blocks and item and all(at in (0, None) for at in rows):
+        if blocks and item and not exact and all(at in (0, None) for at in rows):
             parted = _split(whole, groups | dict.fromkeys((node.name for node in item), first))
             found = _in_blocks(parted, first, example, blocks)
             if found is not None:
                 form, block, seconds = found
-                chosen = _chosen(parted, example, {f"submod_{first}": (form, seconds)})
+                chosen = _chosen(parted, example, exact, {f"submod_{first}": (form, seconds)})
                 return _graph(parted, chosen, example, rows, single, {first: block})
         groups |= _grouped(item, costs, grain_s, first)
         split = _split(whole, groups)
         count = _rows(example, rows)
         with_rows = dict.fromkeys((groups[node.name] for node in item), count)
-        return _graph(split, _chosen(split, example, {}), example, rows, single, with_rows, blocks=False)
+        return _graph(split, _chosen(split, example, exact, {}), example, rows, single, with_rows, blocks=False)
 
 
 def _dynamic(node: fx.Node) -> int | None:
@@ -255,9 +272,9 @@ def _costs(whole: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, floa
 
     class Timed(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            began = time.perf_counter()
+            began = time.thread_time()
             value = super().run_node(n)
-            found.setdefault(n.name, []).append(time.perf_counter() - began)
+            found.setdefault(n.name, []).append(time.thread_time() - began)
             return value
 
     for _ in range(_TIMED + 1):
@@ -328,12 +345,14 @@ def _values(split: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tup
 Chosen = dict[str, tuple[fx.GraphModule, float]]
 
 
-def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], known: Chosen) -> Chosen:
+def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, known: Chosen) -> Chosen:
     """Of each group its fastest form, and the seconds that takes."""
     found = dict(known)
     for name, given in _values(split, example).items():
         if name not in found:
-            form = forms.fastest(split.get_submodule(name), given)
+            module = split.get_submodule(name)
+            assert isinstance(module, fx.GraphModule)
+            form = module if exact else forms.fastest(module, given)
             found[name] = form, _seconds(form, [given])
     return found
 
@@ -349,6 +368,7 @@ def _in_blocks(
     parted = [isinstance(one, fx.Node) and one.op == "placeholder" and _dynamic(one) is not None for one in node.args]
     count = next((len(value) for value, by_rows in zip(given, parted, strict=True) if by_rows), 0)
     module = split.get_submodule(name)
+    assert isinstance(module, fx.GraphModule)
     if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
         return None
     best: tuple[float, fx.GraphModule, int, float] | None = None
@@ -364,8 +384,8 @@ def _in_blocks(
 
 def _pieces(given: tuple[Any, ...], parted: Sequence[bool], size: int) -> list[tuple[Any, ...]]:
     """The calls that take so many rows each of the inputs that are parted."""
-    parts = [value.split(size) if by_rows else None for value, by_rows in zip(given, parted, strict=True)]
-    number = next(len(part) for part in parts if part is not None)
+    number = max(1, round(next(len(value) for value, by_rows in zip(given, parted, strict=True) if by_rows) / size))
+    parts = [value.tensor_split(number) if by_rows else None for value, by_rows in zip(given, parted, strict=True)]
     return [
         tuple(value if part is None else part[at] for value, part in zip(given, parts, strict=True))
         for at in range(number)
@@ -392,10 +412,10 @@ def _seconds(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> float:
     """Of all calls one after the other."""
     took = []
     for _ in range(_TIMED + 1):
-        began = time.perf_counter()
+        began = time.thread_time()
         for given in calls:
             module(*given)
-        took.append(time.perf_counter() - began)
+        took.append(time.thread_time() - began)
     return statistics.median(took[1:])
 
 

@@ -25,10 +25,10 @@ class Model:
 
     def rows(self, plan: Plan, step: int, rows: int) -> int:
         """Of a step, in a query of so many; 0 where its cost does not depend on them."""
-        one, size = self.graph.operators[plan.steps[step].operator], self.graph.block
-        if not one.blocks or size is None:
-            return rows if one.rows else 0
-        return min(size, rows - plan.steps[step].block * size)
+        one = self.graph.operators[plan.steps[step].operator]
+        if one.blocks:
+            return plan.rows_of_block(plan.steps[step].block, rows)
+        return rows if one.rows else 0
 
     def costs(self, plan: Plan, rows: int) -> list[float]:
         """s of each step."""

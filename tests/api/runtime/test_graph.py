@@ -65,7 +65,7 @@ def test_operators_give_what_the_module_gives(name: str, blocks: tuple[int, ...]
             torch.testing.assert_close(graph.run(*given), module(*given), **CLOSE)
         steps = graph.plan(rows).steps
         assert sum(graph.operators[step.operator].blocks for step in steps) == (
-            -(-rows // graph.block) if graph.block else 0
+            max(1, round(rows / graph.block)) if graph.block else 0
         )
         for at, step in enumerate(steps):
             assert all(before < at for before in step.waits)
@@ -74,6 +74,15 @@ def test_operators_give_what_the_module_gives(name: str, blocks: tuple[int, ...]
         held = sum(slots[slot].nbytes for own in plan.places for slot in own if isinstance(slots[slot], Tensor))
         assert held <= graph.bytes_of(rows) + 1, "what its values take is known before"
     assert (len(graph.operators) > 5) == (grain_s == 0.0)
+
+
+def test_exact_operators_give_the_modules_bits() -> None:
+    module, graph = captured("bst", exact=True, grain_s=0.0)
+    assert len(graph.operators) > 10
+    for rows in (2, 33):
+        given = query("bst", rows)
+        with torch.inference_mode():
+            assert torch.equal(graph.run(*given), module(*given))
 
 
 def test_rows_that_depend_on_each_other_are_not_parted() -> None:
