@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from api.runtime.graph import Plan
 from api.runtime.policy import Policy, Ready, hopeless
 
-_REORDER_S = 2e-3  # after which deadlines may have come near
+_REORDER_S = 2e-3  # after which waiting and deadlines may have changed the order
+_NEWEST = 0.02  # the share of the newest query in what is usual
 
 
 class Query:
@@ -47,6 +48,7 @@ class Backlog:
         self._live: dict[int, Query] = {}
         self._order: list[Query] = []
         self._ordered = -math.inf
+        self._usual = 0.0  # s of work of a query, as a mean in which older ones count less
 
     def __len__(self) -> int:
         return len(self._live)
@@ -57,13 +59,17 @@ class Backlog:
     def wait_of(self, query: Query, lanes: int, now: float) -> float:
         """How long after now the query will end, as far as what is here tells: the work that goes before its last step
         is shared by the lanes."""
-        own = self._policy.urgency(query, now)
-        ahead = sum(one.left for one in self._live.values() if self._policy.urgency(one, now) < own)
+        own = self._urgency(query, now)
+        ahead = sum(one.left for one in self._live.values() if self._urgency(one, now) < own)
         return max(query.path, (ahead + query.left) / lanes)
 
     def add(self, query: Query) -> None:
         self._live[query.number] = query
+        self._usual += (query.left - self._usual) * (_NEWEST if self._usual else 1.0)
         self._ordered = -math.inf
+
+    def _urgency(self, query: Query, now: float) -> tuple[float, ...]:
+        return self._policy.urgency(query, now, self._usual or query.left or 1.0)
 
     def end(self, query: Query) -> None:
         """It takes no lane any more."""
@@ -74,7 +80,7 @@ class Backlog:
         """The next query for a lane, its step, and the lane that made the step's newest input. The step is -1 where the
         query is to be dropped, for it cannot meet its deadline any more."""
         if now - self._ordered > _REORDER_S:
-            self._order = sorted(self._live.values(), key=lambda one: self._policy.urgency(one, now))
+            self._order = sorted(self._live.values(), key=lambda one: self._urgency(one, now))
             self._ordered = now
         for query in self._order:
             if query.ended or not query.ready:

@@ -27,9 +27,10 @@ from torch.fx.passes.split_module import split_module
 from api.runtime import forms
 
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
-BLOCKS = (8, 16, 32, 64, 128)  # rows, of which the fastest is chosen
+BLOCKS = (8, 16, 32, 64, 128)  # rows, to choose from
 PLACE_S = 15e-6  # what placing an operator costs
 _TIMED = 5  # runs of an example, of which the median counts
+_SMALLER = 0.05  # what a smaller block may cost, for others wait less long for its end
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
 
 
@@ -360,7 +361,7 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
 def _in_blocks(
     split: fx.GraphModule, group: int, example: tuple[Tensor, ...], sizes: Sequence[int]
 ) -> tuple[fx.GraphModule, int, float] | None:
-    """The form of that group in blocks of the fastest size, the size, and seconds of a full block; None where its rows
+    """The form of that group in blocks, the smallest about as fast as any, its rows and seconds; None where rows
     are not each on their own."""
     name = f"submod_{group}"
     given = _values(split, example)[name]
@@ -371,15 +372,13 @@ def _in_blocks(
     assert isinstance(module, fx.GraphModule)
     if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
         return None
-    best: tuple[float, fx.GraphModule, int, float] | None = None
+    tried = []
     for size in sorted({min(size, count) for size in (*sizes, count)}):
         parts = _pieces(given, parted, size)
         form = forms.fastest(module, parts[0])
-        seconds = _seconds(form, parts) + PLACE_S * len(parts)
-        if best is None or seconds < best[0]:
-            best = seconds, form, size, _seconds(form, parts[:1])
-    assert best is not None
-    return best[1:]
+        tried.append((_seconds(form, parts) + PLACE_S * len(parts), form, size, _seconds(form, parts[:1])))
+    most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
+    return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
 
 
 def _pieces(given: tuple[Any, ...], parted: Sequence[bool], size: int) -> list[tuple[Any, ...]]:

@@ -2,9 +2,10 @@
 
 A smaller urgency goes first. Classes come before all else, so low-priority work waits while there is any of a higher
 class. Within a class a query that would miss its deadline if it waited any longer goes before all that can wait; of
-others the one with the least work left, which finishes most queries soonest, but whoever has come earlier may have more
-of it, so that nobody starves. Of one query's steps that of the longest path goes first, and of equals one whose inputs
-this lane has just made.
+others the one with the least work left, which finishes most queries soonest. What is left counts the less the longer a
+query has waited, by the square of the time, so that the last ones come hardly later than first come, first served would
+have them; docs/recos.md has other forms. Of one query's steps that of the longest path goes first, and of equals one
+whose inputs this lane has just made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-AGEING = 0.5  # s of work that a second of waiting outweighs
+AGEING = 0.05
 
 
 class Waiting(Protocol):
@@ -38,16 +39,19 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """`ageing` 0 is shortest work first; `fifo` first come, first served."""
+    """A query that has waited t times the work of a usual query goes before one that has just come and has
+    `ageing` t^2 times that work less. `ageing` 0 is shortest work first; `fifo` first come, first served."""
 
     ageing: float = AGEING
     fifo: bool = False
 
-    def urgency(self, one: Waiting, now: float) -> tuple[float, ...]:
+    def urgency(self, one: Waiting, now: float, usual: float) -> tuple[float, ...]:
+        """`usual`: s of work of a usual query."""
         if self.fifo:
             return (one.number,)
         late = one.deadline - now <= 2 * one.path
-        return (one.priority, not late, one.left + self.ageing * one.arrived, one.number)
+        waited = (now - one.arrived) / usual
+        return (one.priority, not late, one.left - self.ageing * usual * waited**2, one.number)
 
     def step(self, ready: Sequence[Ready], lane: int) -> int:
         """Its place in `ready`, which is not empty."""

@@ -30,7 +30,7 @@ class Waits:
 
 
 def first(*queries: Waits, policy: Policy | None = None) -> int:
-    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0)).number
+    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0)).number
 
 
 def test_who_goes_first() -> None:
@@ -103,7 +103,7 @@ def test_short_queries_pass_long_ones_and_long_ones_still_end() -> None:
     medians = {name: float(np.median(times)) for name, times in took.items()}
     slowest = {name: float(np.quantile(times, 0.99)) for name, times in took.items()}
     assert medians["ours"] < medians["fifo"] / 2
-    assert slowest["ours"] < 2 * slowest["fifo"]
+    assert slowest["ours"] < 1.1 * slowest["fifo"]
 
 
 def test_what_cannot_end_in_time_is_refused_and_what_is_taken_ends_in_time() -> None:

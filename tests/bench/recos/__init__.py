@@ -8,10 +8,12 @@ served) answers of the mix with 8 clients, measured first.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import os
 import statistics
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,10 +24,11 @@ from api.runtime.graph import Graph, Operator
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.simulate import Arrival, simulate
-from tests.bench.peers.environment import environment
+from tests.bench.peers.environment import ROOT, environment
 from tests.bench.recos import load
 from tests.bench.report import Report
 
+Round = dict[str, Any]  # what one round has found
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 Cells = dict[tuple[str, ...], dict[str, list[dict[str, float]]]]  # of a load, by runner, one a round
 
@@ -36,6 +39,7 @@ KERNELS = {
     "exact": ("recos-exact",),
 }
 KERNELS_OF = {runner: kernels for kernels, runners in KERNELS.items() for runner in runners}
+TRIALS = ROOT / ".local" / "state" / "trials"
 CLIENTS = (1, 8, 15, 22, 30)
 PEAKS = (0.6, 0.9, 1.2)
 DEADLINES = 8  # of an open loop's queries: so many times what a query of the mix takes alone
@@ -43,50 +47,80 @@ HIGH = 20.0  # queries a second of the higher class, in the cell of classes
 
 
 def run(seed: int, quick: bool) -> None:
+    """Rounds are kept in `.local/state/trials`: a run that was stopped, or ran out of its MINUTES, goes on with the
+    next round when it is started again with the same code."""
     report = Report("recos", seed, quick)
-    rounds, seconds = (2, 0.5) if quick else (5, 1.0)
-    models = ("mix",) if quick else (*load.MODELS, "mix")
-    clients = (1, 8, 30) if quick else CLIENTS
-    shapes = ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal")
+    count, seconds = (2, 0.4) if quick else (5, 1.0)
+    until = time.monotonic() + 60 * float(os.environ.get("MINUTES", "inf"))
+    kept = TRIALS / f"recos-{_code()}-{seed}{'-quick' if quick else ''}.json"
+    done: list[Round] = json.loads(kept.read_text()) if kept.exists() else []
     python = environment()
     with ExitStack() as held:
         workers = {name: held.enter_context(_worker(python, name, seed)) for name in KERNELS}
-
-        def ask(runner: str, **cell: Any) -> dict[str, Any]:
-            return workers[KERNELS_OF[runner]]({"runner": runner, "seed": seed, **cell})
-
-        errors = {name: workers[name]({"runner": "errors"}) for name in ("ours", "onnx", "exact")}
-        report.figure("oracle_max_abs_error", list(errors["ours"].values()), "score", max(errors["ours"].values()))
-        saturation = statistics.median(
-            ask("same-p2", model="mix", clients=8, seconds=2 * seconds)["queries_per_s"] for _ in range(3)
-        )
-        alone = statistics.median(ask("same-p2", model="mix", clients=1, seconds=2 * seconds)["mean"] for _ in range(3))
-        report.figure("saturation_queries_per_s", saturation, "1/s")
-        report.figure("alone_mean_ms", alone, "ms")
-        within_s = DEADLINES * alone / 1e3
-        cells: Cells = defaultdict(lambda: defaultdict(list))
-        for turn in range(rounds):
-            print(f"round {turn + 1} of {rounds}", flush=True)
-            for model in models:
-                for count in clients:
-                    for runner in KERNELS_OF:
-                        own = {"model": model, "clients": count, "seconds": seconds, "seed": seed + turn}
-                        cells["closed", model, str(count)][runner].append(ask(runner, **own))
-            for shape in shapes:
-                for peak in PEAKS:
-                    for runner in KERNELS_OF:
-                        own = {"model": "mix", "shape": shape, "peak": peak * saturation, "seconds": 2 * seconds}
-                        own |= {"within_s": within_s} if peak > 1 else {}
-                        cells["open", shape, str(peak)][runner].append(ask(runner, **own, seed=seed + turn))
-            own = {"model": "mix", "shape": "steady", "peak": HIGH, "seconds": 2 * seconds, "of_class": 0}
-            for runner in ("recos", "same-p2"):
-                cells["classes", "alone"][runner].append(ask(runner, **own, seed=seed + turn))
-                cells["classes", "beside"][runner].append(ask(runner, **own, seed=seed + turn, clients=8))
-        costs = workers["ours"]({"runner": "costs"})
+        while len(done) < count and (not done or time.monotonic() < until):
+            print(f"round {len(done) + 1} of {count}", flush=True)
+            done.append(_round(workers, seed + len(done), seconds, quick, done))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(done))
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for one in done:
+        for cell, runners in one["cells"].items():
+            for runner, found in runners.items():
+                cells[tuple(cell.split())][runner].append(found)
+    for figure, unit in (("saturation_queries_per_s", "1/s"), ("alone_mean_ms", "ms")):
+        report.figure(figure, done[0][figure], unit)
+    errors = [max(one["errors"].values()) for one in done]
+    report.figure("oracle_max_abs_error", errors, "score", max(errors))
     _tables(report, cells)
     _figures(report, cells)
-    _simulated(report, cells, costs, saturation, seconds, seed)
+    _simulated(report, cells, done, 2 * seconds, seed)
     report.finish(lambda canvas: _draw(canvas, cells))
+    if len(done) < count:
+        print(f"{len(done)} of {count} rounds; run it again for the others.")
+
+
+def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, before: Sequence[Round]) -> Round:
+    """Every cell once. Rates are those that the first round has measured."""
+
+    def ask(runner: str, **cell: Any) -> dict[str, Any]:
+        return workers[KERNELS_OF[runner]]({"runner": runner, "seed": seed, "model": "mix", **cell})
+
+    def several(clients: int, name: str) -> float:
+        return statistics.median(float(ask("same-p2", clients=clients, seconds=2 * seconds)[name]) for _ in range(3))
+
+    first = before[0] if before else None
+    saturation: float = first["saturation_queries_per_s"] if first else several(8, "queries_per_s")
+    alone: float = first["alone_mean_ms"] if first else several(1, "mean")
+    cells: dict[str, dict[str, Any]] = defaultdict(dict)
+    for model in ("mix",) if quick else (*load.MODELS, "mix"):
+        for clients in (1, 8, 30) if quick else CLIENTS:
+            for runner in KERNELS_OF:
+                found = ask(runner, model=model, clients=clients, seconds=seconds)
+                cells[f"closed {model} {clients}"][runner] = found
+    for shape in ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal"):
+        for peak in PEAKS:
+            for runner in KERNELS_OF:
+                own = {"shape": shape, "peak": peak * saturation, "seconds": 2 * seconds}
+                own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
+                cells[f"open {shape} {peak}"][runner] = ask(runner, **own)
+    own = {"shape": "steady", "peak": HIGH, "seconds": 4 * seconds, "of_class": 0}
+    for runner in ("recos", "same-p2"):
+        cells["classes alone"][runner] = ask(runner, **own)
+        cells["classes beside"][runner] = ask(runner, **own, clients=8)
+    return {
+        "saturation_queries_per_s": saturation,
+        "alone_mean_ms": alone,
+        "cells": cells,
+        "errors": workers["ours"]({"runner": "errors"}),
+        "costs": workers["ours"]({"runner": "costs"}),
+        "seed": seed,
+    }
+
+
+def _code() -> str:
+    """What rounds of one run must have in common."""
+    files = sorted((ROOT / "api" / "runtime").glob("*.py")) + sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 @contextmanager
@@ -183,32 +217,34 @@ def _models(costs: dict[str, Any]) -> dict[str, Model]:
     return found
 
 
-def _simulated(
-    report: Report, cells: Cells, costs: dict[str, Any], saturation: float, seconds: float, seed: int
-) -> None:
+def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: float, seed: int) -> None:
     """The two-lane run at 0.9 of saturation against the same arrivals in simulated time; then 64 lanes."""
-    models = _models(costs)
-    rows = {name: [number for number, _ in one["queries"]] for name, one in costs.items()}
 
-    def arrived(peak: float, own_seed: int, length: float) -> list[Arrival]:
+    def arrived(one: Round, peak: float, own_seed: int, length: float) -> list[Arrival]:
+        models = _models(one["costs"])
         moments = load.arrivals("steady", peak, length, own_seed)
         asked = load.chosen("mix", len(moments), own_seed + 1)
+        rows = {name: [number for number, _ in own["queries"]] for name, own in one["costs"].items()}
         return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
 
     wrong = []
-    for turn, real in enumerate(cells["open", "steady", "0.9"]["recos"]):
-        arrivals = arrived(0.9 * saturation, seed + turn, 2 * seconds)
-        ended = simulate(arrivals, 2, Policy()).ended
-        took = sorted(end - one.at for end, one in zip(ended, arrivals, strict=True) if not math.isnan(end))
-        wrong.append(statistics.median(took) * 1e3 / real["p50"] - 1)
-    report.figure("simulation_error", [abs(one) for one in wrong], "of p50")
+    for one, real in zip(done, cells["open", "steady", "0.9"]["recos"], strict=True):
+        arrivals = arrived(one, 0.9 * one["saturation_queries_per_s"], one["seed"], seconds)
+        wrong.append(abs(_took(arrivals, 2, Policy())[0] / real["p50"] - 1))
+    report.figure("simulation_error", wrong, "of p50")
     table: list[dict[str, object]] = []
+    arrivals = arrived(done[0], 10_000, seed, 1.0)
     for name, policy in {"recos": Policy(), "fifo": Policy(fifo=True)}.items():
-        arrivals = arrived(10_000, seed, 1.0)
-        ended = simulate(arrivals, 64, policy).ended
-        took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
-        table.append({"policy": name, "p50": took[len(took) // 2], "p99": took[int(0.99 * len(took))], "n": len(took)})
+        p50, p99 = _took(arrivals, 64, policy)
+        table.append({"policy": name, "queries": len(arrivals), "p50_ms": p50, "p99_ms": p99})
     report.table("simulated_64_lanes", table)
+
+
+def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy) -> tuple[float, float]:
+    """p50 and p99, ms."""
+    ended = simulate(arrivals, lanes, policy).ended
+    took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
+    return statistics.median(took), took[int(0.99 * len(took))]
 
 
 def _draw(canvas: Any, cells: Cells) -> None:

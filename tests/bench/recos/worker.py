@@ -120,10 +120,12 @@ def answer(kernels: Kernels, queries: dict[str, list[Query]], cell: dict[str, An
         run(runner, queries, {**cell, "clients": 2, "peak": 0}, _WARM_S)
         gc.collect()
         gc.freeze()
-        cpu = time.process_time()
+        cpu, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         asked = run(runner, queries, cell, cell["seconds"])
         found: dict[str, Any] = asked.summary(cell["seconds"], cell.get("within_s", math.inf), cell.get("of_class"))
         found["cores"] = (time.process_time() - cpu) / cell["seconds"]
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        found["faults_per_query"] = faults / max(1.0, found["queries_per_s"] * cell["seconds"])
         found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     finally:
         runner.close()
