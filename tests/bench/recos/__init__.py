@@ -69,6 +69,7 @@ def run(seed: int, quick: bool) -> None:
                 cells[tuple(cell.split())][runner].append(found)
     for figure, unit in (("saturation_queries_per_s", "1/s"), ("alone_mean_ms", "ms")):
         report.figure(figure, done[0][figure], unit)
+    report.figure("growth_mib_over_100000_queries", done[0]["growth_mib"], "MiB")
     errors = [max(one["errors"].values()) for one in done]
     report.figure("oracle_max_abs_error", errors, "score", max(errors))
     _tables(report, cells)
@@ -107,12 +108,14 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
     for runner in ("recos", "same-p2"):
         cells["classes alone"][runner] = ask(runner, **own)
         cells["classes beside"][runner] = ask(runner, **own, clients=8)
+    grown = {} if first else workers["ours"]({"runner": "growth", "count": 10_000 if quick else 100_000})
     return {
         "saturation_queries_per_s": saturation,
         "alone_mean_ms": alone,
         "cells": cells,
         "errors": workers["ours"]({"runner": "errors"}),
         "costs": workers["ours"]({"runner": "costs"}),
+        "growth_mib": first["growth_mib"] if first else grown["mib"],
         "seed": seed,
     }
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,27 @@ def costs(kernels: Kernels, queries: dict[str, list[Query]]) -> dict[str, Any]:
     return found
 
 
+def growth(kernels: Kernels, queries: dict[str, list[Query]], count: int) -> dict[str, float]:
+    """How many MiB the process grows by so many queries of few candidates, after as many as a tenth of them."""
+    small = [Query(one.model, (*one.inputs[:-1], one.inputs[-1][:2])) for one in queries["dlrm"]]
+    runner = RUNNERS["recos"][1](kernels)
+    pages: list[int] = []
+    room = threading.Semaphore(64)
+    try:
+        for part in (count // 10, count):
+            for at in range(part):
+                room.acquire()
+                runner.submit(small[at % len(small)], 0, math.inf).add_done_callback(lambda _: room.release())
+            for _ in range(64):
+                room.acquire()
+            room.release(64)
+            gc.collect()
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    finally:
+        runner.close()
+    return {"mib": (pages[1] - pages[0]) * resource.getpagesize() / 2**20}
+
+
 def main() -> int:
     name, seed = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
@@ -168,6 +190,8 @@ def main() -> int:
         cell = json.loads(line)
         if cell["runner"] == "errors":
             found = errors(kernels, queries, seed)
+        elif cell["runner"] == "growth":
+            found = growth(kernels, queries, cell["count"])
         elif cell["runner"] == "costs":
             found = costs(kernels, queries)
         else:
