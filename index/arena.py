@@ -131,6 +131,17 @@ class Gathered:
     found: NDArray[np.bool_]
 
 
+@dataclasses.dataclass(frozen=True)
+class Publications:
+    """Which publication of its row each of n keys had. Where it is the same again, it was so all the time between."""
+
+    words: NDArray[np.uint64]  # slot version and slot, 0 = no row
+    slots: tuple[object, int]  # the reader, and the record files that have them
+
+    def same(self, other: Publications) -> bool:
+        return self.slots == other.slots and np.array_equal(self.words, other.words)
+
+
 def arena_folder(path: Path) -> Path:
     """Where the arena of the N2O index at `path` lies."""
     return path / "arena"
@@ -253,6 +264,7 @@ class ArenaReader:
         self._control = control
         self._files = self._mapped()
         self._version_at = np.uint64(_offset(layout.hot, "slot_version"))
+        self._itself = object()  # tells it from all others, and keeps nothing of it
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout) -> ArenaReader:
@@ -328,6 +340,16 @@ class ArenaReader:
             if not len(torn):
                 break
         return hot, cold, found
+
+    def publications(self, keys: NDArray[np.uint64]) -> Publications:
+        """Those that keys u8[n, 2] have now. Reads the id table alone, so it costs much less than the records do."""
+        keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
+        words = np.empty(len(keys), np.uint64)
+        while True:
+            files = self._current()
+            table.words_of(np.uint64(files.addresses[2]), np.uint64(files.entries - 1), keys, words)
+            if self._current() is files:  # as in `snapshot`
+                return Publications(words, (self._itself, int(files.geometry["records_number"])))
 
     def _copy(self, keys: NDArray[np.uint64], out: NDArray[Any], cold: bool) -> NDArray[np.uint64]:
         keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
