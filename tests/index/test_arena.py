@@ -16,16 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numba import njit, uint64
 
 from index import table
-from index.arena import (
-    LEAST_RECORDS,
-    SPARE,
-    ArenaReader,
-    ArenaWriter,
-    Progress,
-    Publications,
-    arena_folder,
-    records_for,
-)
+from index.arena import ArenaReader, Progress, Publications, arena_folder
+from index.arena_writer import LEAST_RECORDS, SPARE, ArenaWriter, records_for
 from index.errors import N2OError, StoreMissingError
 from index.layout import RowLayout
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
