@@ -8,13 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from api.problems import ProblemError
 from infra import telemetry
 
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def refusals(kind: str) -> Counter:
+    """Counts what was refused."""
+    refused = telemetry.counter("forerank_refused", "What found no free place, by kind", ("kind",))
+    return refused.labels(kind)
 
 
 class FullError(Exception):
@@ -35,8 +44,7 @@ class Admission:
 
     def __init__(self, kind: str, places: int) -> None:
         self._free = threading.Semaphore(places)
-        refused = telemetry.counter("forerank_refused", "Computations that found no free place, by kind", ("kind",))
-        self._refused = refused.labels(kind)
+        self._refused = refusals(kind)
 
     def submit(
         self, pool: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **named: P.kwargs

@@ -15,6 +15,7 @@ import torch
 
 from api import items
 from api.admission import Admission, overloaded
+from api.bodies import Bodies
 from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
@@ -45,6 +46,7 @@ class Service:
         self.metrics = RequestMetrics()
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
         self._admission = Admission("requests", settings.requests_max)
+        self.bodies = Bodies(settings)
         self.inferences = ThreadPoolExecutor(_USER_THREADS, "user")
         self.generations = Generations(settings, self._warm_up)
         crosses = crosses_of(settings)

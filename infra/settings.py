@@ -64,6 +64,8 @@ class Settings:
     deadline_ms: float = 50.0  # of a request that names none; crosses are waited for during 0.4 of it
     candidates_max: int = 20_000  # per request
     requests_max: int = 512  # that score or wait to, per process; more are refused
+    body_bytes: int = 256 << 20  # of request bodies, announced or there, per process; more are refused
+    body_timeout_s: float = 10.0  # from a request's head to the end of its body
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
     record_per_s: float = 2.0  # requests that an API process keeps on disk, to be scored again by new generations
     verify_norm: float = (
@@ -171,6 +173,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         ("history_length", 1),
         ("take_max", 1),
         ("requests_max", 1),
+        ("body_bytes", 16 << 20),  # the largest one that is accepted
         ("user_misses", 1),
         ("cross_misses", 1),
     ):
