@@ -28,7 +28,7 @@ _TEXT: dict[Any, str] = {
     _ATEN.add.Tensor: "({} + {})",
     _ATEN.sub.Tensor: "({} - {})",
     _ATEN.mul.Tensor: "({} * {})",
-    _ATEN.relu.default: "max({}, zero)",
+    _ATEN.relu.default: "relu({})",
     _ATEN.sigmoid.default: "sigmoid({})",
 }
 _MATH = {"contract", "reassoc", "arcp", "nsz"}  # NaN and infinities stay what they are
@@ -60,6 +60,11 @@ def _sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + p * power)
 
 
+@numba.njit(inline="always", fastmath=_MATH)
+def _relu(x: Any) -> Any:
+    return _ZERO if x < _ZERO else x  # NaN stays
+
+
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """`text` is the expression of the elements `{0}`, `{1}` ...; `moves` says of each of them along which of the three
@@ -75,7 +80,9 @@ def _compiled(chain: Chain) -> Callable[..., None]:
     """f(out, *values), all f4 of three dimensions, one after the other in memory; without the value that is `out`."""
     names = ["out" if at == chain.over else f"v{at}" for at in range(len(chain.moves))]
     elements = [
-        f"{name}[{', '.join(index if moves else '0' for index, moves in zip('ijk', own, strict=True))}]"
+        "out[i, j, k]"  # also where it has one element only, so that the compiler sees that it is the one written
+        if name == "out"
+        else f"{name}[{', '.join(index if moves else '0' for index, moves in zip('ijk', own, strict=True))}]"
         for name, own in zip(names, chain.moves, strict=True)
     ]
     others = [name for name in names if name != "out"]
@@ -86,7 +93,7 @@ def _compiled(chain: Chain) -> Callable[..., None]:
         "            for k in range(out.shape[2]):\n"
         f"                out[i, j, k] = {chain.text.format(*elements)}\n"
     )
-    space: dict[str, Any] = {"sigmoid": _sigmoid, "zero": _ZERO}
+    space: dict[str, Any] = {"sigmoid": _sigmoid, "relu": _relu}
     exec(source, space)  # noqa: S102 - of expressions that were made here
     array = numba.float32[:, :, ::1]
     signature = numba.void(array, *[array] * len(others))
@@ -99,11 +106,11 @@ class Loop(nn.Module):
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()
-        self._chain = chain
+        self.over = chain.over
         self._run = _compiled(chain)
 
     def forward(self, *values: Tensor) -> Tensor:
-        over = self._chain.over
+        over = self.over
         out = torch.empty(_broadcast(*(value.shape for value in values))) if over is None else values[over]
         self._run(_lifted(out), *(_lifted(value) for at, value in enumerate(values) if at != over))
         return out

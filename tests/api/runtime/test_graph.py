@@ -62,7 +62,11 @@ def test_operators_give_what_the_module_gives(name: str, blocks: tuple[int, ...]
     for rows in (2, 8, 9, 33, 100):
         given = query(name, rows)
         with torch.inference_mode():
-            torch.testing.assert_close(graph.run(*given), module(*given), **CLOSE)
+            found = graph.run(*given)
+            torch.testing.assert_close(found, module(*given), **CLOSE)
+            kept = found.clone()
+            graph.run(*query(name, rows))
+            assert torch.equal(found, kept), "what a lane uses again is not what it has given away"
         steps = graph.plan(rows).steps
         assert sum(graph.operators[step.operator].blocks for step in steps) == (
             max(1, round(rows / graph.block)) if graph.block else 0
