@@ -207,7 +207,9 @@ def capture_program(
     blocks: Sequence[int] = BLOCKS,
     exact: bool = False,
 ) -> Graph:
-    """`capture` of what torch.export has given, with one dynamic dimension or none. Raises GraphError."""
+    """`capture` of what torch.export has given. `example`: the leaves of its inputs. Where more than one size differs
+    from query to query, no operator runs in blocks.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a lane, and so that this thread's CPU time is all that an operation takes
     try:
@@ -248,14 +250,20 @@ def _captured(
 
 
 def _dynamic(node: fx.Node) -> int | None:
-    """The dimension of an input that is not a number."""
+    """The dimension of an input that is not a number; None where the inputs have several such sizes."""
+    found = _sizes(node)
+    every = {str(size) for one in node.graph.nodes if one.op == "placeholder" for size in _sizes(one).values()}
+    return next(iter(found)) if len(found) == len(every) == 1 else None
+
+
+def _sizes(node: fx.Node) -> dict[int, Any]:
+    """The dimensions of an input that are no numbers."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    found = [at for at, size in enumerate(value.shape) if not isinstance(size, int)]
-    if len(found) > 1:
-        raise GraphError(f"input {node.name} has more than one dynamic dimension")
-    return found[0] if found else None
+    return (
+        {at: size for at, size in enumerate(value.shape) if not isinstance(size, int)}
+        if isinstance(value, Tensor)
+        else {}
+    )
 
 
 def _with_rows(whole: fx.GraphModule) -> set[str]:
@@ -279,7 +287,7 @@ def _costs(whole: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, floa
             return value
 
     for _ in range(_TIMED + 1):
-        Timed(whole).run(*example)
+        Timed(whole).run(*example, enable_io_processing=False)
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 

@@ -52,8 +52,8 @@ class _Query(Query):
 
 
 class Runtime:
-    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own; `observer` hears
-    what they do.
+    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own; the `observer`
+    hears what they do.
     """
 
     def __init__(
