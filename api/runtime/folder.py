@@ -1,8 +1,9 @@
 """Models of a folder: every `<name>.pt2` that `torch.export.save` wrote, as the runtime takes it.
 
 The file says all there is to know. Inputs have the names of `forward`'s parameters, outputs the keys of the dict that
-it gives, else `output0`, `output1` ...; sizes and their bounds are those of the export; its example inputs are timed. A
-file that cannot be served is named in one sentence, and harms no other.
+it gives, else `output0`, `output1` ...; sizes and their bounds are those of the export; its example inputs are timed.
+With an extra file `exact`, of any content, answers are the module's bits, else they may be rounded otherwise. A file
+that cannot be served is named in one sentence, and harms no other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from api.runtime.graph import capture_program
+from api.runtime.graph import BLOCKS, capture_program
 from api.runtime.model import Model
 
 LOG = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 )
+EXACT = "exact"
+_ROWS = 127  # that a model is timed with, if its example has fewer
 _ERROR = 1e-4  # of an output of 32 bits, relative to its largest value
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -99,23 +103,57 @@ def served_of(path: Path) -> Served:
     name = path.name.removesuffix(".pt2")
     if not _NAME.fullmatch(name):
         raise ModelError("its name is not made of letters, digits and ._- alone")
-    program = _loaded(path)
+    program, exact = _loaded(path)
     inputs, outputs = _inputs(program), _outputs(program)
-    example = _example(program, inputs)
-    served = Served(name, inputs, outputs, _bounds(program, inputs), _captured(program, example, outputs))
+    bounds = _bounds(program, inputs)
+    example, blocks = _probe(inputs, _example(program, inputs), bounds)
+    try:
+        model = Model(capture_program(program, example, blocks=blocks, exact=exact))
+    except Exception as error:
+        raise ModelError(f"it does not run on its example: {_first_line(error)}") from error
+    if not model.graph.operators:
+        raise ModelError("it computes nothing")
+    served = Served(name, inputs, outputs, bounds, model)
     try:
         served.check([tensor.shape for tensor in example])
     except (ShapeError, TypeError) as error:  # TypeError: a size that no input has by itself
         raise ModelError(f"the sizes of its inputs cannot be told: {error}") from error
+    _prove(program, served, example)
+    sizes = zip(example, model.graph.rows, strict=True)
+    fewer = [one if at is None else one.narrow(at, 0, one.shape[at] // 2) for one, at in sizes]
+    with suppress(ShapeError):  # where so few rows are not taken
+        served.check([tensor.shape for tensor in fewer])
+        _prove(program, served, fewer)
     return served
 
 
-def _loaded(path: Path) -> ExportedProgram:
-    """Without operations that change what others read: the order of operators is that of their inputs alone."""
+def _prove(program: ExportedProgram, served: Served, given: Sequence[Tensor]) -> None:
+    """Operators give what the program gives, and leave the inputs as they are. Raises ModelError."""
+    arguments, named = pytree.tree_unflatten([one.clone() for one in given], program.call_spec.in_spec)
+    kept = [one.clone() for one in given]
+    try:
+        with torch.inference_mode():
+            ours, theirs = served.model.graph.run(*kept), program.module(check_guards=False)(*arguments, **named)
+    except Exception as error:
+        raise ModelError(f"it does not run on its example: {_first_line(error)}") from error
+    found = (ours,) if served.model.graph.single else ours
+    for port, one, other in zip(served.outputs, found, pytree.tree_leaves(theirs), strict=True):
+        if not _alike(one, other):
+            raise ModelError(f"its operators give another `{port.name}` than the whole of it")
+    for port, one, other in zip(served.inputs, kept, given, strict=True):
+        if not _alike(one, other):
+            raise ModelError(f"its operators change `{port.name}`")
+
+
+def _loaded(path: Path) -> tuple[ExportedProgram, bool]:
+    """Without operations that change what others read: the order of operators is that of their inputs alone. Whether
+    its answers are to be the module's bits.
+    """
+    extra: dict[str, Any] = {EXACT: None}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch speaks of its own future
-            program = torch.export.load(path)
+            program = torch.export.load(path, extra_files=extra)
             if any(_changes(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:
@@ -123,30 +161,11 @@ def _loaded(path: Path) -> ExportedProgram:
     signature = program.graph_signature
     if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
         raise ModelError(f"it changes `{changed[0]}`, so its answers would depend on other queries")
-    return program
+    return program, extra[EXACT] is not None
 
 
 def _changes(operation: Any) -> bool:
     return isinstance(operation, torch._ops.OpOverload) and operation._schema.is_mutable
-
-
-def _captured(program: ExportedProgram, example: tuple[Tensor, ...], outputs: Sequence[Port]) -> Model:
-    """Raises ModelError."""
-    assert program.example_inputs is not None
-    arguments, named = program.example_inputs
-    try:
-        model = Model(capture_program(program, example))
-        with torch.inference_mode():
-            ours, theirs = model.graph.run(*example), program.module(check_guards=False)(*arguments, **named)
-    except Exception as error:
-        raise ModelError(f"it does not run on its example: {_first_line(error)}") from error
-    if not model.graph.operators:
-        raise ModelError("it computes nothing")
-    found = (ours,) if model.graph.single else ours
-    for port, one, other in zip(outputs, found, pytree.tree_leaves(theirs), strict=True):
-        if not _alike(one, other):
-            raise ModelError(f"its operators give another `{port.name}` than the whole of it")
-    return model
 
 
 def _inputs(program: ExportedProgram) -> tuple[Port, ...]:
@@ -199,6 +218,42 @@ def _example(program: ExportedProgram, inputs: Sequence[Port]) -> tuple[Tensor, 
     if len(leaves) != len(inputs) or not all(isinstance(one, Tensor) for one in leaves):
         raise ModelError("its example inputs are not its tensors")
     return tuple(leaves)
+
+
+def _probe(
+    inputs: Sequence[Port], example: tuple[Tensor, ...], bounds: Mapping[Any, tuple[int, float]]
+) -> tuple[tuple[Tensor, ...], Sequence[int]]:
+    """What the model is timed with and, where no row depends on another, found out to be so: the example's rows in any
+    order, as many as fill a block, and not all alike. The sizes of blocks: none where that cannot be had.
+    """
+    free = {dim for port in inputs for dim in port.dims if not isinstance(dim, int)}
+    if len(free) != 1 or any(free.intersection(port.dims[1:]) for port in inputs):
+        return example, ()
+    (size,) = free
+    with_rows = [bool(port.dims) and port.dims[0] == size for port in inputs]
+    count = max(_ROWS, *(len(one) for one, rows in zip(example, with_rows, strict=True) if rows))
+    low, high = bounds.get(size, (0, 0))
+    count = int(min(count, high))
+    chance = torch.Generator().manual_seed(0)
+    have = next(len(one) for one, rows in zip(example, with_rows, strict=True) if rows)
+    if not have or count <= max(low, 2):
+        return example, ()
+    count -= 1 - count % 2  # odd: halves of other numbers of rows never have the same mean by chance
+    order = torch.randint(have, (count,), generator=chance)
+    order[: min(have, count)] = torch.randperm(have, generator=chance)[:count]
+    found = [_varied(one[order], chance) if rows else one for one, rows in zip(example, with_rows, strict=True)]
+    vary = all(bool((one != one[:1]).any()) for one, rows in zip(found, with_rows, strict=True) if rows)
+    return tuple(found), BLOCKS if vary else ()
+
+
+def _varied(rows: Tensor, chance: torch.Generator) -> Tensor:
+    """Other values of the same kind, where all rows are alike."""
+    if bool((rows != rows[:1]).any()):
+        return rows
+    if rows.is_floating_point():
+        return rows + 0.1 * torch.rand(rows.shape, generator=chance).to(rows.dtype)
+    low, high = (0, 1) if rows.dtype is torch.bool else (int(rows.min()), int(rows.max()))
+    return torch.randint(low, high + 1, rows.shape, generator=chance).to(rows.dtype)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

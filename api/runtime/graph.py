@@ -29,6 +29,7 @@ from api.runtime import forms
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
 BLOCKS = (8, 16, 32, 64, 128)  # rows, to choose from
 PLACE_S = 15e-6  # what placing an operator costs
+_PLANS = 256  # blocks of a query whose plan is kept; all of these take 13 MB
 _TIMED = 5  # runs of an example, of which the median counts
 _SMALLER = 0.05  # what a smaller block may cost, for others wait less long for its end
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
@@ -76,9 +77,10 @@ class Graph:
 
     def plan(self, rows: int) -> Plan:
         blocks = 1 if self.block is None else max(1, round(rows / self.block))
-        if blocks not in self._plans:
-            self._plans[blocks] = _plan(self, blocks)
-        return self._plans[blocks]
+        plan = self._plans.get(blocks) or _plan(self, blocks)
+        if blocks <= _PLANS:
+            self._plans[blocks] = plan
+        return plan
 
     def begun(self, inputs: Sequence[Any], plan: Plan) -> list[Any]:
         """The slots of a query before its first step."""

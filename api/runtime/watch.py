@@ -60,9 +60,9 @@ class _Stay:
     running: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Ran:
-    """A step on a lane."""
+    """A step on a lane; while it runs, `end` is its begin."""
 
     query: int
     model: str
@@ -95,7 +95,7 @@ class Watch(Observer):
         self._traces = traces
         self._stays: dict[int, _Stay] = {}
         self._waiting = 0  # of these: no step runs
-        self._running: list[_Ran | None] = [None] * lanes  # `end` is not known yet
+        self._running: list[_Ran | None] = [None] * lanes
         self._busy = [0.0] * lanes  # s not yet counted
         self._names: dict[int, str] = {}  # id of a model -> its name
         self._ran = deque[_Ran](maxlen=_REMEMBERED)
@@ -145,7 +145,8 @@ class Watch(Observer):
                 stay.idle = now
                 self._waiting += 1
         if self._traces is not None:
-            self._ran.append(dataclasses.replace(ran, end=now))
+            ran.end = now
+            self._ran.append(ran)
 
     def left(self, query: int, how: str) -> None:
         stay = self._stays.pop(query, None)

@@ -90,18 +90,44 @@ def test_one_size_in_two_inputs(tmp_path: Path) -> None:
 
 
 def test_operations_in_place_keep_their_order(tmp_path: Path) -> None:
-    class InPlace(nn.Module):
-        def forward(self, user: Tensor, items: Tensor) -> Tensor:
-            x = user.exp()
-            before = x * 2
-            x.mul_(items.shape[1]).relu_()
-            return items * x + before
+    """Products that take long enough to be operators each; the second reads what was there before the change."""
 
-    example = (torch.randn(3), torch.randn(40, 3))
-    served = served_of(save(tmp_path, "one", InPlace(), example, (None, {0: Dim("rows", min=2)})))
-    user, items = torch.randn(3), torch.randn(17, 3)
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ x
+            before = y @ x
+            y.mul_(2)
+            return y @ x + before
+
+    served = served_of(save(tmp_path, "one", InPlace(), (torch.randn(400, 400),)))
+    assert len(served.model.graph.operators) > 2
+    x = torch.randn(400, 400)
     with torch.inference_mode():
-        torch.testing.assert_close(served.model.graph.run(user, items), InPlace()(user, items))
+        torch.testing.assert_close(served.model.graph.run(x), InPlace()(x), rtol=1e-3, atol=1e-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_an_example_of_equal_rows_hides_no_dependence(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Flips(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(0)
+
+    path = save(tmp_path, "one", Flips(), (torch.ones(8, 2).to(dtype),), ({0: Dim("rows", min=2)},))
+    x = (torch.arange(1_000).reshape(500, 2) % 7 - 3).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(served_of(path).model.graph.run(x), x.flip(0))
+
+
+def test_rows_that_do_not_depend_on_each_other_run_in_blocks(tmp_path: Path) -> None:
+    shapes = ({0: Dim("rows", min=2, max=100)},)
+    for example in (torch.zeros(2, 3), torch.randn(90, 3)):
+        graph = served_of(save(tmp_path, "one", Double(), (example,), shapes)).model.graph
+        assert graph.block is not None
+        assert graph.block >= 8
+        assert len(graph.plan(100).steps) == max(1, round(100 / graph.block))
+        for blocks in range(1, 2_000, 97):  # of any sizes that callers think of
+            graph.plan(blocks * graph.block)
+        assert max(graph._plans) <= 256
 
 
 def test_several_sizes_that_differ(tmp_path: Path) -> None:
