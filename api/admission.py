@@ -46,13 +46,20 @@ class Admission:
         self._free = threading.Semaphore(places)
         self._refused = refusals(kind)
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place as long as the context lasts. Raises FullError."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._free.release()
+
     def submit(
         self, pool: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **named: P.kwargs
     ) -> Future[T]:
         """Starts `work` in the pool; its place is free again when it has ended. Raises FullError."""
-        if not self._free.acquire(blocking=False):
-            self._refused.inc()
-            raise FullError
+        self._take()
         try:
             future = pool.submit(work, *arguments, **named)
         except BaseException:
@@ -60,3 +67,8 @@ class Admission:
             raise
         future.add_done_callback(lambda _: self._free.release())
         return future
+
+    def _take(self) -> None:
+        if not self._free.acquire(blocking=False):
+            self._refused.inc()
+            raise FullError

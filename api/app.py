@@ -25,6 +25,7 @@ from api.bodies import Body
 from api.events import KINDS, checked
 from api.explain import explain
 from api.generations import Generation
+from api.inference import inference_routes
 from api.openapi import add_schemas, documented
 from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
@@ -99,6 +100,8 @@ def create_app(service: Service) -> ASGIApp:
     _lookup_routes(app, service)
     _event_routes(app, service)
     _operation_routes(app, service)
+    if service.settings.models:
+        inference_routes(app, service)
     error_handlers(app)
     add_schemas(app, _TYPES)
     return Shortcut(app, hot)

@@ -85,8 +85,8 @@ class Bodies:
 
     async def of(self, request: Request, *accepted: str, empty: bool = False) -> Body:
         """The request's whole body, to be used in a `with` that the request ends with. Raises ProblemError: 415 for
-        another media type, 413 beyond BODY_MAX, 503 where the process holds too much already, 408 where the body does
-        not come in time."""
+        another media type than the `accepted`, if any, 413 beyond BODY_MAX, 503 where the process holds too much
+        already, 408 where the body does not come in time."""
         head = dict(request.scope["headers"])
         body = Body(self, head.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower())
         task = asyncio.current_task()
@@ -97,7 +97,7 @@ class Bodies:
         try:
             body.announce(int(head.get(b"content-length", 0)))  # a number: the HTTP server has read it
             await body.read(request.receive)
-            if body.media not in accepted and not (empty and not len(body)):
+            if accepted and body.media not in accepted and not (empty and not len(body)):
                 given = body.media or "no content type"
                 expected = " or ".join(accepted)
                 raise ProblemError(415, "unsupported-media-type", f"{given} was sent; expected {expected}")

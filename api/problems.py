@@ -56,8 +56,12 @@ class ProblemError(Exception):
         super().__init__(detail)
         self.body = ProblemBody(f"urn:forerank:problem:{kind}", _TITLES.get(status, "Error"), status, detail, field)
 
-    def response(self) -> Response:
+    def response(self, plain: bool = False) -> Response:
+        """`plain`: as the Open Inference Protocol has it, to which a wrong field is a bad request."""
         headers = _HEADERS.get(self.body.status)
+        if plain:
+            status = 400 if self.body.status == 422 else self.body.status
+            return Response(msgspec.json.encode({"error": self.body.detail}), status, headers, "application/json")
         return Response(msgspec.json.encode(self.body), self.body.status, headers, "application/problem+json")
 
 

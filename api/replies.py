@@ -40,34 +40,35 @@ def preferred(request: Request, *offered: str) -> str:
 
 
 def error_handlers(app: FastAPI) -> None:
-    """Every error that leaves a route becomes `response_to` it."""
+    """Every error that leaves a route becomes `response_to` it, below /v2 in that protocol's form."""
 
-    async def handler(_: Request, error: Exception) -> Response:
-        return response_to(error)
+    async def handler(request: Request, error: Exception) -> Response:
+        return response_to(error, plain=request.url.path.startswith("/v2"))
 
     for kind in (ProblemError, HTTPException, RequestValidationError, ClientDisconnect, StoreError, Exception):
         app.add_exception_handler(kind, handler)
 
 
-def response_to(error: Exception) -> Response:
-    """What the caller is told about an error; one of this program goes into the log too."""
+def response_to(error: Exception, plain: bool = False) -> Response:
+    """What the caller is told about an error; one of this program goes into the log too. `plain`: in the form of the
+    Open Inference Protocol."""
     if isinstance(error, ProblemError):
-        return error.response()
+        return error.response(plain)
     if isinstance(error, HTTPException):
         kind = {404: "no-such-route", 405: "method-not-allowed"}.get(error.status_code, "http")
-        response = ProblemError(error.status_code, kind, str(error.detail)).response()
+        response = ProblemError(error.status_code, kind, str(error.detail)).response(plain)
         response.headers.update(error.headers or {})
         return response
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return invalid(str(first["loc"][-1]), str(first["msg"])).response()
+        return invalid(str(first["loc"][-1]), str(first["msg"])).response(plain)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody hears it
     if isinstance(error, StoreError):
         LOG.error("a store of this host cannot be read", exc_info=error)
-        return ProblemError(503, "store", str(error)).response()
+        return ProblemError(503, "store", str(error)).response(plain)
     LOG.error("request failed", exc_info=error)
-    return ProblemError(500, "internal", "the request failed here; the log has the reason").response()
+    return ProblemError(500, "internal", "the request failed here; the log has the reason").response(plain)
 
 
 class Shortcut:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,9 @@ from api.metrics import RequestMetrics
 from api.prerank import Merger
 from api.recording import Recorder
 from api.rights import Rights
+from api.runtime.folder import Folder
+from api.runtime.runtime import Runtime
+from api.runtime.watch import Watch
 from api.schemas import InlineUser
 from api.users import Users, moment
 from api.waiting import Waiters
@@ -54,17 +59,28 @@ class Service:
         self.merger = Merger(settings, self.generations, self.users)
         self.recorder = Recorder(settings)
         self.feed = Feed(settings)
+        lanes = max(1, len(os.sched_getaffinity(0)) // settings.api_processes)
+        self.watch = Watch(lanes, Path(settings.traces) if settings.traces else None)
+        self.runtime = Runtime(lanes, observer=self.watch)
+        self.inferring = Admission("inferences", settings.requests_max)
+        self.models = Folder({}, {})
         self.waiters = Waiters(self.generations.answering)
 
     def start(self) -> None:
         torch.set_num_threads(1)
         self.metrics.start()
         self.recorder.start()
+        self.runtime.start()
+        if self.settings.models:
+            self.models = Folder.read(Path(self.settings.models))
+            for served in self.models.models.values():
+                self.watch.name(served.model, served.name)
         self.generations.start()
 
     def stop(self) -> None:
         self.generations.close()
         self.requests.shutdown()
+        self.runtime.close()
         self.inferences.shutdown()
         self.recorder.stop()
         if self.users.crosses is not None:

@@ -67,6 +67,9 @@ class Settings:
     body_bytes: int = 256 << 20  # of request bodies, announced or there, per process; more are refused
     body_timeout_s: float = 10.0  # from a request's head to the end of its body
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
+    models: str = ""  # folder of .pt2 files, served through the Open Inference Protocol; "" = none
+    traces: str = ""  # folder for timelines of their queries; "" = none
+    trace_share: float = 0.0  # of queries that get one without asking for it
     record_per_s: float = 2.0  # requests that an API process keeps on disk, to be scored again by new generations
     verify_norm: float = (
         20.0  # a new generation's rows are at most so many times as long as the active one's, or as short

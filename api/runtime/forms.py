@@ -147,7 +147,7 @@ def _last_read(form: fx.GraphModule, node: fx.Node, place: Mapping[fx.Node, int]
 
 def _with_shared_matrices(form: fx.GraphModule, values: Mapping[str, Tensor]) -> None:
     for number, node in enumerate(list(form.graph.nodes)):
-        if node.target is not _ATEN.matmul.default:
+        if node.target is not _ATEN.matmul.default or len(node.all_input_nodes) < 2:  # a matrix by itself
             continue
         x, shared = (values[one.name].shape for one in node.all_input_nodes)
         if len(x) == len(shared) == 4 and x[2] == shared[0] == 1 and x[0] > 1 and x[1] == shared[1]:

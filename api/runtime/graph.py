@@ -29,6 +29,7 @@ from api.runtime import forms
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
 BLOCKS = (8, 16, 32, 64, 128)  # rows, to choose from
 PLACE_S = 15e-6  # what placing an operator costs
+_PLANS = 256  # blocks of a query whose plan is kept; all of these take 13 MB
 _TIMED = 5  # runs of an example, of which the median counts
 _SMALLER = 0.05  # what a smaller block may cost, for others wait less long for its end
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
@@ -76,9 +77,10 @@ class Graph:
 
     def plan(self, rows: int) -> Plan:
         blocks = 1 if self.block is None else max(1, round(rows / self.block))
-        if blocks not in self._plans:
-            self._plans[blocks] = _plan(self, blocks)
-        return self._plans[blocks]
+        plan = self._plans.get(blocks) or _plan(self, blocks)
+        if blocks <= _PLANS:
+            self._plans[blocks] = plan
+        return plan
 
     def begun(self, inputs: Sequence[Any], plan: Plan) -> list[Any]:
         """The slots of a query before its first step."""
@@ -207,7 +209,9 @@ def capture_program(
     blocks: Sequence[int] = BLOCKS,
     exact: bool = False,
 ) -> Graph:
-    """`capture` of what torch.export has given, with one dynamic dimension or none. Raises GraphError."""
+    """`capture` of what torch.export has given. `example`: the leaves of its inputs. Where more than one size differs
+    from query to query, no operator runs in blocks.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a lane, and so that this thread's CPU time is all that an operation takes
     try:
@@ -248,14 +252,20 @@ def _captured(
 
 
 def _dynamic(node: fx.Node) -> int | None:
-    """The dimension of an input that is not a number."""
+    """The dimension of an input that is not a number; None where the inputs have several such sizes."""
+    found = _sizes(node)
+    every = {str(size) for one in node.graph.nodes if one.op == "placeholder" for size in _sizes(one).values()}
+    return next(iter(found)) if len(found) == len(every) == 1 else None
+
+
+def _sizes(node: fx.Node) -> dict[int, Any]:
+    """The dimensions of an input that are no numbers."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    found = [at for at, size in enumerate(value.shape) if not isinstance(size, int)]
-    if len(found) > 1:
-        raise GraphError(f"input {node.name} has more than one dynamic dimension")
-    return found[0] if found else None
+    return (
+        {at: size for at, size in enumerate(value.shape) if not isinstance(size, int)}
+        if isinstance(value, Tensor)
+        else {}
+    )
 
 
 def _with_rows(whole: fx.GraphModule) -> set[str]:
@@ -279,7 +289,7 @@ def _costs(whole: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, floa
             return value
 
     for _ in range(_TIMED + 1):
-        Timed(whole).run(*example)
+        Timed(whole).run(*example, enable_io_processing=False)
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 

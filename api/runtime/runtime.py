@@ -21,6 +21,7 @@ import torch
 from api.runtime.backlog import Backlog, Query
 from api.runtime.model import Model
 from api.runtime.policy import Policy
+from api.runtime.watch import CANCELLED, DONE, FAILED, LATE, Observer
 
 
 class RefusedError(Exception):
@@ -51,11 +52,19 @@ class _Query(Query):
 
 
 class Runtime:
-    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own."""
+    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own; the `observer`
+    hears what they do.
+    """
 
     def __init__(
-        self, lanes: int, policy: Policy | None = None, bytes_max: float = math.inf, pin: bool = False
+        self,
+        lanes: int,
+        policy: Policy | None = None,
+        bytes_max: float = math.inf,
+        pin: bool = False,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer or Observer()
         self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
         self._count, self._closed, self._idle = 0, False, 0
         self._bytes, self._bytes_max = 0, bytes_max
@@ -106,12 +115,15 @@ class Runtime:
             if self._closed:
                 raise CancelledError
             if within_s < math.inf and self._backlog.wait_of(query, len(self._lanes), now) > within_s:
+                self._observer.refused()
                 raise LateError("the deadline cannot be met with what waits already")
             if self._bytes + query.bytes > self._bytes_max:
+                self._observer.refused()
                 raise FullError(f"{query.bytes} bytes more are not free")
             query.number, self._count = self._count, self._count + 1
             self._bytes += query.bytes
             self._backlog.add(query)
+            self._observer.arrived(query.number, model, priority, query.answer)
             self._rouse(len(query.ready))
         return query.answer
 
@@ -132,6 +144,7 @@ class Runtime:
                     made = step.run(query.slots)
                 except Exception as error:
                     with self._wake:
+                        self._observer.end(lane)
                         self._fail(query, error)
                 else:
                     rows = query.model.rows(query.plan, number, query.rows)
@@ -155,12 +168,14 @@ class Runtime:
                 elif step < 0:
                     self._fail(query, LateError("the deadline cannot be met any more"))
                 else:
+                    self._observer.begin(query.number, query.plan.steps[step], lane)
                     return query, step
             return None
 
     def _done(self, query: _Query, number: int, made: tuple[Any, ...], lane: int) -> None:
         step = query.plan.steps[number]
         with self._wake:
+            self._observer.end(lane)
             if query.ended:
                 return
             for slot, value in zip(step.outputs, made, strict=True):
@@ -173,17 +188,18 @@ class Runtime:
             if query.unfinished:
                 self._rouse(ready - 1)  # this lane takes one itself
                 return
-            self._leave(query)
+            self._leave(query, DONE)
         if query.answer.set_running_or_notify_cancel():
             query.answer.set_result(query.model.graph.result(query.slots, query.plan))
 
     def _fail(self, query: _Query, error: Exception | None) -> None:
         """Drops it; None: its caller has cancelled it. Under the lock."""
         if not query.ended:
-            self._leave(query)
+            self._leave(query, LATE if isinstance(error, LateError) else FAILED)
             if query.answer.set_running_or_notify_cancel():
                 query.answer.set_exception(error or CancelledError())
 
-    def _leave(self, query: _Query) -> None:
+    def _leave(self, query: _Query, how: str) -> None:
         self._backlog.end(query)
         self._bytes -= query.bytes
+        self._observer.left(query.number, CANCELLED if query.answer.cancelled() else how)
