@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch  # noqa: F401 - before usearch, after which its C++ streams write no numbers, so schemas are cut short
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
