@@ -34,7 +34,8 @@ DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 )
 EXACT = "exact"
-_ROWS = 127  # that a model is timed with, if its example has fewer
+_ROWS, _MANY_ROWS = 127, 1_023  # that a model is timed with, if its example has fewer; one that needs less than:
+_LIGHT_S = 5e-4  # so that a block takes 4 ms at most, which is how long others may wait for it
 _ERROR = 1e-4  # of an output of 32 bits, relative to its largest value
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -106,8 +107,11 @@ def served_of(path: Path) -> Served:
     program, exact = _loaded(path)
     inputs, outputs = _inputs(program), _outputs(program)
     bounds = _bounds(program, inputs)
-    example, blocks = _probe(inputs, _example(program, inputs), bounds)
+    given = _example(program, inputs)
+    example, blocks = _probe(inputs, given, bounds, _ROWS)
     try:
+        if blocks and _seconds(program, example) < _LIGHT_S:
+            example, blocks = _probe(inputs, given, bounds, _MANY_ROWS)
         model = Model(capture_program(program, example, blocks=blocks, exact=exact))
     except Exception as error:
         raise ModelError(f"it does not run on its example: {_first_line(error)}") from error
@@ -221,17 +225,17 @@ def _example(program: ExportedProgram, inputs: Sequence[Port]) -> tuple[Tensor, 
 
 
 def _probe(
-    inputs: Sequence[Port], example: tuple[Tensor, ...], bounds: Mapping[Any, tuple[int, float]]
+    inputs: Sequence[Port], example: tuple[Tensor, ...], bounds: Mapping[Any, tuple[int, float]], least: int
 ) -> tuple[tuple[Tensor, ...], Sequence[int]]:
     """What the model is timed with and, where no row depends on another, found out to be so: the example's rows in any
-    order, as many as fill a block, and not all alike. The sizes of blocks: none where that cannot be had.
+    order, at least so many, and not all alike. The sizes of blocks: none where that cannot be had.
     """
     free = {dim for port in inputs for dim in port.dims if not isinstance(dim, int)}
     if len(free) != 1 or any(free.intersection(port.dims[1:]) for port in inputs):
         return example, ()
     (size,) = free
     with_rows = [bool(port.dims) and port.dims[0] == size for port in inputs]
-    count = max(_ROWS, *(len(one) for one, rows in zip(example, with_rows, strict=True) if rows))
+    count = max(least, *(len(one) for one, rows in zip(example, with_rows, strict=True) if rows))
     low, high = bounds.get(size, (0, 0))
     count = int(min(count, high))
     chance = torch.Generator().manual_seed(0)
@@ -244,6 +248,17 @@ def _probe(
     found = [_varied(one[order], chance) if rows else one for one, rows in zip(example, with_rows, strict=True)]
     vary = all(bool((one != one[:1]).any()) for one, rows in zip(found, with_rows, strict=True) if rows)
     return tuple(found), BLOCKS if vary else ()
+
+
+def _seconds(program: ExportedProgram, example: tuple[Tensor, ...]) -> float:
+    arguments, named = pytree.tree_unflatten(example, program.call_spec.in_spec)
+    module, took = program.module(check_guards=False), []
+    with torch.inference_mode():
+        for _ in range(5):
+            began = time.thread_time()
+            module(*arguments, **named)
+            took.append(time.thread_time() - began)
+    return min(took)
 
 
 def _varied(rows: Tensor, chance: torch.Generator) -> Tensor:

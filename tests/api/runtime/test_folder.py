@@ -129,6 +129,9 @@ def test_rows_that_do_not_depend_on_each_other_run_in_blocks(tmp_path: Path) -> 
         for count in range(1, 2_000, 97):  # blocks, as many as callers think of
             graph.plan(count * graph.block)
         assert max(graph._plans) <= 256
+    light = served_of(save(tmp_path, "one", Double(), (torch.zeros(2, 3),), ({0: Dim("rows", min=2)},))).model.graph
+    assert light.block is not None
+    assert light.block > 128, "a block of so few numbers is worth less than placing it"
 
 
 def test_several_sizes_that_differ(tmp_path: Path) -> None:
