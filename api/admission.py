@@ -8,13 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from api.problems import ProblemError
 from infra import telemetry
 
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def refusals(kind: str) -> Counter:
+    """Counts what was refused."""
+    refused = telemetry.counter("forerank_refused", "What found no free place, by kind", ("kind",))
+    return refused.labels(kind)
 
 
 class FullError(Exception):
@@ -35,14 +44,20 @@ class Admission:
 
     def __init__(self, kind: str, places: int) -> None:
         self._free = threading.Semaphore(places)
-        refused = telemetry.counter("forerank_refused", "Computations that found no free place, by kind", ("kind",))
-        self._refused = refused.labels(kind)
+        self._refused = refusals(kind)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place as long as the context lasts. Raises FullError."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._free.release()
 
     def admit(self, submit: Callable[P, Future[T]], *arguments: P.args, **named: P.kwargs) -> Future[T]:
         """Has something started by `submit`; its place is free again when it has ended. Raises FullError."""
-        if not self._free.acquire(blocking=False):
-            self._refused.inc()
-            raise FullError
+        self._take()
         try:
             future = submit(*arguments, **named)
         except BaseException:
@@ -50,3 +65,8 @@ class Admission:
             raise
         future.add_done_callback(lambda _: self._free.release())
         return future
+
+    def _take(self) -> None:
+        if not self._free.acquire(blocking=False):
+            self._refused.inc()
+            raise FullError

@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch  # noqa: F401 - before usearch, after which its C++ streams write no numbers, so schemas are cut short
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
 from api import arrow, binary, items, schemas, waiting
+from api.bodies import Body
 from api.events import KINDS, checked
 from api.explain import explain
 from api.generations import Generation
+from api.inference import inference_routes
 from api.openapi import add_schemas, documented
 from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
-from api.replies import JSON, Body, Endpoint, Shortcut, body_of, error_handlers, preferred, reply
+from api.replies import JSON, Endpoint, Shortcut, error_handlers, preferred, reply
 from api.service import Service
 from api.status import generations_of
 from api.users import moment_text, user_id_of
@@ -98,6 +101,8 @@ def create_app(service: Service) -> ASGIApp:
     _lookup_routes(app, service)
     _event_routes(app, service)
     _operation_routes(app, service)
+    if service.settings.models:
+        inference_routes(app, service)
     error_handlers(app)
     add_schemas(app, _TYPES)
     return Shortcut(app, hot)
@@ -144,11 +149,11 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
         ),
     )
     async def score(request: Request) -> Response:
-        body, media = await body_of(request, JSON, _BINARY, arrow.MEDIA)
-        if media == _BINARY:
-            return await service.rank(_score_binary, service, body, request.query_params)
-        gives = preferred(request, media, JSON, arrow.MEDIA)
-        return await service.rank(_score, service, body, media, request.query_params, gives)
+        with await service.bodies.of(request, JSON, _BINARY, arrow.MEDIA) as body:
+            if body.media == _BINARY:
+                return await service.rank(_score_binary, service, body, request.query_params)
+            gives = preferred(request, body.media, JSON, arrow.MEDIA)
+            return await service.rank(_score, service, body, request.query_params, gives)
 
     @app.post(
         "/v1/recommend",
@@ -162,8 +167,8 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
         ),
     )
     async def recommend(request: Request) -> Response:
-        body, _ = await body_of(request, JSON)
-        return await service.rank(_recommend, service, body, preferred(request, JSON, arrow.MEDIA))
+        with await service.bodies.of(request, JSON) as body:
+            return await service.rank(_recommend, service, body, preferred(request, JSON, arrow.MEDIA))
 
     @app.post(
         "/v1/users/{user_id:path}/prefetch",
@@ -179,16 +184,16 @@ def _ranking_routes(app: FastAPI, service: Service) -> dict[str, Endpoint]:
         ),
     )
     async def prefetch(user_id: str, request: Request) -> Response:
-        body, _ = await body_of(request, JSON, empty=True)
-        return await service.rank(_prefetch, service, user_id, body)
+        with await service.bodies.of(request, JSON, empty=True) as body:
+            return await service.rank(_prefetch, service, user_id, body)
 
     return {"/v1/score": score, "/v1/recommend": recommend}
 
 
-def _score(service: Service, body: Body, takes: str, parameters: Mapping[str, str], gives: str) -> Response:
+def _score(service: Service, body: Body, parameters: Mapping[str, str], gives: str) -> Response:
     ids: Ids
     options: schemas.ScoreOptions
-    if takes == arrow.MEDIA:
+    if body.media == arrow.MEDIA:
         ids, options = arrow.request_of(body.take(), parameters)
     else:
         options = request = decode(_SCORE, body.take())
@@ -331,9 +336,9 @@ def _event_routes(app: FastAPI, service: Service) -> None:
         async def publish(request: Request) -> Response:
             if kind == "models":
                 service.rights.check(request.headers.get("authorization"))
-            body, media = await body_of(request, JSON, "application/x-ndjson")
-            rows = await service.run(lambda: checked(kind, body.take(), media != JSON))
-            return reply(await service.feed.publish(kind, rows), 202)
+            with await service.bodies.of(request, JSON, "application/x-ndjson") as body:
+                rows = await service.run(lambda: checked(kind, body.take(), body.media != JSON))
+                return reply(await service.feed.publish(kind, rows), 202)
 
     def action_route(action: str, meaning: str, body_type: type[msgspec.Struct], example: dict[str, Any]) -> None:
         decoder = msgspec.json.Decoder(body_type)
@@ -355,9 +360,9 @@ def _event_routes(app: FastAPI, service: Service) -> None:
         )
         async def publish(generation: str, request: Request) -> Response:
             service.rights.check(request.headers.get("authorization"))
-            body, _ = await body_of(request, JSON, empty=True)
-            event = await service.run(_model_event, action, generation, decoder, body)
-            return reply(await service.feed.roll_out(event), 202)
+            with await service.bodies.of(request, JSON, empty=True) as body:
+                event = await service.run(_model_event, action, generation, decoder, body)
+                return reply(await service.feed.roll_out(event), 202)
 
     for kind, body_type in KINDS.items():
         route(kind, body_type)

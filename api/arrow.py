@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api import binary, prerank, schemas
+from api.bodies import BODY_MAX
 from api.flatbuffer import Node, Table, encoded
 from api.prerank import Answer, Ids
 from api.problems import ProblemError, decode, invalid
-from api.replies import BODY_MAX
 
 MEDIA = "application/vnd.apache.arrow.stream"
 KEY = "forerank"

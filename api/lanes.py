@@ -21,12 +21,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from api.runtime.runtime import LateError, Model, Runtime, opaque
+from api.runtime.model import Model
+from api.runtime.runtime import Runtime
 from infra.settings import Settings
 
 T = TypeVar("T")
 AHEAD_S = 0.02
-_RATE = 0.1  # weight of the newest sample of a cost
+_USUAL = 1_000  # candidates or behaviours that a step's first guess is for
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -34,28 +35,25 @@ class Rank(enum.IntEnum):
     """The classes of the policy, and a lower one that it does not see: a queue of what nobody waits for yet would make
     each of its choices dearer."""
 
-    NEXT = 0  # a request's last step, or one that is late: what is nearly done holds memory
-    REQUEST = 1
-    AHEAD = 2  # nobody waits for it yet; it comes when nothing else does, or has waited for AHEAD_S
+    NEXT = -1  # a request's last step, or one that is late: what is nearly done holds memory
+    REQUEST = 0  # as queries of other models have it that say nothing
+    AHEAD = 1  # nobody waits for it yet; it comes when nothing else does, or has waited for AHEAD_S
 
 
 class Step(enum.Enum):
-    """By what costs are known. The value is what one is taken to cost, s, before any of its size has run."""
+    """By what costs are known. The value is what one of usual size is taken to cost, s, before any has run."""
 
     INFER = 1.4e-3
     FIND = 4e-3  # candidates and their rows, and their scores where the user is there by then
     SCORE = 3e-3
 
 
-_Kind = tuple[Step, int]  # and the power of two of its size
-
-
 class _Task(Future[T]):
-    """A step on its way. It may be handed over more than once; the first lane that takes it does it."""
+    """A step on its way, which the first one who takes it does: a lane, or a caller who needs it."""
 
-    def __init__(self, kind: _Kind, work: Callable[[], T], rank: Rank) -> None:
+    def __init__(self, step: Step, size: int, work: Callable[[], T], rank: Rank) -> None:
         super().__init__()
-        self.kind, self.rank, self.since = kind, rank, time.monotonic()
+        self.step, self.size, self.rank, self.since = step, size, rank, time.monotonic()
         self._work: Callable[[], T] | None = work
         self._taken = threading.Lock()
 
@@ -79,8 +77,7 @@ class Lanes:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._costs: dict[_Kind, float] = {}
-        self._models: dict[_Kind, Model] = {}
+        self.models = {step: Model.opaque(self._run, 1, step.value, _USUAL, learns=False) for step in Step}
         self._ahead: deque[_Task[Any]] = deque()
         self._lock = threading.Lock()
 
@@ -94,7 +91,7 @@ class Lanes:
     ) -> Future[T]:
         """`size`: of what the step takes, by which its cost is known; `until`: when it is to be done at the latest
         (`time.perf_counter`). Raises CancelledError where the runtime is closed, and so does the future."""
-        task = _Task((step, size.bit_length()), work, rank)
+        task = _Task(step, size, work, rank)
         if rank is Rank.AHEAD:
             with self._lock:
                 self._ahead.append(task)
@@ -112,7 +109,7 @@ class Lanes:
         try:
             began = time.perf_counter()
             found = work()
-            self._took((step, size.bit_length()), time.perf_counter() - began)
+            self.models[step].learn(0, size, time.perf_counter() - began)
             return found
         finally:
             self._runtime.give_back()
@@ -129,38 +126,23 @@ class Lanes:
             self._run(future)
 
     def _place(self, task: _Task[Any], rank: Rank, until: float) -> None:
-        model = self._model(task.kind)
-        try:
-            answer = self._runtime.submit(model, task, priority=rank, within_s=until - time.perf_counter())
-        except LateError:
-            answer = self._runtime.submit(model, task, priority=Rank.NEXT)
-        answer.add_done_callback(lambda answer: self._dropped(task, answer))
+        within_s = until - time.perf_counter()
+        answer = self._runtime.submit(
+            self.models[task.step], task, priority=rank, within_s=within_s, rows=task.size, strict=False
+        )
+        answer.add_done_callback(lambda answer: self._closed(task, answer))
 
-    def _model(self, kind: _Kind) -> Model:
-        """With the cost that is known now, about."""
-        cost, model = self._costs.get(kind, kind[0].value), self._models.get(kind)
-        if model is None or not 0.8 * model.work < cost < 1.25 * model.work:
-            model = self._models[kind] = opaque(self._run, cost)
-        return model
-
-    def _dropped(self, task: _Task[Any], answer: Future[Any]) -> None:
-        """What is late is done all the same, next."""
-        if answer.cancelled():
-            if task.take():
-                task.cancel()
-        elif isinstance(answer.exception(), LateError):
-            self._place(task, Rank.NEXT, math.inf)
+    @staticmethod
+    def _closed(task: _Task[Any], answer: Future[Any]) -> None:
+        if answer.cancelled() and task.take():
+            task.cancel()
 
     def _run(self, task: _Task[Any]) -> None:
         if task.take():
             began = time.perf_counter()
             task.run()
-            self._took(task.kind, time.perf_counter() - began)
+            self.models[task.step].learn(0, task.size, time.perf_counter() - began)
         self._promote()
-
-    def _took(self, kind: _Kind, took: float) -> None:
-        known = self._costs.get(kind, took)
-        self._costs[kind] = known + _RATE * (took - known)
 
     def _promote(self) -> None:
         """What is ahead becomes a request where nothing else waits for a lane, and in time. Looked for whenever a step

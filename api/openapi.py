@@ -24,6 +24,7 @@ _MEANINGS = {
     400: "the body is not what its content type says",
     401: "the token is missing, or another one",
     404: "there is no such thing",
+    408: "the body did not come in time; the connection is closed",
     409: "it would be refused; `detail` says why, and nothing was published",
     413: "the body is too large",
     415: "another content type is needed",
@@ -54,6 +55,7 @@ def documented(
     if admin:
         out["security"], errors = [{_ADMIN: []}], (401, *errors)
     if takes is not None:
+        errors = (408, *errors)
         content = {"application/json": {"schema": _schema(takes), "example": example}}
         content |= {media: {"schema": _binary(meaning)} for media, meaning in (also_takes or {}).items()}
         out["requestBody"] = {"required": not optional_body, "content": content}

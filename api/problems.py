@@ -18,6 +18,7 @@ _TITLES = {
     401: "Not allowed without the token",
     404: "Not found",
     405: "Method not allowed",
+    408: "Too slow",
     409: "Refused",
     413: "Body too large",
     415: "Unsupported media type",
@@ -26,7 +27,11 @@ _TITLES = {
     503: "Not available now",
     504: "Not in time",
 }
-_HEADERS = {401: {"www-authenticate": 'Bearer realm="forerank"'}, 503: {"retry-after": "1"}}
+_HEADERS = {
+    401: {"www-authenticate": 'Bearer realm="forerank"'},
+    408: {"connection": "close"},
+    503: {"retry-after": "1"},
+}
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _FIELD_AT = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _FIELD_NAMED = re.compile(r"(?:missing required|contains unknown) field `(?P<name>[^`]+)`")
@@ -51,8 +56,12 @@ class ProblemError(Exception):
         super().__init__(detail)
         self.body = ProblemBody(f"urn:forerank:problem:{kind}", _TITLES.get(status, "Error"), status, detail, field)
 
-    def response(self) -> Response:
+    def response(self, plain: bool = False) -> Response:
+        """`plain`: as the Open Inference Protocol has it, to which a wrong field is a bad request."""
         headers = _HEADERS.get(self.body.status)
+        if plain:
+            status = 400 if self.body.status == 422 else self.body.status
+            return Response(msgspec.json.encode({"error": self.body.detail}), status, headers, "application/json")
         return Response(msgspec.json.encode(self.body), self.body.status, headers, "application/problem+json")
 
 

@@ -1,4 +1,4 @@
-"""Bodies in and out, and what every kind of error becomes: always problem+json."""
+"""Answers, and what every kind of error becomes: always problem+json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from api.problems import ProblemError, invalid
 from index.errors import StoreError
 
 LOG = logging.getLogger(__name__)
-BODY_MAX = 16 << 20  # bytes
 JSON = "application/json"
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -25,37 +24,6 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 def reply(body: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type=JSON)
-
-
-class Body:
-    """A request's body in the parts in which it came. The request's thread takes it whole: to join megabytes, and to
-    give their memory back, takes milliseconds, in which the event loop would serve nobody.
-    """
-
-    def __init__(self, parts: list[bytes]) -> None:
-        self._parts = parts
-
-    def take(self) -> bytes:
-        """All of it, once."""
-        whole = b"".join(self._parts)
-        self._parts.clear()
-        return whole
-
-
-async def body_of(request: Request, *accepted: str, empty: bool = False) -> tuple[Body, str]:
-    """The body and its media type. Raises ProblemError 415 for another type, 413 beyond BODY_MAX."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_MAX:
-            raise ProblemError(413, "body-too-large", f"at most {BODY_MAX} bytes are accepted")
-        parts.append(part)
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media not in accepted and not (empty and size == 0):
-        given = media or "no content type"
-        raise ProblemError(415, "unsupported-media-type", f"{given} was sent; expected {' or '.join(accepted)}")
-    return Body(parts), media
 
 
 def preferred(request: Request, *offered: str) -> str:
@@ -72,34 +40,35 @@ def preferred(request: Request, *offered: str) -> str:
 
 
 def error_handlers(app: FastAPI) -> None:
-    """Every error that leaves a route becomes `response_to` it."""
+    """Every error that leaves a route becomes `response_to` it, below /v2 in that protocol's form."""
 
-    async def handler(_: Request, error: Exception) -> Response:
-        return response_to(error)
+    async def handler(request: Request, error: Exception) -> Response:
+        return response_to(error, plain=request.url.path.startswith("/v2"))
 
     for kind in (ProblemError, HTTPException, RequestValidationError, ClientDisconnect, StoreError, Exception):
         app.add_exception_handler(kind, handler)
 
 
-def response_to(error: Exception) -> Response:
-    """What the caller is told about an error; one of this program goes into the log too."""
+def response_to(error: Exception, plain: bool = False) -> Response:
+    """What the caller is told about an error; one of this program goes into the log too. `plain`: in the form of the
+    Open Inference Protocol."""
     if isinstance(error, ProblemError):
-        return error.response()
+        return error.response(plain)
     if isinstance(error, HTTPException):
         kind = {404: "no-such-route", 405: "method-not-allowed"}.get(error.status_code, "http")
-        response = ProblemError(error.status_code, kind, str(error.detail)).response()
+        response = ProblemError(error.status_code, kind, str(error.detail)).response(plain)
         response.headers.update(error.headers or {})
         return response
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return invalid(str(first["loc"][-1]), str(first["msg"])).response()
+        return invalid(str(first["loc"][-1]), str(first["msg"])).response(plain)
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody hears it
     if isinstance(error, StoreError):
         LOG.error("a store of this host cannot be read", exc_info=error)
-        return ProblemError(503, "store", str(error)).response()
+        return ProblemError(503, "store", str(error)).response(plain)
     LOG.error("request failed", exc_info=error)
-    return ProblemError(500, "internal", "the request failed here; the log has the reason").response()
+    return ProblemError(500, "internal", "the request failed here; the log has the reason").response(plain)
 
 
 class Shortcut:

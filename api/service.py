@@ -9,12 +9,14 @@ import asyncio
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from api import items
 from api.admission import Admission, overloaded
+from api.bodies import Bodies
 from api.crosses import crosses_of
 from api.events import Feed
 from api.generations import Generation, Generations
@@ -23,7 +25,9 @@ from api.metrics import RequestMetrics
 from api.prerank import Merger
 from api.recording import Recorder
 from api.rights import Rights
+from api.runtime.folder import Folder
 from api.runtime.runtime import Runtime
+from api.runtime.watch import Watch
 from api.schemas import InlineUser
 from api.users import Users, moment
 from api.waiting import Waiters
@@ -46,14 +50,21 @@ class Service:
         self.metrics = RequestMetrics()
         self.requests = ThreadPoolExecutor(_REQUEST_THREADS, "request")
         self._admission = Admission("requests", settings.requests_max)
-        self.runtime = Runtime(lanes_of(settings))
+        self.bodies = Bodies(settings)
+        lanes = lanes_of(settings)
+        self.watch = Watch(lanes, Path(settings.traces) if settings.traces else None)
+        self.runtime = Runtime(lanes, observer=self.watch)
         self.lanes = Lanes(self.runtime)
+        for step, model in self.lanes.models.items():
+            self.watch.name(model, step.name.lower())
         self.generations = Generations(settings, self._warm_up)
         crosses = crosses_of(settings)
         self.users = Users(settings, lambda: self.generations.histories, self.lanes, crosses)
         self.merger = Merger(settings, self.generations, self.users, self.lanes)
         self.recorder = Recorder(settings)
         self.feed = Feed(settings)
+        self.inferring = Admission("inferences", settings.requests_max)
+        self.models = Folder({}, {})
         self.waiters = Waiters(self.generations.answering)
 
     def start(self) -> None:
@@ -61,6 +72,10 @@ class Service:
         self.metrics.start()
         self.recorder.start()
         self.runtime.start()
+        if self.settings.models:
+            self.models = Folder.read(Path(self.settings.models))
+            for served in self.models.models.values():
+                self.watch.name(served.model, served.name)
         self.generations.start()
 
     def stop(self) -> None:

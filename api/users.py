@@ -32,7 +32,7 @@ from api.problems import integer, invalid
 from api.schemas import Id, InlineUser, Query, UserSeen
 from encoders.features import FeatureError
 from encoders.fold import UserBlock
-from index.arena import ArenaReader
+from index.arena import ArenaReader, Publications
 from index.histories import HistoriesReader
 from index.kernels import UserTables, user_tables
 from index.keys import keys_of
@@ -67,23 +67,6 @@ class UserSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class HistoryRows:
-    """Which rows the behaviours of a history had: two of the same versions and encode times are the same row."""
-
-    there: NDArray[np.bool_]  # [L]
-    versions: NDArray[np.uint64]  # [L]; what stands where there is no row means nothing
-    encoded: NDArray[np.int64]  # [L]
-
-    @classmethod
-    def of(cls, cold: NDArray[Any], there: NDArray[np.bool_]) -> HistoryRows:
-        return cls(there, np.where(there, cold["version"], 0), np.where(there, cold["encode_time"], 0))
-
-    def same(self, other: HistoryRows) -> bool:
-        mine, others = (self.there, self.versions, self.encoded), (other.there, other.versions, other.encoded)
-        return all(np.array_equal(one, two) for one, two in zip(mine, others, strict=True))
-
-
-@dataclasses.dataclass(frozen=True)
 class UserSide:
     """A user block and what it was made from. `ms`: how long this request's inference, or its wait for one, took;
     `finished`: when it was ready (`time.perf_counter`)."""
@@ -91,16 +74,13 @@ class UserSide:
     block: UserBlock
     tables: UserTables
     source: UserSource
-    rows: HistoryRows
+    rows: Publications
     degraded: tuple[str, ...]
     used: int
+    without_row: int
     ms: float
     finished: float
     origin: Origin = "store"
-
-    @property
-    def without_row(self) -> int:
-        return int(np.count_nonzero(~self.rows.there))
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +92,7 @@ class UserSide:
 
     def current(self, arena: ArenaReader) -> bool:
         """Whether its behaviours' rows are what the arena has now."""
-        return self.rows.same(HistoryRows.of(*arena.gather_cold(self.source.keys)))
+        return self.rows.same(arena.publications(self.source.keys))
 
     def shared(self, ms: float) -> UserSide:
         """This one for another request than the one it was inferred for, which it took `ms`."""
@@ -372,8 +352,8 @@ def infer(generation: Generation, source: UserSource, origin: Origin = "store", 
     """Behaviours' rows -> user block, all of `generation`, with or without `crosses`. A stored profile that it cannot
     read counts as none."""
     began = time.perf_counter()
+    rows = generation.arena.publications(source.keys)  # what changes before it is read is outdated, not overlooked
     hot, cold, there = generation.arena.gather_both(source.keys)
-    rows = HistoryRows.of(cold, there)
     behaviours = behaviours_of(generation, source.past, hot, cold, there)
     degraded = source.degraded
     try:
@@ -386,8 +366,10 @@ def infer(generation: Generation, source: UserSource, origin: Origin = "store", 
     narrow = generation.layout.precision == "fp16"
     tables = user_tables(*block.arrays, narrow=narrow)
     used = min(len(behaviours), generation.bundle.manifest.config.longest)
+    without_row = int(np.count_nonzero(~there))
     now = time.perf_counter()
-    return UserSide(block, tables, source, rows, degraded, used, (now - began) * 1e3, now, origin)
+    ms = (now - began) * 1e3
+    return UserSide(block, tables, source, rows, degraded, used, without_row, ms, now, origin)
 
 
 def _same_user(then: UserSource, now: UserSource) -> bool:

@@ -98,7 +98,8 @@ class _Waiter:
 _Ends = list[tuple[_Waiter, Generation | Exception]]
 
 
-async def _gone(receive: Receive) -> None:
+async def gone(receive: Receive) -> None:
+    """Ends when the caller has gone, after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -124,15 +125,15 @@ class Waiters:
         self._waiting[waiter] = None
         if self._ticker is None or self._ticker.done():
             self._ticker = loop.create_task(self._tick())
-        gone = loop.create_task(_gone(receive))
+        left = loop.create_task(gone(receive))
         try:
-            ends: list[asyncio.Future[Any]] = [waiter.answer, gone]
+            ends: list[asyncio.Future[Any]] = [waiter.answer, left]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not waiter.answer.done():
                 raise ProblemError(503, "left", "the caller has gone")
             return waiter.answer.result()
         finally:
-            gone.cancel()
+            left.cancel()
             self._waiting.pop(waiter, None)
 
     async def _tick(self) -> None:

@@ -333,7 +333,7 @@ class _Room:
 
     def __init__(self, sizes: user_ir.Sizes) -> None:
         most = min(1 << 16, max(1, sizes.longest * sizes.crosses))  # different crosses
-        self.scratch = np.empty(user_ir.scratch(sizes).size, np.float32)
+        self.scratch = user_ir.scratch(sizes).memory()
         self.places = np.zeros(1 << 16, np.uint16)  # zero between users
         self.slots = np.empty(most, np.uint16)
         self.counts, self.newest = np.empty(most, np.int32), np.empty(most, np.int32)
@@ -445,7 +445,7 @@ def _user_weights(model: AIF, sizes: user_ir.Sizes) -> F4:
         for name, norm in (("norm1", tower.norm1), ("norm2", tower.norm2)):
             parts[f"{name}.w"], parts[f"{name}.b"] = norm.weight, norm.bias
     plan = user_ir.weights(sizes)
-    out = np.zeros(plan.size, np.float32)
+    out = plan.memory()
     for name, part in parts.items():
         flat = _array(part).ravel()
         out[plan.places[name] : plan.places[name] + len(flat)] = flat

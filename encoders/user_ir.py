@@ -16,7 +16,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from infra.codegen import F32, HALF, I8, I16, I32, I64, Code, Matrix
 
@@ -67,6 +69,12 @@ class Plan:
             places[name] = at
             at += -(-count // _LINE) * _LINE
         return cls(places, at)
+
+    def memory(self) -> NDArray[np.float32]:
+        """Zeros for it, the first one at the beginning of a cache line."""
+        more = np.zeros(self.size + _LINE, np.float32)
+        first = -more.ctypes.data % (4 * _LINE) // 4
+        return more[first : first + self.size]
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,12 +2,10 @@
 
 Files in `<n2o>/arena`: `control` (a page or more, kept for ever), `hot.<k>` and `cold.<k>` (records by slot),
 `table.<k>` (id table). Which of them are in force stands in the control page. `index/table.py` has the rows'
-publication protocol; this file has what changes rarely:
+publication protocol, `index/arena_writer.py` growth; this file has the control page, the mapped files and the reader.
 
-Growth, without stopping readers: 1. the new table is filled, the record files are made longer, 2. the other half of
-the control page's geometry is written, 3. `epoch` is increased (release), 4. what is no longer used is unlinked.
-Readers look at `epoch` before each gather and map anew; what they have mapped stays valid memory as long as they use
-it, and a row that was replaced or removed meanwhile is void there, so they notice.
+Readers look at the control page's `epoch` before each gather, and map anew where it has changed; what they have mapped
+stays valid memory as long as they use it, and a row replaced or removed meanwhile is void there, so they notice.
 
 Guarantees: a row read is whole, belongs to the key asked for, and was live at some time during the call, whatever the
 writer does, however long either side pauses, and whether or not the writer is killed. After power loss (another boot id
@@ -19,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,6 @@ from index.layout import RowLayout, aligned_empty
 MAGIC = 0x414E455241524F46  # "FORARENA"
 FORMAT = 1
 PAGE = 4096
-SPARE = 16  # one record in so many is room for what is to come
-LEAST_RECORDS = 1024  # room of an empty arena, and as much beside it in any other
 _TRIES = 8
 _SAMPLED = 1 << 13  # entries that a sample looks at, at least
 
@@ -92,7 +87,7 @@ GEOMETRY = np.dtype(
 )  # which files, how many records and entries they hold
 
 
-def _control_type(partitions: int) -> np.dtype[np.void]:
+def control_type(partitions: int) -> np.dtype[np.void]:
     """Two halves for what is more than one word: the one in force is the parity of the word before it."""
     return np.dtype(
         [
@@ -131,16 +126,27 @@ class Gathered:
     found: NDArray[np.bool_]
 
 
+@dataclasses.dataclass(frozen=True)
+class Publications:
+    """Which publication of its row each of n keys had. Where it is the same again, it was so all the time between."""
+
+    words: NDArray[np.uint64]  # slot version and slot, 0 = no row
+    slots: tuple[object, int]  # the reader, and the record files that have them
+
+    def same(self, other: Publications) -> bool:
+        return self.slots == other.slots and np.array_equal(self.words, other.words)
+
+
 def arena_folder(path: Path) -> Path:
     """Where the arena of the N2O index at `path` lies."""
     return path / "arena"
 
 
-class _Control:
+class Control:
     """The mapped control page."""
 
     def __init__(self, path: Path, partitions: int, writable: bool) -> None:
-        kind = _control_type(partitions)
+        kind = control_type(partitions)
         self._path = path
         self.file = _file_of(
             path
@@ -151,7 +157,7 @@ class _Control:
         self._kind = kind
 
     def flush(self) -> None:
-        _sync(self._path)
+        sync(self._path)
 
     def _address(self, name: str) -> int:
         fields = self._kind.fields
@@ -206,11 +212,11 @@ class _Control:
 
     def survived(self) -> bool:
         """Whether memory is what the last writer left: written since this boot, or put on disk in order."""
-        return bool(self.page["clean"][0]) or (self.page["boot"][0] == _boot_id() != b"")
+        return bool(self.page["clean"][0]) or (self.page["boot"][0] == boot_id() != b"")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Files:
+class Files:
     """One mapping of all files of a geometry. The arrays keep the mapping alive; the addresses are theirs."""
 
     epoch: int
@@ -233,7 +239,7 @@ class _Files:
         return int(self.hot.ctypes.data), int(self.cold.ctypes.data), int(self.table.ctypes.data)
 
     @classmethod
-    def map(cls, folder: Path, layout: RowLayout, epoch: int, geometry: NDArray[Any], writable: bool) -> _Files:
+    def map(cls, folder: Path, layout: RowLayout, epoch: int, geometry: NDArray[Any], writable: bool) -> Files:
         records, entries = int(geometry["records"]), int(geometry["entries"])
         return cls(
             epoch,
@@ -247,12 +253,13 @@ class _Files:
 class ArenaReader:
     """Many may be open, in any process and thread. Use `ArenaReader.open`."""
 
-    def __init__(self, folder: Path, layout: RowLayout, control: _Control) -> None:
+    def __init__(self, folder: Path, layout: RowLayout, control: Control) -> None:
         self._folder = folder
         self._layout = layout
         self._control = control
         self._files = self._mapped()
-        self._version_at = np.uint64(_offset(layout.hot, "slot_version"))
+        self._version_at = np.uint64(offset_of(layout.hot, "slot_version"))
+        self._itself = object()  # tells it from all others, and keeps nothing of it
 
     @classmethod
     def open(cls, path: Path, layout: RowLayout) -> ArenaReader:
@@ -261,13 +268,13 @@ class ArenaReader:
         folder = arena_folder(path)
         try:
             with (folder / "control").open("rb") as file:
-                head = np.frombuffer(file.read(_control_type(1).itemsize), _control_type(1))[0:1]
+                head = np.frombuffer(file.read(control_type(1).itemsize), control_type(1))[0:1]
         except (FileNotFoundError, ValueError) as error:
             raise StoreMissingError(f"{folder} holds no arena yet") from error
         if int(head["magic"][0]) != MAGIC:
             raise StoreMissingError(f"{folder} holds no finished arena yet")
         partitions = int(head["partitions"][0])
-        control = _Control(folder / "control", partitions, writable=False)
+        control = Control(folder / "control", partitions, writable=False)
         if not control.belongs_to(layout, partitions):
             raise N2OError(f"{folder} holds rows of another layout or format")
         if not control.survived():
@@ -278,16 +285,16 @@ class ArenaReader:
         """Whether another index is in its place by now, or none; what was opened stays readable as it was."""
         return _file_of(self._folder / "control") != self._control.file
 
-    def _mapped(self) -> _Files:
+    def _mapped(self) -> Files:
         while True:
             epoch, geometry = self._control.geometry()
             try:
-                return _Files.map(self._folder, self._layout, epoch, geometry, writable=False)
+                return Files.map(self._folder, self._layout, epoch, geometry, writable=False)
             except FileNotFoundError:
                 if self._control.geometry()[0] == epoch:  # not the writer's growth
                     raise
 
-    def _current(self) -> _Files:
+    def _current(self) -> Files:
         """The files in force; one load where nothing has changed."""
         files = self._files
         if int(table.load_word(self._control.epoch_address)) != files.epoch:
@@ -328,6 +335,16 @@ class ArenaReader:
             if not len(torn):
                 break
         return hot, cold, found
+
+    def publications(self, keys: NDArray[np.uint64]) -> Publications:
+        """Those that keys u8[n, 2] have now. Reads the id table alone, so it costs much less than the records do."""
+        keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
+        words = np.empty(len(keys), np.uint64)
+        while True:
+            files = self._current()
+            table.words_of(np.uint64(files.addresses[2]), np.uint64(files.entries - 1), keys, words)
+            if self._current() is files:  # as in `snapshot`
+                return Publications(words, (self._itself, int(files.geometry["records_number"])))
 
     def _copy(self, keys: NDArray[np.uint64], out: NDArray[Any], cold: bool) -> NDArray[np.uint64]:
         keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
@@ -380,11 +397,11 @@ class ArenaReader:
         """The least `event_time` of all live rows, None without one. 35 ms of CPU for 1M rows, without the GIL."""
         while True:
             files = self._current()
-            sound, least = table.least(*self._walk(files), np.uint64(_offset(self._layout.cold, "event_time")))
+            sound, least = table.least(*self._walk(files), np.uint64(offset_of(self._layout.cold, "event_time")))
             if sound and self._current() is files:  # as in `snapshot`
                 return None if least == np.iinfo(np.int64).max else int(least)
 
-    def _walk(self, files: _Files) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
+    def _walk(self, files: Files) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
         """What the kernels that go over the whole table begin with."""
         hot_base, cold_base, table_base = files.addresses
         return (
@@ -407,228 +424,9 @@ class ArenaReader:
         return ArenaSize(items, files.records, files.hot.nbytes, files.cold.nbytes, files.table.nbytes)
 
 
-class ArenaWriter:
-    """The one writer; whoever constructs it holds the index's lock. Use `open` or `create`."""
-
-    def __init__(self, folder: Path, layout: RowLayout, control: _Control, files: _Files) -> None:
-        self._folder = folder
-        self._layout = layout
-        self._control = control
-        self._files = files
-        self._free = np.zeros(files.records, np.uint32)
-        self._state = np.zeros(3, np.int64)
-        self._hot_size = np.uint64(layout.hot.itemsize)
-        self._cold_size = np.uint64(layout.cold.itemsize)
-        self._version_at = np.uint64(_offset(layout.hot, "slot_version"))
-        self._version_in_cold = np.uint64(_offset(layout.cold, "version"))
-        self._published = False
-        self.digest = np.uint64(0)  # of all rows, as `open` found them
-
-    @classmethod
-    def open(cls, path: Path, layout: RowLayout, partitions: int, store: int) -> ArenaWriter | None:
-        """Goes on with what the former writer left; None when that cannot be trusted and an arena must be created."""
-        folder = arena_folder(path)
-        try:
-            control = _Control(folder / "control", partitions, writable=True)
-            if not control.belongs_to(layout, partitions) or not control.survived():
-                return None
-            if int(control.page["store"][0]) != store:
-                return None
-            epoch, geometry = control.geometry()
-            files = _Files.map(folder, layout, epoch, geometry, writable=True)
-        except (FileNotFoundError, ValueError):  # never made, or a file is shorter than its geometry
-            return None
-        writer = cls(folder, layout, control, files)
-        hot, cold, entries = files.addresses
-        sound, digest = table.take_over(
-            np.uint64(entries),
-            files.entries,
-            np.uint64(hot),
-            writer._hot_size,
-            np.uint64(cold),
-            writer._cold_size,
-            writer._version_at,
-            writer._version_in_cold,
-            files.records,
-            writer._free,
-            writer._state,
-        )
-        if not sound:
-            return None
-        writer.digest = np.uint64(digest)
-        writer._published = True
-        control.page["boot"] = _boot_id()
-        control.page["clean"] = 0
-        control.flush()  # the power may fail from here on
-        writer._unlink_others()
-        return writer
-
-    @classmethod
-    def create(cls, path: Path, layout: RowLayout, partitions: int, items: int) -> ArenaWriter:
-        """An empty arena with room for `items` rows. Readers go on with the former one, if any, until `publish`."""
-        folder = arena_folder(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        size = -(-_control_type(partitions).itemsize // PAGE) * PAGE
-        if not (folder / "control").exists() or (folder / "control").stat().st_size != size:
-            (folder / "control").unlink(missing_ok=True)
-            _make(folder / "control", size)
-        control = _Control(folder / "control", partitions, writable=True)
-        number = 1 + max([int(file.suffix[1:]) for file in _record_files(folder)], default=0)
-        records, entries = records_for(items), entries_for(items)
-        geometry = np.array((number, records, number, entries), GEOMETRY)
-        _make(folder / f"hot.{number}", records * layout.hot.itemsize)
-        _make(folder / f"cold.{number}", records * layout.cold.itemsize)
-        _make(folder / f"table.{number}", entries * table.ENTRY)
-        writer = cls(folder, layout, control, _Files.map(folder, layout, 0, geometry, writable=True))
-        writer._free[:] = np.arange(records, dtype=np.uint32)[::-1]
-        writer._state[table.FREE] = records
-        return writer
-
-    def publish(self, store: int, batch: int, progress: Progress) -> None:
-        """Puts a created arena in force."""
-        page = self._control.page
-        self._control.publish_progress(batch, progress)
-        epoch = self._control.publish_geometry(self._files.geometry)
-        self._files = dataclasses.replace(self._files, epoch=epoch)
-        page["format"], page["layout"], page["partitions"] = FORMAT, self._layout.fingerprint(), len(progress.covered)
-        page["store"], page["clean"], page["boot"] = store, 0, _boot_id()
-        table.store_word(int(page.ctypes.data), MAGIC)  # last: readers look at it first
-        self._control.flush()
-        self._published = True
-        self._unlink_others()
-
-    @property
-    def items(self) -> int:
-        return int(self._state[table.LIVE])
-
-    @property
-    def batch(self) -> int:
-        """Number of the last batch that was applied completely."""
-        return self._control.progress()[0]
-
-    def versions(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """(versions u8[n], exists bool[n]) of the live rows of keys u8[n, 2]."""
-        versions, exists = np.empty(len(keys), np.uint64), np.empty(len(keys), np.bool_)
-        _, cold, entries = self._files.addresses
-        mask = np.uint64(self._files.entries - 1)
-        table.versions_of(
-            np.uint64(entries), mask, np.uint64(cold), self._cold_size, self._version_in_cold, keys, versions, exists
-        )
-        return versions, exists
-
-    def apply(self, keys: NDArray[np.uint64], kinds: NDArray[np.uint8], hot: NDArray[Any], cold: NDArray[Any]) -> None:
-        """Puts (kind 1) or removes (kind 2) the rows of keys u8[n, 2]; kind 0 does nothing. `hot` and `cold` are
-        aligned arrays [n] of the layout's records; hot's `slot_version` is overwritten."""
-        self.make_room(int(np.count_nonzero(kinds == table.PUT)))
-        hot_base, cold_base, entries = self._files.addresses
-        table.apply_rows(
-            np.uint64(entries),
-            np.uint64(self._files.entries - 1),
-            np.uint64(hot_base),
-            self._hot_size,
-            np.uint64(cold_base),
-            self._cold_size,
-            self._version_at,
-            self._free,
-            self._state,
-            keys,
-            kinds,
-            np.uint64(hot.ctypes.data),
-            np.uint64(cold.ctypes.data),
-        )
-
-    def publish_progress(self, batch: int, progress: Progress) -> None:
-        """After `apply` of the same batch."""
-        self._control.publish_progress(batch, progress)
-
-    def close(self) -> None:
-        """Puts all memory on disk, so that the arena outlives a reboot."""
-        if self._published:
-            for file in _record_files(self._folder):
-                _sync(file)
-            self._control.page["clean"] = 1
-            self._control.flush()
-
-    def make_room(self, puts: int) -> None:
-        """Grows where `puts` rows would not fit. Raises OSError when the disk is full; nothing has changed then."""
-        files = self._files
-        live, used = int(self._state[table.LIVE]), int(self._state[table.USED])
-        records_short = int(self._state[table.FREE]) < puts
-        table_short = used + puts > files.entries * table.LOAD
-        if not records_short and not table_short:
-            return
-        geometry = files.geometry.copy()
-        if records_short:
-            geometry["records"] = records_for(live + puts)
-            for name, size in (("hot", self._layout.hot.itemsize), ("cold", self._layout.cold.itemsize)):
-                _lengthen(self._folder / f"{name}.{geometry['records_number']}", int(geometry["records"]) * size)
-        if table_short:
-            geometry["table_number"] += 1
-            geometry["entries"] = entries_for(live + puts)
-            _make(self._folder / f"table.{geometry['table_number']}", int(geometry["entries"]) * table.ENTRY)
-        grown = _Files.map(self._folder, self._layout, files.epoch, geometry, writable=True)
-        if table_short:
-            mask = np.uint64(grown.entries - 1)
-            live = table.copy_table(np.uint64(files.addresses[2]), files.entries, np.uint64(grown.addresses[2]), mask)
-            self._state[table.USED] = live
-        if records_short:
-            free = np.zeros(grown.records, np.uint32)
-            new = grown.records - files.records
-            free[:new] = np.arange(files.records, grown.records, dtype=np.uint32)[::-1]
-            free[new : new + self._state[table.FREE]] = self._free[: self._state[table.FREE]]
-            self._free = free
-            self._state[table.FREE] += new
-        if self._published:
-            grown = dataclasses.replace(grown, epoch=self._control.publish_geometry(geometry))
-        self._files = grown
-        if self._published:
-            self._unlink_others()
-
-    def _unlink_others(self) -> None:
-        """Removes what no geometry names: former tables, and what an interrupted growth left."""
-        geometry = self._files.geometry
-        records, table_number = int(geometry["records_number"]), int(geometry["table_number"])
-        keep = {f"hot.{records}", f"cold.{records}", f"table.{table_number}"}
-        for file in _record_files(self._folder):
-            if file.name not in keep:
-                file.unlink()
-
-
-def records_for(items: int) -> int:
-    """Records for `items` rows and the updates between two growths: at most 1.15 per row from 11,703 rows on. A step of
-    a share keeps growth linear in all: each lays out what it adds and maps the rest anew."""
-    return items + items // SPARE + LEAST_RECORDS
-
-
-def entries_for(items: int) -> int:
-    """Entries of a table for `items` rows: a power of two, at least four times as many, which leaves room up to
-    LOAD."""
-    return 1 << max(12, (4 * items - 1).bit_length())
-
-
-def _record_files(folder: Path) -> Iterator[Path]:
-    for file in list(folder.iterdir()):
-        if file.stem in ("hot", "cold", "table") and file.suffix[1:].isdigit():
-            yield file
-
-
-def _offset(kind: np.dtype[np.void], name: str) -> int:
+def offset_of(kind: np.dtype[np.void], name: str) -> int:
     assert kind.fields is not None
     return int(kind.fields[name][1])
-
-
-def _make(path: Path, size: int) -> None:
-    """A file of zeros with its disk space reserved: a full disk is an OSError here, not a SIGBUS at a later store."""
-    path.unlink(missing_ok=True)
-    _lengthen(path, size)
-
-
-def _lengthen(path: Path, size: int) -> None:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.posix_fallocate(file, 0, size)
-    finally:
-        os.close(file)
 
 
 def _map(path: Path, size: int, writable: bool) -> NDArray[np.uint8]:
@@ -638,7 +436,7 @@ def _map(path: Path, size: int, writable: bool) -> NDArray[np.uint8]:
         return np.frombuffer(mmap.mmap(file.fileno(), size, access=access), np.uint8)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Puts a file's memory on disk, what was stored through mappings too."""
     file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -656,7 +454,7 @@ def _file_of(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _boot_id() -> bytes:
+def boot_id() -> bytes:
     """Changes with every start of the machine; empty where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from rocksdict import AccessType, Checkpoint, DBCompressionType, Options, Rdict, WriteBatch
 
 from index import table
-from index.arena import PROGRESS, ArenaWriter, Progress
+from index.arena import PROGRESS, Progress
+from index.arena_writer import ArenaWriter
 from index.errors import N2OError, StoreMissingError
 from index.keys import digest_of, keys_of
 from index.layout import RowLayout, aligned_empty

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from index import table
-from index.arena import entries_for, records_for
+from index.arena_writer import entries_for, records_for
 from index.layout import RowLayout
 
 _ATTRIBUTES = 1_024  # bytes of a row's attributes as JSON: unknown before they are there

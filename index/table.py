@@ -403,6 +403,17 @@ def gather(
     return n
 
 
+@njit(cache=True, nogil=True)
+def words_of(table: Any, mask: Any, keys: Any, words: Any) -> None:
+    """The words of keys u8[n, 2] into u8[n], 0 = no row."""
+    n = keys.shape[0]
+    for i in range(n):
+        j = min(i + AHEAD, n - 1)
+        prefetch(table + _home(keys[j, 0], keys[j, 1], mask) * uint64(ENTRY))
+        _, word = _find(table, mask, keys[i, 0], keys[i, 1])
+        words[i] = word if word > uint64(DELETED) else uint64(0)
+
+
 @njit(cache=True, nogil=True, inline="always")
 def _zero(target: Any, size: Any) -> None:
     for at in range(0, int64(size), 8):

@@ -65,7 +65,12 @@ class Settings:
     deadline_ms: float = 50.0  # of a request that names none; crosses are waited for during 0.4 of it
     candidates_max: int = 20_000  # per request
     requests_max: int = 512  # that score or wait to, per process; more are refused
+    body_bytes: int = 256 << 20  # of request bodies, announced or there, per process; more are refused
+    body_timeout_s: float = 10.0  # from a request's head to the end of its body
     retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
+    models: str = ""  # folder of .pt2 files, served through the Open Inference Protocol; "" = none
+    traces: str = ""  # folder for timelines of their queries; "" = none
+    trace_share: float = 0.0  # of queries that get one without asking for it
     record_per_s: float = 2.0  # requests that an API process keeps on disk, to be scored again by new generations
     verify_norm: float = (
         20.0  # a new generation's rows are at most so many times as long as the active one's, or as short
@@ -173,6 +178,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         ("history_length", 1),
         ("take_max", 1),
         ("requests_max", 1),
+        ("body_bytes", 16 << 20),  # the largest one that is accepted
         ("user_misses", 1),
         ("cross_misses", 1),
     ):

@@ -1,52 +1,63 @@
-"""Which ready operator a free lane takes: a pure function of what is ready, used by the runtime and the simulation.
+"""Which query a free lane serves next, and by which step: pure functions, used by the runtime and the simulation.
 
 A smaller urgency goes first. Classes come before all else, so low-priority work waits while there is any of a higher
-class. Within a class the query with the least work left goes first, which finishes most queries soonest; but its work
-left counts the less the longer it has waited, so that nobody starves, and a query that would miss its deadline if it
-waited any longer goes before all that can wait. Of one query's operators that of the longest path goes first, and of
-equals one whose inputs this lane has just made.
+class. Within a class a query that would miss its deadline if it waited any longer goes before all that can wait; of
+others the one with the least work left, which finishes most queries soonest. What is left counts the less the longer a
+query has waited, by the square of the time, so that the last ones come hardly later than first come, first served would
+have them; docs/recos.md has other forms. Of one query's steps that of the longest path goes first, and of equals one
+whose inputs this lane has just made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
-AGEING = 0.5  # s of work that a second of waiting outweighs
+AGEING = 0.05
+
+
+class Waiting(Protocol):
+    """A query that has not ended. Times in s, on one clock."""
+
+    number: int  # in the order of arrival
+    priority: int  # the class; 0 is the highest
+    arrived: float
+    deadline: float  # infinite without one
+    left: float  # work that has not begun
+    path: float  # the longest chain of work that has not begun
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ready:
-    """An operator whose inputs are there. Times in s; `deadline` and `arrived` on the clock of `now`."""
+    """A step whose inputs are there."""
 
-    query: int
-    operator: int
-    priority: int  # the class; 0 is the highest
-    arrived: float
-    deadline: float  # infinite without one
-    left: float  # work of the query that has not begun
-    path: float  # the longest chain of work from this operator on
+    step: int
+    path: float  # s, the longest chain of work from it on
     lane: int  # which made its newest input; -1: none
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """`ageing` 0 is shortest work first, infinite (or `fifo`) first come, first served."""
+    """A query that has waited t times the work of a usual query goes before one that has just come and has
+    `ageing` t^2 times that work less. `ageing` 0 is shortest work first; `fifo` first come, first served."""
 
     ageing: float = AGEING
     fifo: bool = False
 
-    def urgency(self, one: Ready, lane: int, now: float) -> tuple[float, ...]:
+    def urgency(self, one: Waiting, now: float, usual: float) -> tuple[float, ...]:
+        """`usual`: s of work of a usual query."""
         if self.fifo:
-            return (one.arrived, one.query, one.operator)
-        slack = one.deadline - now - one.path
-        late = 0 if slack <= one.path else 1
-        weight = one.left - self.ageing * (now - one.arrived)
-        return (one.priority, late, weight, one.query, -one.path, one.lane != lane, one.operator)
+            return (one.number,)
+        late = one.deadline - now <= 2 * one.path
+        waited = (now - one.arrived) / usual
+        return (one.priority, not late, one.left - self.ageing * usual * waited**2, one.number)
 
-    def choose(self, ready: Sequence[Ready], lane: int, now: float) -> int:
+    def step(self, ready: Sequence[Ready], lane: int) -> int:
         """Its place in `ready`, which is not empty."""
-        return min(range(len(ready)), key=lambda at: self.urgency(ready[at], lane, now))
+        if self.fifo or len(ready) == 1:
+            return 0
+        return min(range(len(ready)), key=lambda at: (-ready[at].path, ready[at].lane != lane, ready[at].step))
 
 
 def hopeless(deadline: float, path: float, now: float) -> bool:

@@ -1,94 +1,93 @@
-"""Queries of any captured models on a few CPU lanes, operator by operator.
+"""Queries of any models on a few lanes, operator by operator.
 
-A lane is a thread that runs one operator at a time, with one thread inside of it; between two operators it asks the
-policy what is next, of all queries. So a short query waits for an operator and not for a whole other query, one that is
-cancelled or late takes no lane after its current operator, and the cores have no more threads than there are lanes.
-Results do not depend on the schedule: the same operators run on the same inputs, whatever the order.
+A lane is a thread that runs one step at a time, with one thread inside of it; between two steps it asks the backlog
+what is next, of all queries. So a short query waits for a step and not for a whole other query, one that is cancelled
+or late takes no lane after its current step, and the cores have no more threads than there are lanes. Results do not
+depend on the schedule: the same operators run on the same inputs, whatever the order.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import torch
 
-from api.runtime.graph import Graph, Operator
-from api.runtime.policy import Policy, Ready, hopeless
+from api.runtime.backlog import Backlog, Query
+from api.runtime.model import Model
+from api.runtime.policy import Policy
+from api.runtime.watch import CANCELLED, DONE, FAILED, LATE, Observer
 
 
-class LateError(Exception):
-    """The query cannot meet its deadline any more, and was dropped."""
+class RefusedError(Exception):
+    """The runtime takes no such query now; the message is one sentence."""
 
 
-class _Query:
-    """What is there of a query, and what it still waits for."""
+class LateError(RefusedError):
+    """The query cannot meet its deadline, or could not any more, and was dropped."""
 
-    def __init__(self, number: int, model: Model, inputs: Sequence[Any], priority: int, deadline: float) -> None:
-        graph = model.graph
-        self.number, self.model, self.priority, self.deadline = number, model, priority, deadline
-        self.arrived = time.monotonic()
+
+class FullError(RefusedError):
+    """Its values would go beyond the limit of bytes."""
+
+
+class _Query(Query):
+    """With its values and its answer."""
+
+    def __init__(
+        self, number: int, model: Model, inputs: Sequence[Any], rows: int, priority: int, now: float, deadline: float
+    ) -> None:
+        plan = model.graph.plan(rows)
+        super().__init__(number, plan, model.costs(plan, rows), priority, now, deadline)
+        self.model, self.rows = model, rows
         self.answer: Future[Any] = Future()
-        self.values = graph.begun(inputs)
-        self.uses = list(graph.uses)
-        self.waits = [len(one.waits) for one in graph.operators]
-        self.left = model.work
-        self.unfinished = len(graph.operators)
-
-    def ready(self, operator: int, lane: int) -> Ready:
-        path = self.model.paths[operator]
-        return Ready(self.number, operator, self.priority, self.arrived, self.deadline, self.left, path, lane)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    graph: Graph
-    paths: tuple[float, ...]  # of each operator, s: the longest chain of work from it on
-    longest: float  # of these
-    work: float  # s of all operators
-
-    @classmethod
-    def of(cls, graph: Graph) -> Model:
-        paths = [0.0] * len(graph.operators)
-        for at in reversed(range(len(paths))):
-            one = graph.operators[at]
-            paths[at] = one.cost + max((paths[after] for after in one.then), default=0.0)
-        return cls(graph, tuple(paths), max(paths, default=0.0), sum(one.cost for one in graph.operators))
-
-
-def opaque(run: Callable[[Any], Any], cost_s: float) -> Model:
-    """Work on one input of any type that cannot be looked into, as one operator."""
-    return Model.of(Graph(1, {}, (Operator(run, (0,), (1,), (), (), cost_s),), (1,), True, (1, 1)))
+        self.slots = model.graph.begun(inputs, plan)
+        self.uses = list(plan.uses)
+        self.bytes = model.graph.bytes_of(rows)
 
 
 class Runtime:
-    """Lanes, from `start` to `close`. Thread safe."""
+    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own; the `observer`
+    hears what they do.
+    """
 
-    def __init__(self, lanes: int, policy: Policy | None = None) -> None:
-        self._policy, self._wake = policy or Policy(), threading.Condition()
-        self._queries: dict[int, _Query] = {}
-        self._ready: list[Ready] = []
-        self._count, self._closed = 0, False
-        self._free = lanes  # that no operator runs on, and that are not lent
-        self._lanes = [threading.Thread(target=self._lane, args=(lane,), name=f"lane-{lane}") for lane in range(lanes)]
+    def __init__(
+        self,
+        lanes: int,
+        policy: Policy | None = None,
+        bytes_max: float = math.inf,
+        pin: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self._observer = observer or Observer()
+        self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
+        self._count, self._closed, self._idle = 0, False, 0
+        self._free = lanes  # that run nothing and are not lent
+        self._bytes, self._bytes_max = 0, bytes_max
+        cores = sorted(os.sched_getaffinity(0)) if pin else []
+        self._lanes = [
+            threading.Thread(target=self._lane, args=(lane, cores[lane : lane + 1]), name=f"lane-{lane}")
+            for lane in range(lanes)
+        ]
 
     def start(self) -> None:
         for lane in self._lanes:
             lane.start()
 
     def close(self) -> None:
-        """Ends the lanes after their current operators; what has not ended is cancelled."""
+        """Ends the lanes after their current steps; what has not ended is cancelled."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
         for lane in self._lanes:
             lane.join()
-        for query in self._queries.values():
+        for query in list(self._backlog):
+            assert isinstance(query, _Query)
             query.answer.cancel()
 
     def __enter__(self) -> Runtime:
@@ -98,32 +97,48 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, model: Model, *inputs: Any, priority: int = 0, within_s: float = math.inf) -> Future[Any]:
-        """The module's output, in time; `cancel` it, and no other operator of the query begins. Raises LateError where
-        the deadline cannot be met by any schedule; the future raises it where it could not be after all.
+    @property
+    def bytes_held(self) -> int:
+        """Of the queries that have not ended: what their values may take."""
+        return self._bytes
+
+    def submit(
+        self,
+        model: Model,
+        *inputs: Any,
+        priority: int = 0,
+        within_s: float = math.inf,
+        rows: int | None = None,
+        strict: bool = True,
+    ) -> Future[Any]:
+        """The module's output, in time; `cancel` it, and no other step of the query begins. `rows`: for inputs that are
+        no tensors. Raises LateError where by what waits already the deadline cannot be met, FullError; the future
+        raises LateError where it could not be met after all. Not `strict`: the deadline orders and drops nothing.
         """
+        rows = model.graph.rows_of(inputs) if rows is None else rows
         now = time.monotonic()
-        if hopeless(now + within_s, model.longest, now):
-            raise LateError("the deadline is shorter than the model's longest path")
+        query = _Query(-1, model, inputs, rows, priority, now, now + within_s)
+        query.strict = strict
         with self._wake:
             if self._closed:
                 raise CancelledError
-            query = _Query(self._count, model, inputs, priority, now + within_s)
-            self._count += 1
-            self._queries[query.number] = query
-            first = [at for at, waits in enumerate(query.waits) if not waits]
-            self._ready += [query.ready(at, -1) for at in first]
-            self._wake.notify(len(first))
+            if strict and within_s < math.inf and self._backlog.wait_of(query, len(self._lanes), now) > within_s:
+                self._observer.refused()
+                raise LateError("the deadline cannot be met with what waits already")
+            if self._bytes + query.bytes > self._bytes_max:
+                self._observer.refused()
+                raise FullError(f"{query.bytes} bytes more are not free")
+            query.number, self._count = self._count, self._count + 1
+            self._bytes += query.bytes
+            self._backlog.add(query)
+            self._observer.arrived(query.number, model, priority, query.answer)
+            self._rouse(len(query.ready))
         return query.answer
-
-    def idle(self) -> bool:
-        """Whether nothing waits for a lane."""
-        return not self._ready
 
     def borrow(self) -> bool:
         """Whether a lane has nothing to do; until `give_back` the caller works in its place, without a hand-over."""
         with self._wake:
-            if self._closed or self._free <= len(self._ready):
+            if self._closed or self._free <= self._backlog.ready():
                 return False
             self._free -= 1
             return True
@@ -131,73 +146,90 @@ class Runtime:
     def give_back(self) -> None:
         with self._wake:
             self._free += 1
-            if self._ready:
-                self._wake.notify()
+            self._rouse(self._backlog.ready())
 
-    def _lane(self, lane: int) -> None:
+    def idle(self) -> bool:
+        """Whether nothing waits for a lane."""
+        with self._wake:
+            return not self._backlog.ready()
+
+    def _rouse(self, steps: int) -> None:
+        if self._idle and steps > 0:
+            self._wake.notify(steps)
+
+    def _lane(self, lane: int, cores: Sequence[int]) -> None:
+        if cores:
+            os.sched_setaffinity(threading.get_native_id(), cores)
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (taken := self._take(lane)) is not None:
-                query, one = taken
+                query, number = taken
+                step = query.plan.steps[number]
+                began = time.perf_counter()
                 try:
-                    made = one(query.values)
+                    made = step.run(query.slots)
                 except Exception as error:
                     with self._wake:
                         self._free += 1
-                        self._end(query, error)
+                        self._observer.end(lane)
+                        self._fail(query, error)
                 else:
-                    self._done(query, one, made, lane)
+                    if query.model.learns:
+                        rows = query.model.rows(query.plan, number, query.rows)
+                        query.model.learn(step.operator, rows, time.perf_counter() - began)
+                    self._done(query, number, made, lane)
 
-    def _take(self, lane: int) -> tuple[_Query, Operator] | None:
-        """The next operator; None: the runtime is closed."""
+    def _take(self, lane: int) -> tuple[_Query, int] | None:
+        """The next step; None: the runtime is closed."""
         with self._wake:
-            while True:
-                if self._closed:
-                    return None
-                now = time.monotonic()
-                while self._ready and self._free:
-                    chosen = self._ready.pop(self._policy.choose(self._ready, lane, now))
-                    query = self._queries.get(chosen.query)
-                    if query is None:
-                        continue
-                    if query.answer.cancelled():
-                        self._queries.pop(query.number, None)
-                    elif hopeless(query.deadline, chosen.path, now):
-                        self._end(query, LateError("the deadline cannot be met any more"))
-                    else:
-                        one = query.model.graph.operators[chosen.operator]
-                        query.left -= one.cost
-                        self._free -= 1
-                        return query, one
-                self._wake.wait()
+            while not self._closed:
+                taken = self._backlog.take(lane, time.monotonic()) if self._free > 0 else None
+                if taken is None:
+                    self._idle += 1
+                    self._wake.wait()
+                    self._idle -= 1
+                    continue
+                query, step, _ = taken
+                assert isinstance(query, _Query)
+                if query.answer.cancelled():
+                    self._fail(query, None)
+                elif step < 0:
+                    self._fail(query, LateError("the deadline cannot be met any more"))
+                else:
+                    self._free -= 1
+                    self._observer.begin(query.number, query.plan.steps[step], lane)
+                    return query, step
+            return None
 
-    def _done(self, query: _Query, one: Operator, made: tuple[Any, ...], lane: int) -> None:
+    def _done(self, query: _Query, number: int, made: tuple[Any, ...], lane: int) -> None:
+        step = query.plan.steps[number]
         with self._wake:
             self._free += 1
-            if query.number not in self._queries:
+            self._observer.end(lane)
+            if query.ended:
                 return
-            for place, value in zip(one.outputs, made, strict=True):
-                query.values[place] = value
-            for place in one.inputs:
-                query.uses[place] -= 1
-                if not query.uses[place]:
-                    query.values[place] = None  # its memory is free for the next
-            query.unfinished -= 1
-            if not query.unfinished:
-                self._end(query, None)
+            for slot, value in zip(step.outputs, made, strict=True):
+                query.slots[slot] = value
+            for slot in step.inputs:
+                query.uses[slot] -= 1
+                if not query.uses[slot]:
+                    query.slots[slot] = None  # its memory is free for the next
+            ready = query.finish(number, lane)
+            if query.unfinished:
+                self._rouse(ready - 1)  # this lane takes one itself
                 return
-            after = 0
-            for operator in one.then:
-                query.waits[operator] -= 1
-                if not query.waits[operator]:
-                    self._ready.append(query.ready(operator, lane))
-                    after += 1
-            self._wake.notify(max(0, after - 1))  # this lane takes one itself
+            self._leave(query, DONE)
+        if query.answer.set_running_or_notify_cancel():
+            query.answer.set_result(query.model.graph.result(query.slots, query.plan))
 
-    def _end(self, query: _Query, error: Exception | None) -> None:
-        if self._queries.pop(query.number, None) is None or not query.answer.set_running_or_notify_cancel():
-            return
-        if error is None:
-            query.answer.set_result(query.model.graph.result(query.values))
-        else:
-            query.answer.set_exception(error)
+    def _fail(self, query: _Query, error: Exception | None) -> None:
+        """Drops it; None: its caller has cancelled it. Under the lock."""
+        if not query.ended:
+            self._leave(query, LATE if isinstance(error, LateError) else FAILED)
+            if query.answer.set_running_or_notify_cancel():
+                query.answer.set_exception(error or CancelledError())
+
+    def _leave(self, query: _Query, how: str) -> None:
+        self._backlog.end(query)
+        self._bytes -= query.bytes
+        self._observer.left(query.number, CANCELLED if query.answer.cancelled() else how)

@@ -1,6 +1,7 @@
-"""The same policy in simulated time: many lanes and queries without a machine of that size, and tests without threads.
+"""The same policy and backlog in simulated time: many lanes and queries without a machine of that size, and tests
+without threads.
 
-An operator takes its cost, a lane is never interrupted, placing an operator takes `place_s`.
+A step takes its cost, a lane is never interrupted, placing a step takes `place_s`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from api.runtime.policy import Policy, Ready, hopeless
-from api.runtime.runtime import Model
+from api.runtime.backlog import Backlog, Query
+from api.runtime.model import Model
+from api.runtime.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Arrival:
 
     at: float
     model: Model
+    rows: int = 1
     priority: int = 0
     within_s: float = math.inf
 
@@ -28,62 +31,50 @@ class Arrival:
 class Outcome:
     """What became of the queries, in the order of their coming."""
 
-    ended: tuple[float, ...]  # s; NaN of one that was dropped
+    ended: tuple[float, ...]  # s; NaN of one that was refused or dropped
     busy: float  # s of all lanes together
-    moves: int  # operators that took an input from another lane
+    moves: int  # steps that took an input from another lane
 
 
-def simulate(arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: float = 0.0) -> Outcome:
+def simulate(
+    arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: float = 0.0, refuse: bool = False
+) -> Outcome:
+    """`refuse`: what cannot meet its deadline with what waits already is not taken, as the runtime has it."""
     ended = [math.nan] * len(arrivals)
-    left = [query.model.work for query in arrivals]
-    waits = [[len(one.waits) for one in query.model.graph.operators] for query in arrivals]
-    unfinished = [len(query.model.graph.operators) for query in arrivals]
-    dropped = set[int]()
-    ready: list[Ready] = []
+    backlog = Backlog(policy)
     free = list(range(lanes))
-    running: list[tuple[float, int, int, int]] = []  # end, lane, query, operator
+    running: list[tuple[float, int, Query, int]] = []  # end, lane, query, step
     busy, moves, coming, now = 0.0, 0, 0, 0.0
-
-    def add(query: int, operator: int, lane: int) -> None:
-        one = arrivals[query]
-        deadline, path = one.at + one.within_s, one.model.paths[operator]
-        ready.append(Ready(query, operator, one.priority, one.at, deadline, left[query], path, lane))
-
-    while coming < len(arrivals) or running or ready:
-        while free and ready:
-            lane = free.pop(0)
-            chosen = ready.pop(policy.choose(ready, lane, now))
-            query = chosen.query
-            if query in dropped or hopeless(chosen.deadline, chosen.path, now):
-                dropped.add(query)
-                free.insert(0, lane)
+    while True:
+        while free and (taken := backlog.take(free[0], now)) is not None:
+            query, step, came_from = taken
+            if step < 0:
+                backlog.end(query)
                 continue
-            cost = arrivals[query].model.graph.operators[chosen.operator].cost
-            left[query] -= cost
-            moves += chosen.lane not in (-1, lane)
-            busy += cost + place_s
-            heapq.heappush(running, (now + cost + place_s, lane, query, chosen.operator))
+            lane = free.pop(0)
+            moves += came_from not in (-1, lane)
+            took = query.costs[step] + place_s
+            busy += took
+            heapq.heappush(running, (now + took, lane, query, step))
         following = [running[0][0]] if running else []
         if coming < len(arrivals):
             following.append(arrivals[coming].at)
         if not following:
-            break
+            return Outcome(tuple(ended), busy, moves)
         now = max(now, min(following))
         while coming < len(arrivals) and arrivals[coming].at <= now:
-            for operator, before in enumerate(waits[coming]):
-                if not before:
-                    add(coming, operator, -1)
+            one = arrivals[coming]
+            plan = one.model.graph.plan(one.rows)
+            query = Query(coming, plan, one.model.costs(plan, one.rows), one.priority, one.at, one.at + one.within_s)
+            if not refuse or backlog.wait_of(query, lanes, now) <= one.within_s:
+                backlog.add(query)
             coming += 1
         while running and running[0][0] <= now:
-            _, lane, query, operator = heapq.heappop(running)
+            _, lane, query, step = heapq.heappop(running)
             free.append(lane)
-            if query in dropped:
+            if query.ended:
                 continue
-            unfinished[query] -= 1
-            if not unfinished[query]:
-                ended[query] = now
-            for after in arrivals[query].model.graph.operators[operator].then:
-                waits[query][after] -= 1
-                if not waits[query][after]:
-                    add(query, after, lane)
-    return Outcome(tuple(ended), busy, moves)
+            query.finish(step, lane)
+            if not query.unfinished:
+                backlog.end(query)
+                ended[query.number] = now

@@ -35,3 +35,7 @@ def test_who_finds_no_place_is_told_at_once() -> None:
         admission.admit(pool.submit, int)
     assert admission._free._value == 2
     assert refused() == before + 1
+    with admission.place(), admission.place(), pytest.raises(FullError), admission.place():
+        pass
+    assert admission._free._value == 2
+    assert refused() == before + 2

@@ -177,6 +177,10 @@ def test_gets(host: Host, path: str, status: int, field: str | None) -> None:
     problem(host.client.get(path), status, field)
 
 
+def test_without_a_folder_of_models_there_is_no_inference(host: Host) -> None:
+    assert host.client.get("/v2").status_code == 404
+
+
 def test_a_wrong_method_names_the_right_one(host: Host) -> None:
     response = host.client.get("/v1/score")
     problem(response, 405, None)

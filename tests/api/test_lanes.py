@@ -16,6 +16,7 @@ import api.lanes
 from api.lanes import AHEAD_S, Lanes, Rank, Step, lanes_of
 from api.runtime.runtime import Runtime
 from infra.settings import Settings
+from tests.conftest import wait_until
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_no_more_steps_run_at_once_than_there_are_lanes() -> None:
             thread.join()
         lanes.run(Step.FIND, 1, step)
         assert (most, who, running) == (2, {True, False}, 0)
-        assert runtime._free == 2
+        wait_until(lambda: runtime._free == 2, "all lanes are free")
 
 
 def test_a_step_whose_deadline_has_passed_is_done_all_the_same(blocked: tuple[Lanes, Callable[[], None]]) -> None:
@@ -83,8 +84,8 @@ def test_a_step_whose_deadline_has_passed_is_done_all_the_same(blocked: tuple[La
     go()
     for one in steps:
         one.result(30)
-    assert sorted(done) == ["late", "late by then", "request"]
-    assert done[0] == "late"
+    assert sorted(done[:2]) == ["late", "late by then"]
+    assert done[2:] == ["request"]
 
 
 def test_requests_go_first_and_what_somebody_waits_for_is_a_request(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
-from starlette.types import Message
 
 from api.problems import ProblemError, decode
-from api.replies import BODY_MAX, JSON, body_of
 from api.schemas import ScoreRequest
 
 DECODER = msgspec.json.Decoder(ScoreRequest)
@@ -61,29 +57,3 @@ def test_the_field_at_fault_is_named(body: bytes, status: int, field: str | None
 def test_no_body_is_anything_but_a_request_or_a_problem(body: bytes) -> None:
     with contextlib.suppress(ProblemError):  # anything else fails the test
         decode(DECODER, body)
-
-
-def request_in(parts: list[bytes]) -> Request:
-    messages: list[Message] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
-    coming = iter([*messages, {"type": "http.request", "body": b"", "more_body": False}])
-
-    async def receive() -> Message:
-        return next(coming)
-
-    return Request({"type": "http", "headers": [(b"content-type", b"application/json; charset=utf-8")]}, receive)
-
-
-@given(st.lists(st.binary(max_size=5), max_size=5))
-def test_a_body_is_taken_once_and_whole(parts: list[bytes]) -> None:
-    body, media = asyncio.run(body_of(request_in(parts), JSON, empty=True))
-    assert (body.take(), media) == (b"".join(parts), JSON)
-    assert body.take() == b"", "its memory is given back with the first"
-
-
-def test_a_body_of_the_most_bytes_and_one_byte_more() -> None:
-    most = [b"x" * (BODY_MAX // 4)] * 4
-    body, _ = asyncio.run(body_of(request_in(most), JSON))
-    assert len(body.take()) == BODY_MAX
-    with pytest.raises(ProblemError) as refused:
-        asyncio.run(body_of(request_in([*most, b"x"]), JSON))
-    assert refused.value.body.status == 413

@@ -46,7 +46,8 @@ from tests.bench import costs_nearline, costs_online
 from tests.bench.costs_nearline import Nearline, Plan
 from tests.bench.costs_online import CANDIDATES, Aif, CachedCold, SequentialCold, SequentialDssm, System, untrained
 from tests.bench.report import Report
-from tests.bench.serving_forms import ColdJoin, Scene, cold_items, dssm_items, one_thread
+from tests.bench.scene import Scene
+from tests.bench.serving_forms import ColdJoin, cold_items, dssm_items, one_thread
 from tests.bench.stack import BenchStack
 from tests.bench.world import World
 

@@ -35,7 +35,8 @@ from encoders.ranker import Ranker
 from index.histories import HistoriesReader
 from index.keys import keys_of_ints
 from infra.settings import Settings
-from tests.bench.serving_forms import ColdJoin, ColdUser, Scene, cold_items, dssm_items
+from tests.bench.scene import Scene
+from tests.bench.serving_forms import ColdJoin, ColdUser, cold_items, dssm_items
 from tests.bench.world import as_of
 
 F4 = NDArray[np.float32]

@@ -27,9 +27,8 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -37,25 +36,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from encoders import lsh
 from encoders.baselines import COLD, DIN, DSSM, ETA, MODELS, SDIM, IntTower, ItemDots, TargetAttention, build
-from encoders.bundle import SAMPLE_SPEC, Bundle, Manifest, Precision
 from encoders.config import ModelConfig
-from encoders.features import ItemColumns, ItemEncoder, ProfileEncoder
-from encoders.fold import Behaviours, Head, UserBlock, UserFold
 from encoders.inputs import Candidates, Features, Users
 from encoders.model import AIF, Frame
 from encoders.ranker import Ranker
 from index import kernels
-from index.arena import ArenaReader
 from index.keys import keys_of_ints
-from index.layout import RowLayout, aligned_empty
-from index.n2o import N2OWriter
-from tests.bench.world import World, as_of, ms
-from tests.rows import batch_of
-
-F4 = NDArray[np.float32]
-I8 = NDArray[np.int64]
+from index.layout import RowLayout
+from tests.bench.scene import F4, I8, Rows, Scene, arena_of, array_of, bundle_of, tables_of
 
 CATALOGUE = 60_000
 CANDIDATES = 10_000
@@ -63,7 +52,6 @@ LENGTH = 1_000
 FEWER = {"din": 256, "din-plain": 256, "eta": 2_000}  # candidates per repetition of the slow ones
 CHECKED = 256  # candidates that each form is held against the forward pass with
 EXACT, NARROW = 2e-3, 0.05  # most error of fp32 and of narrower forms, in standard deviations of the scores
-_HASH_KEY = b"bench"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,144 +61,6 @@ class Form:
     name: str
     scores: Callable[[I8], F4]
     most_error: float = EXACT
-
-
-class Scene:
-    """A catalogue and one user with `length` behaviours, as columns that every model can take."""
-
-    def __init__(self, items: int, length: int, config: ModelConfig, seed: int = 7) -> None:
-        self.world, self.config, self.spec = World(items, seed), config, SAMPLE_SPEC
-        self.columns = self.encoded(np.arange(items))
-        behaviours = self.world.history(0, length)
-        self.seen = np.array([int(behaviour["item_id"]) for behaviour in behaviours], np.int64)
-        codes = {name: code for code, name in enumerate(self.spec.actions, 1)}
-        self.actions = np.array([codes[behaviour["action"]] for behaviour in behaviours], np.uint8)
-        self.times = np.array([ms(behaviour["event_time"]) for behaviour in behaviours], np.int64)
-        self.profile = self.world.profile(0)
-
-    def __len__(self) -> int:
-        return self.world.items
-
-    def encoded(self, places: I8) -> ItemColumns:
-        """Columns of the items at these places."""
-        encoder = ItemEncoder(self.spec, self.config.embedding_dim, self.config.crosses)
-        return encoder.columns(_Items(self.world, places))
-
-    def signatures(self, model: Ranker, columns: ItemColumns) -> NDArray[np.uint8]:
-        return lsh.signatures(columns.embedding, model.centre.numpy(), model.projection.numpy())
-
-    def profile_features(self) -> Features:
-        return ProfileEncoder(self.spec).features([self.profile])
-
-    def behaviours(self, rows: Rows) -> Behaviours:
-        return Behaviours(
-            rows.vector[self.seen], rows.signature[self.seen], rows.crosses[self.seen], self.actions, self.times
-        )
-
-    def users(self, model: Ranker) -> Users:
-        """The user in training form, B = 1."""
-        columns = self.encoded(self.seen)
-        return Users(
-            profile=self.profile_features(),
-            known=torch.tensor([True]),
-            vectors=model.item_vectors(columns.features)[None],
-            signatures=torch.from_numpy(lsh.signs(self.signatures(model, columns)))[None],
-            crosses=torch.from_numpy(columns.crosses.astype(np.int64))[None],
-            actions=torch.from_numpy(self.actions.astype(np.int64))[None],
-            ages=torch.from_numpy(as_of() - self.times)[None],
-            valid=torch.ones(1, len(self.seen), dtype=torch.bool),
-        )
-
-    def forward(self, model: Ranker, places: I8) -> F4:
-        """The model's own scores of the items at these places: what every form is held against."""
-        columns = self.encoded(places)
-        candidates = Candidates(
-            features=columns.features,
-            signatures=torch.from_numpy(lsh.signs(self.signatures(model, columns))),
-            crosses=torch.from_numpy(columns.crosses.astype(np.int64)),
-            index=torch.arange(len(places))[None],
-        )
-        return _array(model(self.users(model), candidates)[0])
-
-
-class _Items(Sequence[SimpleNamespace]):
-    """Items of a world, made when they are looked at: a catalogue of event objects would fill the memory."""
-
-    def __init__(self, world: World, places: I8) -> None:
-        self._world, self._places = world, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, place: int) -> SimpleNamespace:  # type: ignore[override]  # never sliced
-        return self._world.inputs(int(self._places[place]), 1)
-
-
-# ---- rows of AIF's frame
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The item side of a frame for the whole catalogue, as `ItemFold` computes it."""
-
-    joint: F4  # [M, h]
-    bridge: F4  # [M, n]
-    signature: NDArray[np.uint8]  # [M, b / 8]
-    crosses: NDArray[np.uint16]  # [M, C]
-    vector: F4  # [M, d]
-
-    @classmethod
-    def of(cls, model: AIF, scene: Scene) -> Rows:
-        x = model.item_vectors(scene.columns.features)
-        return cls(
-            _array(torch.addmm(model.b1, x, model.W1x.T)),
-            _array(model.bridge_weights(x)),
-            scene.signatures(model, scene.columns),
-            scene.columns.crosses,
-            _array(x),
-        )
-
-    def hot(self, layout: RowLayout) -> NDArray[np.void]:
-        out = aligned_empty(len(self.joint), layout.hot)
-        out.view(np.uint8)[:] = 0
-        for name in ("joint", "bridge", "signature", "crosses"):
-            out[name] = getattr(self, name)
-        return out
-
-    def cold(self, layout: RowLayout) -> NDArray[np.void]:
-        out = aligned_empty(len(self.joint), layout.cold)
-        out.view(np.uint8)[:] = 0
-        out["vector"] = self.vector
-        return out
-
-
-def bundle_of(model: AIF, scene: Scene, precision: Precision) -> Bundle:
-    """The model as a bundle that was never written."""
-    return Bundle(Manifest("bench", model.config, scene.spec, precision, {}), model, "")
-
-
-def arena_of(rows: Rows, layout: RowLayout, folder: Path) -> ArenaReader:
-    """A real arena that holds the rows under the integer ids 0, 1, ..."""
-    writer = N2OWriter(folder, layout, 1, _HASH_KEY)
-    ids = [str(number) for number in range(len(rows.joint))]
-    writer.apply([(batch_of(ids, 0, rows.hot(layout), rows.cold(layout)), 0)])
-    writer.close()
-    return ArenaReader.open(folder, layout)
-
-
-def tables_of(bundle: Bundle, scene: Scene, rows: Rows) -> tuple[kernels.UserTables, kernels.HeadTables]:
-    """What the kernel needs of the scene's user and of the model."""
-    block = UserFold(bundle).block(scene.profile, scene.behaviours(rows), as_of())
-    return user_tables_of(block, bundle), head_of(bundle)
-
-
-def user_tables_of(block: UserBlock, bundle: Bundle) -> kernels.UserTables:
-    return kernels.user_tables(*block.arrays, narrow=bundle.manifest.precision == "fp16")
-
-
-def head_of(bundle: Bundle) -> kernels.HeadTables:
-    head = Head.of(bundle)
-    return kernels.head_tables(head.T, head.edges, head.weights, head.biases)
 
 
 # ---- the forms
@@ -282,12 +132,12 @@ def _dssm(model: DSSM, scene: Scene) -> list[Form]:
         return out
 
     def in_torch(places: I8) -> F4:
-        return _array(items.index_select(0, torch.from_numpy(places)) @ user + bias)
+        return array_of(items.index_select(0, torch.from_numpy(places)) @ user + bias)
 
     narrow, narrow_user = items.bfloat16(), user.bfloat16()[:, None]
 
     def in_bf16(places: I8) -> F4:
-        return _array((narrow.index_select(0, torch.from_numpy(places)) @ narrow_user)[:, 0].float() + bias)
+        return array_of((narrow.index_select(0, torch.from_numpy(places)) @ narrow_user)[:, 0].float() + bias)
 
     return [Form("numpy", in_numpy), Form("torch", in_torch), Form("torch, bf16", in_bf16, NARROW)]
 
@@ -314,13 +164,13 @@ def _int_tower(model: IntTower, scene: Scene) -> list[Form]:
         def scores(places: I8) -> F4:
             products = items.index_select(0, torch.from_numpy(places)) @ blocks
             best = products.view(len(places), config.heads, -1).amax(dim=1)
-            return _array(best.sum(dim=1, dtype=torch.float32) + model.bias)
+            return array_of(best.sum(dim=1, dtype=torch.float32) + model.bias)
 
         return scores
 
     def by_head(places: I8) -> F4:
         products = heads.index_select(0, torch.from_numpy(places)).view(-1, size) @ ours.T
-        return _array(products.view(len(places), config.heads, -1).amax(dim=1).sum(dim=1) + model.bias)
+        return array_of(products.view(len(places), config.heads, -1).amax(dim=1).sum(dim=1) + model.bias)
 
     return [
         Form("torch, head by head", by_head),
@@ -412,12 +262,12 @@ def _cold(model: COLD, scene: Scene) -> list[Form]:
 
         def grouped(places: I8) -> F4:
             which = torch.from_numpy(places)
-            return _array(join.scores(user, groups.index_select(0, which), halves.index_select(0, which)))
+            return array_of(join.scores(user, groups.index_select(0, which), halves.index_select(0, which)))
 
         def ready(places: I8) -> F4:
             which = torch.from_numpy(places)
             chosen = multiplied.index_select(0, which)
-            return _array(join.scores_of_multiplied(user, chosen, halves.index_select(0, which)))
+            return array_of(join.scores_of_multiplied(user, chosen, halves.index_select(0, which)))
 
         name = str(dtype).removeprefix("torch.")
         error = EXACT if dtype == torch.float32 else NARROW
@@ -706,11 +556,6 @@ def _bias(layer: torch.nn.Linear) -> Tensor:
 
 def _split(tensor: Tensor, sizes: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
     out: tuple[Tensor, ...] = torch.split(tensor, sizes, dim)
-    return out
-
-
-def _array(tensor: Tensor) -> F4:
-    out: F4 = np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32)
     return out
 
 

@@ -21,7 +21,7 @@ from tests.bench import cost, costs_online
 from tests.bench.cost import Price, break_even
 from tests.bench.costs_nearline import Nearline, cpu_us
 from tests.bench.costs_online import CachedCold, FeatureStore, Sequential, SequentialCold, SequentialDssm
-from tests.bench.serving_forms import Scene
+from tests.bench.scene import Scene
 from tests.bench.world import as_of
 
 SMALL = ModelConfig(width=16, dim=16, window=40, recent=10, head=(8,), heads=2, hidden=12, category_dim=4)

@@ -13,7 +13,8 @@ from encoders.bundle import SAMPLE_SPEC
 from encoders.config import ModelConfig
 from encoders.ranker import Ranker
 from tests.bench import serving_forms
-from tests.bench.serving_forms import Form, Scene
+from tests.bench.scene import Scene
+from tests.bench.serving_forms import Form
 
 SMALL = ModelConfig(
     width=16,

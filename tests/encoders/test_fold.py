@@ -281,6 +281,11 @@ def test_columns_of_other_types_are_converted(world: Callable[..., Any]) -> None
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
+def test_what_the_generated_code_works_on_begins_at_cache_lines(world: Callable[..., Any]) -> None:
+    fold = UserFold(world().bundle)
+    assert {one.ctypes.data % 64 for one in (fold._weights, fold._room().scratch)} == {0}
+
+
 def test_block_is_what_the_design_says(world: Callable[..., Any]) -> None:
     w = world("tiny", 1)
     behaviours = w.behaviours(np.random.default_rng(0), 9, later=2)

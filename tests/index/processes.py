@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from index.arena import ArenaReader, ArenaWriter, Progress
+from index.arena import ArenaReader, Progress
+from index.arena_writer import ArenaWriter
 from index.histories import HistoriesReader
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
 

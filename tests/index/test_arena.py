@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numba import njit, uint64
 
 from index import table
-from index.arena import LEAST_RECORDS, SPARE, ArenaReader, ArenaWriter, Progress, arena_folder, records_for
+from index.arena import ArenaReader, Progress, Publications, arena_folder
+from index.arena_writer import LEAST_RECORDS, SPARE, ArenaWriter, records_for
 from index.errors import N2OError, StoreMissingError
 from index.layout import RowLayout
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys, made
@@ -52,7 +53,9 @@ class ArenaAgainstDict(RuleBasedStateMachine):
         self.writer = new_arena(self.folder)
         self.reader = ArenaReader.open(self.folder, LAYOUT)
         self.rows: dict[int, int] = {}
-        self.version = 0
+        self.written: dict[int, int] = {}  # when each row there is was last put, in steps
+        self.seen: list[tuple[Publications, list[int | None], int]] = []
+        self.version = self.rebuilds = 0
 
     @rule(ids=st.lists(st.integers(0, 30), max_size=20), kinds=st.lists(st.integers(0, 2), min_size=20, max_size=20))
     def apply(self, ids: list[int], kinds: list[int]) -> None:
@@ -62,9 +65,10 @@ class ArenaAgainstDict(RuleBasedStateMachine):
         self.writer.apply(keys, np.array(kinds[: len(ids)], np.uint8), *made(keys, versions))
         for one, kind, version in zip(ids, kinds, versions.tolist(), strict=False):
             if kind == table.PUT:
-                self.rows[one] = version
+                self.rows[one], self.written[one] = version, self.version
             elif kind == table.REMOVE:
                 self.rows.pop(one, None)
+                self.written.pop(one, None)
 
     @rule(count=st.integers(500, 2500))
     def crowd(self, count: int) -> None:
@@ -72,13 +76,14 @@ class ArenaAgainstDict(RuleBasedStateMachine):
         ids = [self.many + at for at in range(count)]
         put(self.writer, ids, self.version * 100)
         self.rows.update(dict.fromkeys(ids, self.version * 100))
+        self.written.update(dict.fromkeys(ids, self.version))
 
     @rule()
     def crowd_leaves(self) -> None:
         ids = [one for one in self.rows if one >= self.many]
         remove(self.writer, ids)
         for one in ids:
-            del self.rows[one]
+            del self.rows[one], self.written[one]
 
     @rule(clean=st.booleans())
     def reopen(self, clean: bool) -> None:
@@ -90,6 +95,7 @@ class ArenaAgainstDict(RuleBasedStateMachine):
 
     @rule()
     def rebuild(self) -> None:
+        self.rebuilds += 1
         ids = list(self.rows)
         self.writer = ArenaWriter.create(self.folder, LAYOUT, 2, len(ids))
         keys = int_keys(ids)
@@ -112,6 +118,18 @@ class ArenaAgainstDict(RuleBasedStateMachine):
         assert cold_faults(keys[found], cold[found]) == 0
         for rows in (gathered.hot, cold):  # as bytes: NumPy does not copy what lies between the fields
             assert not rows.view(np.uint8).reshape(len(keys), -1)[~found].any()
+
+    @invariant()
+    def publications_are_the_same_exactly_where_nothing_was_written(self) -> None:
+        wanted = [*range(32), *(self.many + at for at in range(0, 2600, 97))]
+        now, written = self.reader.publications(int_keys(wanted)), [self.written.get(one) for one in wanted]
+        for before, then, rebuilds in self.seen:
+            same = [one == two and rebuilds == self.rebuilds for one, two in zip(then, written, strict=True)]
+            assert before.same(now) == all(same)
+            if rebuilds == self.rebuilds:
+                assert (before.words == now.words).tolist() == same
+        self.seen.append((now, written, self.rebuilds))
+        assert not now.same(ArenaReader.open(self.folder, LAYOUT).publications(int_keys(wanted)))
 
     @invariant()
     def snapshot_is_the_dict(self) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from index import table
-from index.arena import ArenaReader, ArenaWriter
+from index.arena import ArenaReader
+from index.arena_writer import ArenaWriter
 from tests.index.processes import Process, race
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, int_keys
 

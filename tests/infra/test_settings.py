@@ -28,6 +28,7 @@ _BY_NAME = {field.name: _BY_TYPE[type(field.default)] for field in dataclasses.f
     "kafka_port": _PORT,
     "kafka_controller_port": _PORT,
     "api_port": _PORT,
+    "body_bytes": st.integers(16 << 20, 2**40),
     "cross_source": st.sampled_from(["", "http://features:9000", "https://features"]),
     "admin_token": st.from_regex(r"[A-Za-z0-9._~+/-]{1,20}={0,2}", fullmatch=True),
     "encoders": st.sampled_from(["local", "apart"]),
@@ -57,6 +58,7 @@ def test_environment_and_back(settings: Settings) -> None:
         ("FORERANK_ENCODERS", "elsewhere"),
         ("FORERANK_CROSS_SOURCE", "features:9000"),
         ("FORERANK_CROSS_MISSES", "0"),
+        ("FORERANK_BODY_BYTES", "16777215"),
         ("FORERANK_USER_MISSES", "0"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from api.runtime.graph import GraphError, capture
+from api.runtime.graph import Graph, GraphError, capture
 from encoders.zoo.bst import BST, BSTConfig
 from encoders.zoo.din import DIN, DINConfig
 from encoders.zoo.dlrm import DLRM, DLRMConfig
@@ -44,21 +44,70 @@ def model(name: str) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("name", ["wnd", "din", "dlrm", "bst"])
-@pytest.mark.parametrize("grain_s", [0.0, 1e-4, 10.0])
-def test_operators_give_the_modules_bits(name: str, grain_s: float) -> None:
-    module = model(name)
-    example = query(name, 8)
-    graph = capture(module, example, [None] * (len(example) - 1) + [0], grain_s)
-    for rows in (2, 8, 33):
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def captured(name: str, rows: int = 40, **options: Any) -> tuple[nn.Module, Graph]:
+    module, example = model(name), query(name, rows)
+    return module, capture(module, example, [None] * (len(example) - 1) + [0], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "grain_s"),
+    [("wnd", (8, 16), 10.0), ("din", (8,), 0.0), ("dlrm", (8,), 10.0), ("bst", (8,), 0.0), ("dlrm", (), 0.0)],
+)
+def test_operators_give_what_the_module_gives(name: str, blocks: tuple[int, ...], grain_s: float) -> None:
+    module, graph = captured(name, blocks=blocks, grain_s=grain_s)
+    assert (graph.block is not None) == bool(blocks)
+    for rows in (2, 8, 9, 33, 100):
         given = query(name, rows)
         with torch.inference_mode():
+            found = graph.run(*given)
+            torch.testing.assert_close(found, module(*given), **CLOSE)
+            kept = found.clone()
+            graph.run(*query(name, rows))
+            assert torch.equal(found, kept), "what a lane uses again is not what it has given away"
+        steps = graph.plan(rows).steps
+        assert sum(graph.operators[step.operator].blocks for step in steps) == (
+            max(1, round(rows / graph.block)) if graph.block else 0
+        )
+        for at, step in enumerate(steps):
+            assert all(before < at for before in step.waits)
+            assert all(at in steps[before].then for before in step.waits)
+        slots, plan = graph.run_slots(given)
+        held = sum(slots[slot].nbytes for own in plan.places for slot in own if isinstance(slots[slot], Tensor))
+        assert held <= graph.bytes_of(rows) + 1, "what its values take is known before"
+    assert (len(graph.operators) > 5) == (grain_s == 0.0)
+
+
+def test_exact_operators_give_the_modules_bits() -> None:
+    module, graph = captured("bst", exact=True, grain_s=0.0)
+    assert len(graph.operators) > 10
+    for rows in (2, 33):
+        given = query("bst", rows)
+        with torch.inference_mode():
             assert torch.equal(graph.run(*given), module(*given))
-    for at, one in enumerate(graph.operators):
-        assert all(before < at for before in one.waits)
-        assert all(at in graph.operators[before].then for before in one.waits)
-    counts = {0.0: len(graph.operators) > 10, 10.0: len(graph.operators) == 1}
-    assert counts.get(grain_s, True)
+
+
+def test_rows_that_depend_on_each_other_are_not_parted() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0, keepdim=True)
+
+    graph = capture(Centred(), (torch.randn(40, 4),), (0,))
+    assert graph.block is None
+    x = torch.randn(100, 4)
+    torch.testing.assert_close(graph.run(x), Centred()(x))
+
+
+def test_inputs_of_different_rows_are_refused() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.exp() + y
+
+    graph = capture(Sum(), (torch.randn(40, 4), torch.randn(40, 4)), (0, 0))
+    with pytest.raises(GraphError, match="different numbers of rows"):
+        graph.run(torch.randn(3, 4), torch.randn(4, 4))
 
 
 def test_branches_wait_for_what_they_need_alone() -> None:
@@ -68,9 +117,9 @@ def test_branches_wait_for_what_they_need_alone() -> None:
             return left + right, left
 
     graph = capture(Two(), (torch.ones(3), torch.ones(3)), grain_s=0.0)
-    starts = [one for one in graph.operators if not one.waits]
-    assert len(starts) == 2
-    assert max(len(one.waits) for one in graph.operators) == 2
+    steps = graph.plan(1).steps
+    assert len([one for one in steps if not one.waits]) == 2
+    assert max(len(one.waits) for one in steps) == 2
     total, left = graph.run(torch.zeros(3), torch.zeros(3))
     assert torch.equal(left, torch.zeros(3).sin().cos())
     assert torch.equal(total, left + torch.zeros(3).exp().log1p())

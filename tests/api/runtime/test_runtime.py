@@ -4,38 +4,100 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 import torch
 
-from api.runtime.graph import capture
+from api.runtime.model import Model
 from api.runtime.policy import Policy
-from api.runtime.runtime import LateError, Model, Runtime
+from api.runtime.runtime import FullError, LateError, Runtime
 from tests.api.runtime.graphs import chain, made
-from tests.api.runtime.test_graph import model, query
+from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in a lane: the number of threads inside of an operation may change its last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Model]:
+    return {name: Model(captured(name, grain_s=1e-5, blocks=(8,))[1]) for name in ("wnd", "din", "dlrm", "bst")}
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 @pytest.mark.parametrize("policy", [Policy(), Policy(fifo=True), Policy(ageing=0.0)])
-def test_results_do_not_depend_on_the_schedule(lanes: int, policy: Policy) -> None:
-    modules = {name: model(name) for name in ("wnd", "din", "dlrm", "bst")}
-    models = {}
-    for name, module in modules.items():
-        example = query(name, 4)
-        models[name] = Model.of(capture(module, example, [None] * (len(example) - 1) + [0], grain_s=1e-5))
+def test_results_do_not_depend_on_the_schedule(lanes: int, policy: Policy, models: dict[str, Model]) -> None:
     with Runtime(lanes, policy) as runtime:
         asked = []
         for at in range(60):
             name = list(models)[at % 4]
-            inputs = query(name, 2 + at % 7)
-            asked.append((name, inputs, runtime.submit(models[name], *inputs, priority=at % 2)))
-        for name, inputs, answer in asked:
+            inputs = query(name, 2 + 3 * (at % 9))
+            asked.append((models[name], inputs, runtime.submit(models[name], *inputs, priority=at % 2)))
+        for one, inputs, answer in asked:
             with torch.inference_mode():
-                assert torch.equal(answer.result(60), modules[name](*inputs))
-        assert (runtime._queries, runtime._ready) == ({}, [])
+                assert torch.equal(answer.result(60), one.graph.run(*inputs))
+        assert (len(runtime._backlog), runtime.bytes_held) == (0, 0)
+
+
+def test_values_have_a_limit_of_bytes(models: dict[str, Model]) -> None:
+    go, began = threading.Event(), threading.Event()
+
+    def wait(k: int, values: list[Any]) -> Any:
+        began.set()
+        assert go.wait(30)
+        return k
+
+    inputs = query("wnd", 20)
+    need = models["wnd"].graph.bytes_of(20)
+    with Runtime(1, bytes_max=2.5 * need) as runtime:
+        blocker = runtime.submit(chain(1.0, run=wait), torch.zeros(1))
+        assert began.wait(30)
+        held = [runtime.submit(models["wnd"], *inputs) for _ in range(2)]
+        with pytest.raises(FullError):
+            runtime.submit(models["wnd"], *inputs)
+        assert held[0].cancel()
+        go.set()
+        assert blocker.result(30) == 0
+        assert held[1].result(30).shape == (20,)
+        wait_until(lambda: runtime.bytes_held == 0, "all is given back")
+        runtime.submit(models["wnd"], *inputs).result(30)
+
+
+def test_costs_are_learned_and_what_waits_decides_who_is_taken(models: dict[str, Model]) -> None:
+    go, began = threading.Event(), threading.Event()
+
+    def wait(k: int, values: list[Any]) -> Any:
+        began.set()
+        assert go.wait(30)
+        return k
+
+    one = torch.zeros(1)
+    slow, quick = chain(5.0), chain(1e-3)
+    with Runtime(1) as runtime:
+        blocker = runtime.submit(chain(10.0, run=wait), one)
+        assert began.wait(30)
+        urgent = runtime.submit(slow, one, priority=0)
+        with pytest.raises(LateError, match="waits already"):
+            runtime.submit(quick, one, priority=1, within_s=1.0)
+        passed = runtime.submit(quick, one, priority=0, within_s=1.0)
+        go.set()
+        assert blocker.result(30) == 0
+        assert passed.result(30) is not None
+        assert urgent.result(30) is not None
+        assert slow.costs(slow.graph.plan(1), 1)[0] < 1.0, "what it took, not what was guessed"
+        model = models["dlrm"]
+        before = model.costs(model.graph.plan(8), 8)
+        runtime.submit(model, *query("dlrm", 8)).result(30)
+        assert model.costs(model.graph.plan(8), 8) != before
 
 
 def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -> None:
@@ -64,7 +126,7 @@ def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -
         go.set()
         assert (blocker.result(30), low.result(30), high.result(30)) == (0, 1, 1)
         assert ran == [("high", 0), ("high", 1), ("low", 0), ("low", 1)]
-        wait_until(lambda: not runtime._queries, "nothing is kept")
+        wait_until(lambda: not len(runtime._backlog), "nothing is kept")
 
 
 def test_an_operator_that_runs_is_the_last_one_of_a_cancelled_query() -> None:
@@ -81,7 +143,7 @@ def test_an_operator_that_runs_is_the_last_one_of_a_cancelled_query() -> None:
         assert began.wait(30)
         assert answer.cancel()
         go.set()
-        wait_until(lambda: not runtime._queries, "it is dropped")
+        wait_until(lambda: not len(runtime._backlog), "it is dropped")
     assert ran == [0]
 
 
@@ -95,7 +157,7 @@ def test_deadlines_that_cannot_be_met() -> None:
 
     one, short = torch.zeros(1), chain(1e-6)
     with Runtime(1) as runtime:
-        with pytest.raises(LateError, match="longest path"):
+        with pytest.raises(LateError, match="waits already"):
             runtime.submit(chain(1.0), one, within_s=0.5)
         blocker = runtime.submit(chain(1.0, run=wait), one)
         assert began.wait(30)

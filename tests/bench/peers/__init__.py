@@ -4,6 +4,7 @@
     environment.environment()                                                      the peers' own Python, made once
     <that python> -m tests.bench.peers PEER FOLDER                                 a process per peer, line by line
     <that python> -m tests.bench.peers check FOLDER                                scores against the training form
+    <that python> -m tests.bench.peers.towers FOLDER SEED ROUNDS                   the user tower alone, in turns
 
 | peer | the items' side | what computes |
 |---|---|---|

@@ -22,7 +22,8 @@ from index.layout import RowLayout
 from tests.bench.peers.data import DISTINCT, Data
 from tests.bench.peers.peer import F4, U8, Lap, Peer
 from tests.bench.peers.runtime import Session
-from tests.bench.serving_forms import Attention, Rows, Scene, bundle_of, head_of, twin_of, user_tables_of
+from tests.bench.scene import Rows, Scene, bundle_of, head_of, user_tables_of
+from tests.bench.serving_forms import Attention, twin_of
 
 I8 = NDArray[np.int64]
 

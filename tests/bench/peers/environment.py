@@ -1,7 +1,7 @@
 """The environment of the peers, `.local/peers`: the project's own locked packages, and those of `requirements.txt`.
 
 It is made once and again when a list changes. torch comes as infra/install.py has it: TORCH=cpu demands the CPU build,
-PIP_FIND_LINKS may name a folder that has it. Redis is Debian's redis-server, which must be on PATH.
+PIP_FIND_LINKS may name a folder that has it. Those who need Redis need Debian's redis-server on PATH.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ class PeersError(RuntimeError):
     """The peers cannot run; the message is one sentence for the user."""
 
 
-def environment() -> Path:
-    """The environment's Python, installed where it is not. Raises PeersError."""
+def need_redis() -> None:
+    """Raises PeersError."""
     if shutil.which("redis-server") is None:
         raise PeersError("The peers need a redis-server: on Debian, `apt install redis-server`.")
+
+
+def environment(make: bool = True) -> Path:
+    """The environment's Python; where it is not there, it is made, or not. Raises PeersError."""
     python, stamp = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in _LISTS)).hexdigest()
     if not stamp.exists() or stamp.read_text() != digest:
+        if not make:
+            raise PeersError("The peers' environment is not there; a full run makes it.")
         print(f"Making {ENVIRONMENT} for the peers; a few minutes.", flush=True)
         _run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT))
         base, torch, peers = _LISTS

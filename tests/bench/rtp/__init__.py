@@ -12,6 +12,7 @@ nearline.py     http_alone_* http_under_nearline_* p99_under_nearline_ratio
 loop.py         loop_longest_*
 memory.py       memory_over_record* id_table_bytes_per_item open_warm_arena_s rebuild_arena_s grow_arena_cpu_s
 users.py        user_block_* user_D_*
+towers.py       tower_*
 growth.py       din_growth_ratio simtier_sample_rms, the tables `candidates`, `length`, `bits` and `items`
 """
 
@@ -27,7 +28,7 @@ import torch
 from api.service import Service
 from tests.bench.peers.data import Data, write_world
 from tests.bench.report import Report
-from tests.bench.rtp import common, growth, http, in_process, memory, peers, users
+from tests.bench.rtp import common, growth, http, in_process, memory, peers, towers, users
 
 
 def run(seed: int, quick: bool) -> None:
@@ -51,6 +52,7 @@ def run(seed: int, quick: bool) -> None:
         http.measure(report, host, data, rounds, quick)
         memory.measure(report, host, items)
         users.measure(report, folder, seed, 20 if quick else 200)
+        towers.measure(report, folder, seed, quick)
         growth.measure(report, folder, seed, quick)
     finally:
         shutil.rmtree(folder)

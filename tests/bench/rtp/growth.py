@@ -15,7 +15,8 @@ from encoders import lsh
 from encoders.config import ModelConfig
 from encoders.data.synthetic import LARGE, generate
 from index import kernels
-from index.arena import ArenaReader, ArenaWriter, Progress
+from index.arena import ArenaReader, Progress
+from index.arena_writer import ArenaWriter
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
 from tests.bench.lsh_bits import Case, arrays_of

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from index import table
-from index.arena import ArenaReader, ArenaWriter, Progress
+from index.arena import ArenaReader, Progress
+from index.arena_writer import ArenaWriter
 from index.keys import keys_of_ints
 from index.layout import RowLayout, aligned_empty
 from index.n2o import N2OWriter

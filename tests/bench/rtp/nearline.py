@@ -19,7 +19,7 @@ from infra import priority
 from tests.bench import http_load
 from tests.bench.report import Report
 from tests.bench.rtp.common import GENERATION, REQUESTS
-from tests.bench.serving_forms import Rows
+from tests.bench.scene import Rows
 from tests.bench.world import World
 from tests.host import Host
 from tests.rows import batch_of

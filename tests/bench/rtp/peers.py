@@ -18,7 +18,7 @@ import numpy as np
 from api.schemas import ScoreOptions
 from api.service import Service
 from tests.bench.peers.data import Data, write_world
-from tests.bench.peers.environment import PeersError, environment
+from tests.bench.peers.environment import PeersError, environment, need_redis
 from tests.bench.report import Report
 from tests.bench.rtp.common import REQUESTS, USERS, K, Series
 
@@ -37,6 +37,7 @@ def measure(report: Report, service: Service, data: Data) -> None:
     """Times as much CPU as Forerank each peer takes for the same requests; ranges are over rounds. First every peer's
     scores are held against the training form's, in a small world."""
     try:
+        need_redis()
         python = environment()
     except PeersError as error:
         print(f"peers are left out: {error}", flush=True)

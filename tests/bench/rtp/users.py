@@ -70,7 +70,8 @@ class _Din(user_ir._User):
 def _din(fold: UserFold, past: Behaviours, wanted: NDArray[np.float32]) -> Callable[[int], object]:
     """Of the user whose block `fold` has just made, with D as `wanted`."""
     sizes, config = fold._sizes[True], fold._config
-    scratch = fold._room().scratch.copy()
+    scratch = user_ir.scratch(sizes).memory()
+    scratch[:] = fold._room().scratch
     P, D = np.zeros(config.width, np.float32), np.empty((config.bits, config.width), np.float32)
     code, signatures = _Din(sizes, RECENCY_EDGES).compiled(), past.signatures
     unread: list[Any] = [None] * 3  # pointers to what D does not need

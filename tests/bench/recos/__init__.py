@@ -1,0 +1,267 @@
+"""Concurrent inference of four published models: the runtime (api/runtime) against ways to run whole queries.
+
+Every way runs in a process of its own (worker.py), in turns; a round is one turn of each, and a ratio is that of two
+turns of one round. Kernels: `eager` is the module in torch, `onnx` ONNX Runtime, `ours` the runtime's forms; runners
+that share kernels share a process. Rates of open loops are shares of what `same-p2` (our kernels, first come, first
+served) answers of the mix with 8 clients, measured first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from api.runtime.graph import Graph, Operator
+from api.runtime.model import Model
+from api.runtime.policy import Policy
+from api.runtime.simulate import Arrival, simulate
+from tests.bench.peers.environment import ROOT, environment
+from tests.bench.recos import load
+from tests.bench.report import Report
+
+Round = dict[str, Any]  # what one round has found
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
+Cells = dict[tuple[str, ...], dict[str, list[dict[str, float]]]]  # of a load, by runner, one a round
+
+KERNELS = {
+    "eager": ("p0", "p1", "p2", "p4", "p5"),
+    "onnx": ("p3",),
+    "ours": ("recos", "same-p2", "recos-fifo"),
+    "exact": ("recos-exact",),
+}
+KERNELS_OF = {runner: kernels for kernels, runners in KERNELS.items() for runner in runners}
+TRIALS = ROOT / ".local" / "state" / "trials"
+CLIENTS = (1, 8, 15, 22, 30)
+PEAKS = (0.6, 0.9, 1.2)
+DEADLINES = 8  # of an open loop's queries: so many times what a query of the mix takes alone
+HIGH = 20.0  # queries a second of the higher class, in the cell of classes
+
+
+def run(seed: int, quick: bool) -> None:
+    """Rounds are kept in `.local/state/trials`: a run that was stopped, or ran out of its MINUTES, goes on with the
+    next round when it is started again with the same code."""
+    report = Report("recos", seed, quick)
+    count, seconds = (2, 0.4) if quick else (5, 1.0)
+    until = time.monotonic() + 60 * float(os.environ.get("MINUTES", "inf"))
+    kept = TRIALS / f"recos-{_code()}-{seed}{'-quick' if quick else ''}.json"
+    done: list[Round] = json.loads(kept.read_text()) if kept.exists() else []
+    python = environment()
+    with ExitStack() as held:
+        workers = {name: held.enter_context(_worker(python, name, seed)) for name in KERNELS}
+        while len(done) < count and (not done or time.monotonic() < until):
+            print(f"round {len(done) + 1} of {count}", flush=True)
+            done.append(_round(workers, seed + len(done), seconds, quick, done))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(done))
+    cells: Cells = defaultdict(lambda: defaultdict(list))
+    for one in done:
+        for cell, runners in one["cells"].items():
+            for runner, found in runners.items():
+                cells[tuple(cell.split())][runner].append(found)
+    for figure, unit in (("saturation_queries_per_s", "1/s"), ("alone_mean_ms", "ms")):
+        report.figure(figure, done[0][figure], unit)
+    report.figure("growth_mib_over_100000_queries", done[0]["growth_mib"], "MiB")
+    errors = [max(one["errors"].values()) for one in done]
+    report.figure("oracle_max_abs_error", errors, "score", max(errors))
+    _tables(report, cells)
+    _figures(report, cells)
+    _simulated(report, cells, done, 2 * seconds, seed)
+    report.finish(lambda canvas: _draw(canvas, cells))
+    if len(done) < count:
+        print(f"{len(done)} of {count} rounds; run it again for the others.")
+
+
+def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, before: Sequence[Round]) -> Round:
+    """Every cell once. Rates are those that the first round has measured."""
+
+    def ask(runner: str, **cell: Any) -> dict[str, Any]:
+        return workers[KERNELS_OF[runner]]({"runner": runner, "seed": seed, "model": "mix", **cell})
+
+    def several(clients: int, name: str) -> float:
+        return statistics.median(float(ask("same-p2", clients=clients, seconds=2 * seconds)[name]) for _ in range(3))
+
+    first = before[0] if before else None
+    saturation: float = first["saturation_queries_per_s"] if first else several(8, "queries_per_s")
+    alone: float = first["alone_mean_ms"] if first else several(1, "mean")
+    cells: dict[str, dict[str, Any]] = defaultdict(dict)
+    for model in ("mix",) if quick else (*load.MODELS, "mix"):
+        for clients in (1, 8, 30) if quick else CLIENTS:
+            for runner in KERNELS_OF:
+                found = ask(runner, model=model, clients=clients, seconds=seconds)
+                cells[f"closed {model} {clients}"][runner] = found
+    for shape in ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal"):
+        for peak in PEAKS:
+            for runner in KERNELS_OF:
+                own = {"shape": shape, "peak": peak * saturation, "seconds": 2 * seconds}
+                own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
+                cells[f"open {shape} {peak}"][runner] = ask(runner, **own)
+    own = {"shape": "steady", "peak": HIGH, "seconds": 4 * seconds, "of_class": 0}
+    for runner in ("recos", "same-p2"):
+        cells["classes alone"][runner] = ask(runner, **own)
+        cells["classes beside"][runner] = ask(runner, **own, clients=8)
+    grown = {} if first else workers["ours"]({"runner": "growth", "count": 10_000 if quick else 100_000})
+    return {
+        "saturation_queries_per_s": saturation,
+        "alone_mean_ms": alone,
+        "cells": cells,
+        "errors": workers["ours"]({"runner": "errors"}),
+        "costs": workers["ours"]({"runner": "costs"}),
+        "growth_mib": first["growth_mib"] if first else grown["mib"],
+        "seed": seed,
+    }
+
+
+def _code() -> str:
+    """What rounds of one run must have in common."""
+    files = sorted((ROOT / "api" / "runtime").glob("*.py")) + sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+
+
+@contextmanager
+def _worker(python: Path, kernels: str, seed: int) -> Iterator[Ask]:
+    command = [str(python), "-W", "ignore", "-m", "tests.bench.recos.worker", kernels, str(seed)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        send, receive = process.stdin, process.stdout
+
+        def ask(cell: dict[str, Any]) -> dict[str, Any]:
+            print(json.dumps(cell), file=send, flush=True)
+            return _answer(receive.readline(), command)
+
+        if receive.readline() != "ready\n":
+            raise RuntimeError(f"a worker does not start: `{' '.join(command)}` says why")
+        yield ask
+        send.close()
+        process.wait(60)
+
+
+def _answer(line: str, command: Sequence[str]) -> dict[str, Any]:
+    if not line:
+        raise RuntimeError(f"a worker has ended: `{' '.join(command)}`")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def _tables(report: Report, cells: Cells) -> None:
+    names = ("mean", "p50", "p95", "p99", "queries_per_s", "items_per_s", "goodput", "refused", "unfinished", "cores")
+    rows: list[dict[str, object]] = []
+    for cell, runners in cells.items():
+        for runner, turns in runners.items():
+            row: dict[str, object] = {"load": " ".join(cell), "runner": runner, "kernels": KERNELS_OF[runner]}
+            row |= {name: statistics.median(turn[name] for turn in turns) for name in names}
+            row |= {
+                f"{name}_{end.__name__}": end(turn[name] for turn in turns) for name in ("p99",) for end in (min, max)
+            }
+            rows.append(row | {"peak_mib": max(turn["peak_mib"] for turn in turns)})
+    report.table("cells", rows)
+
+
+def _ratios(cells: Cells, cell: tuple[str, ...], name: str, over: str, runner: str = "recos") -> list[float]:
+    own, other = cells[cell][runner], cells[cell][over]
+    return [mine[name] / theirs[name] for mine, theirs in zip(own, other, strict=True) if theirs[name]]
+
+
+def _worst(report: Report, figure: str, cells: Cells, which: Sequence[tuple[str, ...]], name: str, over: str) -> None:
+    """The highest median of a cell's ratios, where a cell whose range has 1 in it counts as 1."""
+    found = []
+    for cell in which:
+        ratios = _ratios(cells, cell, name, over)
+        value = statistics.median(ratios)
+        found.append((1.0 if min(ratios) <= 1.0 <= max(ratios) else value, ratios, cell))
+    value, ratios, cell = max(found)
+    report.figure(figure, ratios, "x", value)
+    print(f"    ({' '.join(cell)})", flush=True)
+
+
+def _figures(report: Report, cells: Cells) -> None:
+    closed = [cell for cell in cells if cell[0] == "closed"]
+    loads = [cell for cell in cells if cell[0] in ("closed", "open")]
+    for over in ("p2", "p3"):
+        _worst(report, f"worst_p99_over_{over}", cells, loads, "p99", over)
+    many = [cell for cell in closed if int(cell[2]) >= 8]
+    _worst(report, "worst_mean_over_p0_from_8_clients", cells, many, "mean", "p0")
+    steady = ("open", "steady", "0.9")
+    report.figure("same_kernels_p50_over_p2", _ratios(cells, steady, "p50", "same-p2"), "x")
+    report.figure("same_kernels_p99_over_p2", _ratios(cells, steady, "p99", "same-p2"), "x")
+    report.figure("overload_goodput_over_p4", _ratios(cells, ("open", "steady", "1.2"), "goodput", "p4"), "x")
+    beside, alone = cells["classes", "beside"]["recos"], cells["classes", "alone"]["recos"]
+    pairs = zip(beside, alone, strict=True)
+    report.figure("high_priority_p99_over_unloaded", [one["p99"] / other["p99"] for one, other in pairs], "x")
+    for share, over in (("order", "recos-fifo"), ("kernels_and_blocks", "recos-exact")):
+        report.figure(f"share_{share}_p50", _ratios(cells, steady, "p50", over), "x")
+        report.figure(f"share_{share}_p99", _ratios(cells, steady, "p99", over), "x")
+
+
+def _models(costs: dict[str, Any]) -> dict[str, Model]:
+    """What the worker has captured, without what it runs."""
+    found = {}
+    for name, one in costs.items():
+        operators = tuple(
+            Operator(print, tuple(inputs), tuple(outputs), cost, rows, blocks)
+            for inputs, outputs, cost, rows, blocks in one["operators"]
+        )
+        graph = Graph(one["inputs"], operators, tuple(one["outputs"]), True, tuple(one["rows"]), one["block"])
+        found[name] = Model(graph)
+        for rows, steps in one["queries"]:
+            plan = graph.plan(rows)
+            for at, seconds in enumerate(steps):
+                found[name].learn(plan.steps[at].operator, found[name].rows(plan, at, rows), seconds)
+    return found
+
+
+def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: float, seed: int) -> None:
+    """The two-lane run at 0.9 of saturation against the same arrivals in simulated time; then 64 lanes."""
+
+    def arrived(one: Round, peak: float, own_seed: int, length: float) -> list[Arrival]:
+        models = _models(one["costs"])
+        moments = load.arrivals("steady", peak, length, own_seed)
+        asked = load.chosen("mix", len(moments), own_seed + 1)
+        rows = {name: [number for number, _ in own["queries"]] for name, own in one["costs"].items()}
+        return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
+
+    wrong = []
+    for one, real in zip(done, cells["open", "steady", "0.9"]["recos"], strict=True):
+        arrivals = arrived(one, 0.9 * one["saturation_queries_per_s"], one["seed"], seconds)
+        wrong.append(abs(_took(arrivals, 2, Policy())[0] / real["p50"] - 1))
+    report.figure("simulation_error", wrong, "of p50")
+    table: list[dict[str, object]] = []
+    arrivals = arrived(done[0], 10_000, seed, 1.0)
+    for name, policy in {"recos": Policy(), "fifo": Policy(fifo=True)}.items():
+        p50, p99 = _took(arrivals, 64, policy)
+        table.append({"policy": name, "queries": len(arrivals), "p50_ms": p50, "p99_ms": p99})
+    report.table("simulated_64_lanes", table)
+
+
+def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy) -> tuple[float, float]:
+    """p50 and p99, ms."""
+    ended = simulate(arrivals, lanes, policy).ended
+    took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
+    return statistics.median(took), took[int(0.99 * len(took))]
+
+
+def _draw(canvas: Any, cells: Cells) -> None:
+    models = list(dict.fromkeys(cell[1] for cell in cells if cell[0] == "closed"))
+    canvas.set_size_inches(4 * len(models), 7)
+    axes = canvas.subplots(2, len(models), squeeze=False)
+    for row, name in enumerate(("mean", "p99")):
+        for axis, model in zip(axes[row], models, strict=True):
+            counts = [int(cell[2]) for cell in cells if cell[:2] == ("closed", model)]
+            for runner in KERNELS_OF:
+                values = [
+                    statistics.median(turn[name] for turn in cells["closed", model, str(count)][runner])
+                    for count in counts
+                ]
+                axis.plot(counts, values, marker="o", label=runner, linewidth=2.5 if runner == "recos" else 1)
+            axis.set(title=f"{model}: {name}, ms", xlabel="clients", yscale="log")
+    axes[0][0].legend(fontsize=7)
