@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -36,7 +37,12 @@ def workers(host: Host) -> set[int]:
     """Process ids below the API's."""
     assert host._process is not None
     children = Path(f"/proc/{host._process.pid}/task/{host._process.pid}/children").read_text().split()
-    return {int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    found = set()
+    for pid in children:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(pid))
+    return found
 
 
 def test_several_processes_serve_forget_and_end_together(own_host: Callable[..., Host]) -> None:
