@@ -18,7 +18,7 @@ BENCHES = {
     "parallel_inference": "user inference beside retrieval or after it, by retrieval time and history (4 min; quick 1)",
     "miss_storm": "caches emptied under load, feature service 10 times slower, waited for or not (4 min; quick 1)",
     "rtp": "10,000 candidates against the machine's limits, in process and through HTTP; growth (6 min; quick 1)",
-    "recos": "concurrent inference of four models against whole queries, ONNX Runtime too (1 h, in parts of MINUTES=; quick 4 min)",
+    "recos": "concurrent inference of four models against whole queries, and ONNX Runtime (1 h, in parts of MINUTES=)",
     "head_precision": "what bf16 and int8 in the head do to scores and the best 100, on MovieLens (3 min; quick 1)",
     "arena_race": "the arena's readers against its writer, every row compared (MINUTES=3; quick 10 s)",
     "rollout": "switches of generations and kills under load, and a fill of 1M items (25 min; quick 3)",
