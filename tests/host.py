@@ -3,6 +3,7 @@ and the real API process in front of them. For tests of the API and for benchmar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -315,3 +317,17 @@ class Host:
 
 def _json(value: Any) -> bytes:
     return msgspec.json.encode(value)
+
+
+def api_workers(parent: int) -> list[int]:
+    """Processes below `python -m api serve` that have taken its socket."""
+    found = []
+    children: list[str] = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            children += (task / "children").read_text().split()
+    for child in children:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just been reaped
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found

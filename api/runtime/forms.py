@@ -105,7 +105,7 @@ def fastest(module: fx.GraphModule, given: tuple[Any, ...]) -> fx.GraphModule:
     form.recompile()
     fused = fx.GraphModule(form, copy.deepcopy(form.graph))
     if pointwise.fuse(fused, _values(fused, given)):
-        form = min((form, fused), key=lambda one: _seconds(one, *given))
+        form = min((form, fused), key=lambda one: seconds(one, given))
     _lend(form, _values(form, given))
     return form
 
@@ -121,7 +121,7 @@ def _lend(form: fx.GraphModule, values: Mapping[str, Tensor]) -> None:
             continue
         slot = next((slot for slot, read in enumerate(until) if read < at), len(until))
         lent, x = _Lent(layer.weight, layer.bias, layer.activation, slot), values[node.all_input_nodes[0].name]
-        if _seconds(lent, x) < _seconds(layer, x):
+        if seconds(lent, (x,)) < seconds(layer, (x,)):
             form.set_submodule(str(node.target), lent)
             until[slot : slot + 1] = [last]
 
@@ -200,13 +200,15 @@ def _choose(weight: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> 
     made: list[_Linear] = [_Plain(weight, bias, activation), _Turned(weight, bias, activation)]
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         made.append(_OneDnn(weight, bias, activation, x.numel() // x.shape[-1]))
-    return min(made, key=lambda form: _seconds(form, x))
+    return min(made, key=lambda form: seconds(form, (x,)))
 
 
-def _seconds(form: Callable[..., Any], *given: Any) -> float:
+def seconds(form: Callable[..., Any], *calls: tuple[Any, ...]) -> float:
+    """CPU time of all calls one after the other."""
     took = []
     for _ in range(_RUNS):
         began = time.thread_time()
-        form(*given)
+        for given in calls:
+            form(*given)
         took.append(time.thread_time() - began)
     return statistics.median(took)

@@ -66,10 +66,7 @@ class Graph:
 
     def rows_of(self, inputs: Sequence[Any]) -> int:
         """The rows of a query; 1 where the module has none. Raises GraphError where inputs disagree."""
-        found = {int(value.shape[at]) for value, at in zip(inputs, self.rows, strict=False) if at is not None}
-        if len(found) > 1:
-            raise GraphError(f"inputs have different numbers of rows: {sorted(found)}")
-        return found.pop() if found else 1
+        return _rows(inputs, self.rows)
 
     def bytes_of(self, rows: int) -> int:
         """What the values of a query may take, inputs and answer included."""
@@ -364,7 +361,7 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
             module = split.get_submodule(name)
             assert isinstance(module, fx.GraphModule)
             form = module if exact else forms.fastest(module, given)
-            found[name] = form, _seconds(form, [given])
+            found[name] = form, forms.seconds(form, given)
     return found
 
 
@@ -386,7 +383,7 @@ def _in_blocks(
     for size in sorted({min(size, count) for size in (*sizes, count)}):
         parts = _pieces(given, parted, size)
         form = forms.fastest(module, parts[0])
-        tried.append((_seconds(form, parts) + PLACE_S * len(parts), form, size, _seconds(form, parts[:1])))
+        tried.append((forms.seconds(form, *parts) + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
     most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
     return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
 
@@ -415,17 +412,6 @@ def _separable(module: nn.Module, given: tuple[Any, ...], parts: Iterable[tuple[
         one.shape == other.shape and torch.allclose(one, other, rtol=_ROW_ERROR, atol=_ROW_ERROR, equal_nan=True)
         for one, other in zip(whole, joined, strict=True)
     )
-
-
-def _seconds(module: nn.Module, calls: Sequence[tuple[Any, ...]]) -> float:
-    """Of all calls one after the other."""
-    took = []
-    for _ in range(_TIMED + 1):
-        began = time.thread_time()
-        for given in calls:
-            module(*given)
-        took.append(time.thread_time() - began)
-    return statistics.median(took[1:])
 
 
 def _graph(
@@ -463,8 +449,12 @@ def _graph(
     return dataclasses.replace(graph, bytes=_bytes(graph, example))
 
 
-def _rows(example: tuple[Tensor, ...], rows: tuple[int | None, ...]) -> int:
-    return next((int(value.shape[at]) for value, at in zip(example, rows, strict=True) if at is not None), 1)
+def _rows(inputs: Sequence[Any], rows: Sequence[int | None]) -> int:
+    """Of inputs with rows in those dimensions; 1 where none has them. Raises GraphError where they disagree."""
+    found = {int(value.shape[at]) for value, at in zip(inputs, rows, strict=False) if at is not None}
+    if len(found) > 1:
+        raise GraphError(f"inputs have different numbers of rows: {sorted(found)}")
+    return found.pop() if found else 1
 
 
 def _bytes(graph: Graph, example: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -477,4 +467,4 @@ def _bytes(graph: Graph, example: tuple[Tensor, ...]) -> tuple[float, float]:
         size = sum(slots[slot].nbytes for slot in own if isinstance(slots[slot], Tensor))
         size *= 2 if place in graph.outputs else 1  # joined
         fixed, each = (fixed, each + size) if place in by_rows else (fixed + size, each)
-    return fixed, each / _rows(example, graph.rows)
+    return fixed, each / graph.rows_of(example)

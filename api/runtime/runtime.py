@@ -9,7 +9,6 @@ depend on the schedule: the same operators run on the same inputs, whatever the 
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -52,16 +51,13 @@ class _Query(Query):
 
 
 class Runtime:
-    """Lanes, from `start` to `close`. Thread safe. `pin`: whether each lane keeps to a core of its own; the `observer`
-    hears what they do.
-    """
+    """Lanes, from `start` to `close`. Thread safe. The `observer` hears what they do."""
 
     def __init__(
         self,
         lanes: int,
         policy: Policy | None = None,
         bytes_max: float = math.inf,
-        pin: bool = False,
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or Observer()
@@ -69,11 +65,7 @@ class Runtime:
         self._count, self._closed, self._idle = 0, False, 0
         self._free = lanes  # that run nothing and are not lent
         self._bytes, self._bytes_max = 0, bytes_max
-        cores = sorted(os.sched_getaffinity(0)) if pin else []
-        self._lanes = [
-            threading.Thread(target=self._lane, args=(lane, cores[lane : lane + 1]), name=f"lane-{lane}")
-            for lane in range(lanes)
-        ]
+        self._lanes = [threading.Thread(target=self._lane, args=(lane,), name=f"lane-{lane}") for lane in range(lanes)]
 
     def start(self) -> None:
         for lane in self._lanes:
@@ -157,9 +149,7 @@ class Runtime:
         if self._idle and steps > 0:
             self._wake.notify(steps)
 
-    def _lane(self, lane: int, cores: Sequence[int]) -> None:
-        if cores:
-            os.sched_setaffinity(threading.get_native_id(), cores)
+    def _lane(self, lane: int) -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (taken := self._take(lane)) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.host import NOW, Host, catalogue
+from tests.host import NOW, Host, api_workers, catalogue
 
 ITEMS = catalogue(120)
 IDS = [item.item_id for item in ITEMS]
@@ -36,13 +35,7 @@ def served(host: Host) -> httpx.Client:
 def workers(host: Host) -> set[int]:
     """Process ids below the API's."""
     assert host._process is not None
-    children = Path(f"/proc/{host._process.pid}/task/{host._process.pid}/children").read_text().split()
-    found = set()
-    for pid in children:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(int(pid))
-    return found
+    return set(api_workers(host._process.pid))
 
 
 def test_several_processes_serve_forget_and_end_together(own_host: Callable[..., Host]) -> None:

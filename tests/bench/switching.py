@@ -33,6 +33,7 @@ from streams.publish import Publisher
 from tests.bench.http_load import JSON, Connection, request
 from tests.bench.stack import BenchStack, wait
 from tests.bench.world import World, as_of, ms
+from tests.host import api_workers
 
 TOLERANCE = 1e-5  # of fp32 bundles
 CLIENTS = 16
@@ -303,17 +304,6 @@ class Killer:
 
 def _kind(job: processes.Process) -> str:
     return job.name.partition("-")[0]
-
-
-def api_workers(parent: int) -> list[int]:
-    """Processes below `python -m api serve` that have taken its socket."""
-    found = []
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just been reaped
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(int(child))
-    return found
 
 
 def _clients_of(pid: int, port: int) -> set[int]:

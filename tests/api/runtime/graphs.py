@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,3 +26,15 @@ def made(costs: Sequence[float], waits: Sequence[Sequence[int]], run: Callable[[
 
 def chain(*costs: float, run: Callable[[int, list[Any]], Any] = lambda k, values: (k, *values)) -> Model:
     return made(costs, [[k - 1] if k else [] for k in range(len(costs))], run)
+
+
+class Gate:
+    """What an operator runs that holds its lane, from `began` until `go` is set."""
+
+    def __init__(self) -> None:
+        self.go, self.began = threading.Event(), threading.Event()
+
+    def __call__(self, k: int, values: list[Any]) -> Any:
+        self.began.set()
+        assert self.go.wait(30)
+        return k

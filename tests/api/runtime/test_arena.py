@@ -48,7 +48,7 @@ class Tower(nn.Module):
 def test_layers_share_slots_whose_results_are_read_no_more(
     modes: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "_seconds", lambda form, *_: 0.0 if isinstance(form, forms._Lent) else 1.0)
+    monkeypatch.setattr(forms, "seconds", lambda form, *_: 0.0 if isinstance(form, forms._Lent) else 1.0)
     tower = Tower().eval()
     graph = capture(tower, (torch.randn(9, 64),), (0,), grain_s=10.0)
     (operator,) = graph.operators

@@ -14,7 +14,7 @@ import torch
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.runtime import FullError, LateError, Runtime
-from tests.api.runtime.graphs import chain, made
+from tests.api.runtime.graphs import Gate, chain, made
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
 
@@ -49,23 +49,17 @@ def test_results_do_not_depend_on_the_schedule(lanes: int, policy: Policy, model
 
 
 def test_values_have_a_limit_of_bytes(models: dict[str, Model]) -> None:
-    go, began = threading.Event(), threading.Event()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
-
+    gate = Gate()
     inputs = query("wnd", 20)
     need = models["wnd"].graph.bytes_of(20)
     with Runtime(1, bytes_max=2.5 * need) as runtime:
-        blocker = runtime.submit(chain(1.0, run=wait), torch.zeros(1))
-        assert began.wait(30)
+        blocker = runtime.submit(chain(1.0, run=gate), torch.zeros(1))
+        assert gate.began.wait(30)
         held = [runtime.submit(models["wnd"], *inputs) for _ in range(2)]
         with pytest.raises(FullError):
             runtime.submit(models["wnd"], *inputs)
         assert held[0].cancel()
-        go.set()
+        gate.go.set()
         assert blocker.result(30) == 0
         assert held[1].result(30).shape == (20,)
         wait_until(lambda: runtime.bytes_held == 0, "all is given back")
@@ -73,23 +67,17 @@ def test_values_have_a_limit_of_bytes(models: dict[str, Model]) -> None:
 
 
 def test_costs_are_learned_and_what_waits_decides_who_is_taken(models: dict[str, Model]) -> None:
-    go, began = threading.Event(), threading.Event()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
-
+    gate = Gate()
     one = torch.zeros(1)
     slow, quick = chain(5.0), chain(1e-3)
     with Runtime(1) as runtime:
-        blocker = runtime.submit(chain(10.0, run=wait), one)
-        assert began.wait(30)
+        blocker = runtime.submit(chain(10.0, run=gate), one)
+        assert gate.began.wait(30)
         urgent = runtime.submit(slow, one, priority=0)
         with pytest.raises(LateError, match="waits already"):
             runtime.submit(quick, one, priority=1, within_s=1.0)
         passed = runtime.submit(quick, one, priority=0, within_s=1.0)
-        go.set()
+        gate.go.set()
         assert blocker.result(30) == 0
         assert passed.result(30) is not None
         assert urgent.result(30) is not None
@@ -101,12 +89,7 @@ def test_costs_are_learned_and_what_waits_decides_who_is_taken(models: dict[str,
 
 
 def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -> None:
-    go, began, ran = threading.Event(), threading.Event(), list[tuple[str, int]]()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
+    gate, ran = Gate(), list[tuple[str, int]]()
 
     def noted(name: str) -> Model:
         def run(k: int, values: list[Any]) -> Any:
@@ -117,13 +100,13 @@ def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -
 
     one = torch.zeros(1)
     with Runtime(1) as runtime:
-        blocker = runtime.submit(chain(1.0, run=wait), one)
-        assert began.wait(30)
+        blocker = runtime.submit(chain(1.0, run=gate), one)
+        assert gate.began.wait(30)
         low = runtime.submit(noted("low"), one, priority=1)
         high = runtime.submit(noted("high"), one)
         gone = runtime.submit(noted("gone"), one)
         assert gone.cancel()
-        go.set()
+        gate.go.set()
         assert (blocker.result(30), low.result(30), high.result(30)) == (0, 1, 1)
         assert ran == [("high", 0), ("high", 1), ("low", 0), ("low", 1)]
         wait_until(lambda: not len(runtime._backlog), "nothing is kept")
@@ -148,22 +131,16 @@ def test_an_operator_that_runs_is_the_last_one_of_a_cancelled_query() -> None:
 
 
 def test_deadlines_that_cannot_be_met() -> None:
-    go, began = threading.Event(), threading.Event()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
-
+    gate = Gate()
     one, short = torch.zeros(1), chain(1e-6)
     with Runtime(1) as runtime:
         with pytest.raises(LateError, match="waits already"):
             runtime.submit(chain(1.0), one, within_s=0.5)
-        blocker = runtime.submit(chain(1.0, run=wait), one)
-        assert began.wait(30)
+        blocker = runtime.submit(chain(1.0, run=gate), one)
+        assert gate.began.wait(30)
         late, patient = runtime.submit(short, one, within_s=1e-3), runtime.submit(short, one, within_s=math.inf)
         threading.Event().wait(0.01)  # its deadline passes while the lane is busy
-        go.set()
+        gate.go.set()
         assert blocker.result(30) == 0
         assert patient.result(30) is not None
         with pytest.raises(LateError, match="any more"):

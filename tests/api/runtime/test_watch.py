@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 
 from api.runtime.runtime import LateError, Runtime
 from api.runtime.watch import TRACES_KEPT, Watch
-from tests.api.runtime.graphs import chain, made
+from tests.api.runtime.graphs import Gate, chain, made
 from tests.conftest import wait_until
 
 ONE = torch.zeros(1)
@@ -29,12 +29,7 @@ def dropped() -> dict[str, float]:
 
 
 def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
-    go, began = threading.Event(), threading.Event()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
+    gate = Gate()
 
     def fails(k: int, values: list[Any]) -> Any:
         raise ValueError
@@ -46,8 +41,8 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
         with pytest.raises(LateError):
             runtime.submit(chain(1.0), ONE, within_s=0.5)
         started = time.monotonic()
-        blocker = runtime.submit(chain(1e-6, 1e-6, run=wait), ONE, priority=7)
-        assert began.wait(30)
+        blocker = runtime.submit(chain(1e-6, 1e-6, run=gate), ONE, priority=7)
+        assert gate.began.wait(30)
         came = time.monotonic()
         low = runtime.submit(short, ONE, priority=8)
         answers = [
@@ -60,7 +55,7 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
         while time.monotonic() < came + 2e-3:
             threading.Event().wait(1e-3)
         held = time.monotonic() - came
-        go.set()
+        gate.go.set()
         assert blocker.result(30) == 1
         assert low.result(30)
         assert isinstance(answers[0].exception(30), LateError)
@@ -83,23 +78,17 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
 
 
 def test_a_timeline_shows_what_a_query_waited_for(tmp_path: Path) -> None:
-    go, began = threading.Event(), threading.Event()
-
-    def wait(k: int, values: list[Any]) -> Any:
-        began.set()
-        assert go.wait(30)
-        return k
-
+    gate = Gate()
     watch = Watch(1, tmp_path / "traces")
-    first, second = chain(0.1, 0.1, run=wait), chain(0.1, 0.1, 0.1)
+    first, second = chain(0.1, 0.1, run=gate), chain(0.1, 0.1, 0.1)
     watch.name(first, "first")
     watch.name(second, "second")
     with Runtime(1, observer=watch) as runtime:
         runtime.submit(chain(0.1), ONE).result(30)  # ended before: in no timeline
         blocker = runtime.submit(first, ONE)
-        assert began.wait(30)
+        assert gate.began.wait(30)
         answer = runtime.submit(second, ONE, priority=3)
-        go.set()
+        gate.go.set()
         answer.result(30)
         blocker.result(30)
         names = [watch.write(answer, "second", "its id") for _ in range(TRACES_KEPT + 3)]

@@ -66,6 +66,11 @@ def captured(own: Mapping[str, nn.Module], seed: int, **options: Any) -> dict[st
     return found
 
 
+def _pool() -> ThreadPoolExecutor:
+    """As many lanes, with one thread inside of each."""
+    return ThreadPoolExecutor(LANES, initializer=torch.set_num_threads, initargs=(1,))
+
+
 class Threads:
     """P0 and P1: a thread for every query."""
 
@@ -90,7 +95,7 @@ class Lanes:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pool = ThreadPoolExecutor(LANES, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = _pool()
 
     def submit(self, one: Query, priority: int, within_s: float) -> Future[Any]:
         return self._pool.submit(self._run, one)
@@ -104,7 +109,7 @@ class Split:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pool = ThreadPoolExecutor(LANES, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = _pool()
 
     def submit(self, one: Query, priority: int, within_s: float) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -134,7 +139,7 @@ class Batcher:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pool = ThreadPoolExecutor(LANES, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = _pool()
         self._free = threading.Semaphore(LANES)
         self._waiting: dict[str, queue.SimpleQueue[tuple[Query, Future[Any]] | None]] = {
             name: queue.SimpleQueue() for name in MODELS
