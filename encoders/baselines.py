@@ -22,7 +22,7 @@ from encoders import lsh
 from encoders.config import ModelConfig, Sizes
 from encoders.inputs import Candidates, Users
 from encoders.model import AIF, Dots, Frame, Meeting, first_layer_block
-from encoders.ranker import Ranker
+from encoders.ranker import Ranker, noise
 
 _TEMPERATURE = 0.1  # where DSSM's learned temperature starts
 _CHUNK = 1 << 21  # numbers of an attention layer's output that are made at once: what fits a core's cache
@@ -43,7 +43,7 @@ class TwoSided(Ranker):
 
     def __init__(self, config: ModelConfig, sizes: Sizes) -> None:
         super().__init__(config, sizes)
-        self.no_history = nn.Parameter(torch.randn(config.dim) * 0.1)
+        self.no_history = nn.Parameter(noise(config.dim))
 
     def recent(self, users: Users) -> Tensor:
         """Mean of the recent tokens [B, d], a learned default where there is none."""

@@ -30,7 +30,7 @@ from encoders import lsh
 from encoders.config import ModelConfig, Sizes
 from encoders.crosses import SIM_COUNTS, kept_crosses, looked_up, sim_counts, sketched
 from encoders.inputs import NO_CROSS, Candidates, Users
-from encoders.ranker import Ranker
+from encoders.ranker import Ranker, noise
 
 _KMEANS_ROUNDS = 25
 
@@ -46,7 +46,7 @@ class UserTower(nn.Module):
         d = config.dim
         self.heads = config.heads
         self.self_attention, self.profile_attention = config.has("self_attention"), config.has("profile_attention")
-        self.null = nn.Parameter(torch.randn(d) * 0.1)
+        self.null = nn.Parameter(noise(d))
         self.qkv = nn.Linear(d, 3 * d)
         self.mix = nn.Linear(d, d)
         self.norm1 = nn.LayerNorm(d)
@@ -122,15 +122,15 @@ class Frame(Ranker):
         h, d, t = config.width, config.dim, config.tiers * len(config.windows)
         simtier, sim = config.has("simtier"), config.has("sim")
         self.user_tower = UserTower(config)
-        self.tier_table = nn.Parameter(torch.randn(t, d) * 0.05, requires_grad=simtier)
+        self.tier_table = nn.Parameter(noise(t, d, scale=0.05), requires_grad=simtier)
         self.no_window = nn.Parameter(torch.zeros(d), requires_grad=simtier)
         self.no_cross = nn.Parameter(torch.zeros(d + SIM_COUNTS), requires_grad=sim)
         # W1, the first layer, as blocks of columns.
         self.W1u = first_layer_block(h, d)
         self.W1x = first_layer_block(h, d)
         self.W1t = first_layer_block(h, d, learns=simtier)
-        kinds = [first_layer_block(h, d + SIM_COUNTS) for _ in range(max(sizes.cross_kinds, default=0) + 1)]
-        self.W1s = nn.Parameter(torch.stack([block.detach() for block in kinds]), requires_grad=sim)  # one per kind
+        kinds = max(sizes.cross_kinds, default=0) + 1
+        self.W1s = first_layer_block(kinds, h, d + SIM_COUNTS, learns=sim)
         self.cross_kinds = torch.tensor([0, *sizes.cross_kinds], device="cpu")  # by slot
         self.b1 = nn.Parameter(torch.zeros(h))
         signature = config.embedding_dim if config.lsh == "cosine" else config.bits
@@ -282,7 +282,7 @@ class AIF(Frame):
         super().__init__(config, sizes)
         h, d = config.width, config.dim
         bea, din = config.has("bea"), config.has("lsh_din")
-        self.bridges = nn.Parameter(torch.randn(config.bridges, d), requires_grad=bea or config.bridge_dots > 0)
+        self.bridges = nn.Parameter(noise(config.bridges, d, scale=1.0), requires_grad=bea or config.bridge_dots > 0)
         self.no_din = nn.Parameter(torch.zeros(d), requires_grad=din)
         self.W1b = first_layer_block(h, d, learns=bea)
         self.W1d = first_layer_block(h, d, learns=din)
@@ -380,9 +380,11 @@ class AIF(Frame):
         return (chance < self.config.bridge_dropout) & (chance < chance.max())
 
 
-def first_layer_block(rows: int, columns: int, *, learns: bool = True) -> nn.Parameter:
-    """Columns of W1, scaled so that six blocks together keep the variance of their inputs."""
-    return nn.Parameter(torch.randn(rows, columns) / math.sqrt(3 * columns), requires_grad=learns)
+def first_layer_block(*shape: int, learns: bool = True) -> nn.Parameter:
+    """Columns of W1, [h, columns] or several of them, scaled so that six blocks together keep the variance of their
+    inputs.
+    """
+    return nn.Parameter(noise(*shape, scale=1 / math.sqrt(3 * shape[-1])), requires_grad=learns)
 
 
 def _kmeans(vectors: Tensor, count: int) -> Tensor:

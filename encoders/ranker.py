@@ -27,13 +27,22 @@ RECENCY_EDGES: tuple[int, ...] = (
 _NO_SPREAD = 1e-4  # root mean square of differences between vectors that are rounding, not features
 
 
+def noise(*shape: int, scale: float = 0.1) -> Tensor:
+    """Normal numbers of this standard deviation. A model without memory, on the meta device, gets none: torch would
+    load its compiler for them, a second and 80 MB of every process that loads a bundle.
+    """
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape)
+    return torch.randn(shape) * scale
+
+
 class Tower(nn.Module):
     """Features -> vector: mean-pooled category embeddings, numerics and the dense input through one hidden layer."""
 
     def __init__(self, rows: int, categories: int, numerics: int, dense: int, config: ModelConfig) -> None:
         super().__init__()
         self.categories = categories
-        self.table = nn.Parameter(torch.randn(rows, config.category_dim) * 0.1)
+        self.table = nn.Parameter(noise(rows, config.category_dim))
         self.missing = nn.Parameter(torch.zeros(numerics))  # stands for a numeric feature that is absent
         self.inner = nn.Linear(categories * config.category_dim + numerics + dense, config.hidden)
         self.outer = nn.Linear(config.hidden, config.dim)
@@ -84,9 +93,9 @@ class Ranker(nn.Module):
         d = config.dim
         self.item_tower = Tower(*sizes.item, config.embedding_dim, config)
         self.profile_tower = Tower(*sizes.user, 1, config)
-        self.no_profile = nn.Parameter(torch.randn(d) * 0.1)
-        self.action_table = nn.Parameter(torch.randn(sizes.actions + 1, d) * 0.1)
-        self.recency_table = nn.Parameter(torch.randn(len(RECENCY_EDGES) + 1, d) * 0.1)
+        self.no_profile = nn.Parameter(noise(d))
+        self.action_table = nn.Parameter(noise(sizes.actions + 1, d))
+        self.recency_table = nn.Parameter(noise(len(RECENCY_EDGES) + 1, d))
         projections = config.bits // config.bits_per_projection
         self._lsh_part("projection", torch.zeros(config.embedding_dim, projections))
         self._lsh_part("thresholds", torch.zeros(2, projections) if config.bits_per_projection == 2 else None)

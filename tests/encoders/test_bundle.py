@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,16 @@ def test_making_a_model_leaves_the_global_random_state(tmp_path: Path) -> None:
     torch.manual_seed(9)
     new_model(SMALL, SAMPLE_SPEC, 1)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_loading_does_not_load_torchs_compiler(bundle: Path) -> None:
+    """It is a second and 80 MB of every process."""
+    code = (
+        "import sys, pathlib; from encoders.bundle import load_bundle; load_bundle(pathlib.Path(sys.argv[1])); "
+        "print(sys.modules.keys() & {'torch._dynamo', 'sympy'})"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def _flip(path: Path, at: int) -> None:
