@@ -69,16 +69,14 @@ def _retrieval(settings: Settings, options: argparse.Namespace) -> int:
     from index.layout import LayoutError
 
     telemetry.configure_logging(settings, "retrieval")
-    if options.once:
-        try:
-            count = rebuild.once(settings, options.generation)
-        except (StoreError, LayoutError, OSError) as error:
-            print(f"No retrieval index was built: {error}", file=sys.stderr)
-            return 1
-        print(f"The retrieval index of {options.generation} has {count} items.")
-        return 0
-    stop = _stopped()
-    rebuild.follow(settings, options.generation, stop)
+    if not options.once:
+        rebuild.follow(settings, options.generation)
+    try:
+        count = rebuild.once(settings, options.generation)
+    except (StoreError, LayoutError, OSError) as error:
+        print(f"No retrieval index was built: {error}", file=sys.stderr)
+        return 1
+    print(f"The retrieval index of {options.generation} has {count} items.")
     return 0
 
 
@@ -99,19 +97,13 @@ def _verify(settings: Settings, options: argparse.Namespace) -> int:
 def _shadow(settings: Settings, options: argparse.Namespace) -> int:
     telemetry.start_metrics(settings)
     telemetry.configure_logging(settings, f"shadow-{options.generation}")
-    stop = _stopped()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     from api.shadow import follow
 
     follow(settings, options.generation, stop)
     return 0
-
-
-def _stopped() -> threading.Event:
-    """Set by SIGTERM or Ctrl-C."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
 
 
 def _up(settings: Settings, _: argparse.Namespace) -> int:

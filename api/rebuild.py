@@ -1,15 +1,15 @@
 """`python -m api retrieval --generation G`: keeps the retrieval index of one generation up to date.
 
 A process of its own beside the API, started by the supervisor for each generation that is complete. The first index is
-built as soon as there are rows, another one at most every `retrieval_interval_s` when rows have changed. It writes
-nothing but `<generation>/retrieval`.
+built as soon as there are rows, another one when rows have changed, at most every `retrieval_interval_s` and during a
+sixth of the time. It writes nothing but `<generation>/retrieval`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from typing import NoReturn
 
 from api.retrieval import Built, arena_of, build, due, rebuild
 from index.errors import StoreError, StoreMissingError
@@ -25,10 +25,13 @@ def once(settings: Settings, generation: str) -> int:
     return build(settings, generation, arena_of(settings, generation))
 
 
-def follow(settings: Settings, generation: str, stop: threading.Event) -> None:
-    """Builds whenever it is due, until `stop`."""
+def follow(settings: Settings, generation: str) -> NoReturn:
+    """Builds whenever it is due, until a signal ends the process, which may be amid a build: what it leaves unnamed is
+    removed by a later one.
+    """
     arena, built = None, Built()
-    while not stop.wait(_POLL_S):
+    while True:
+        time.sleep(_POLL_S)
         try:
             arena = arena or arena_of(settings, generation)
             if due(arena, built, settings.retrieval_interval_s):

@@ -37,6 +37,7 @@ LOG = logging.getLogger(__name__)
 NEWEST = 50  # behaviours whose mean vector is the query
 POPULAR_SHARE = 5  # at least every fifth candidate comes from popularity
 _POPULAR_MAX = 20_000
+_REST = 5.0  # times a build's own time without another
 _KEPT_BUILDS = 2  # an API process may still be opening the one before
 
 Positions = NDArray[np.int64]
@@ -235,8 +236,9 @@ def _popular(settings: Settings, keys: NDArray[np.uint64]) -> Positions:
 
 
 def _remove_old(folder: Path) -> None:
-    builds = sorted(path for path in folder.iterdir() if path.is_dir())
-    for path in builds[:-_KEPT_BUILDS]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir())
+    unended = [path for path in found if path.suffix]  # of a process that was ended meanwhile
+    for path in unended + [path for path in found if not path.suffix][:-_KEPT_BUILDS]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -246,11 +248,14 @@ class Built:
 
     rows: str = ""
     at: float = 0.0
+    took: float = 0.0
 
 
 def due(arena: ArenaReader, built: Built, interval_s: float) -> bool:
-    """Whether rows have changed since and the interval has passed."""
-    if time.monotonic() - built.at < interval_s and built.rows:
+    """Whether rows have changed since and the interval has passed, a longer one after a long build: of a catalogue that
+    always changes it would otherwise take most of a processor.
+    """
+    if built.rows and time.monotonic() - built.at < max(interval_s, _REST * built.took):
         return False
     return _state(arena) != built.rows
 
@@ -260,7 +265,8 @@ def rebuild(settings: Settings, generation: str, arena: ArenaReader, built: Buil
     state, began = _state(arena), time.monotonic()
     count = build(settings, generation, arena)
     built.rows, built.at = state, time.monotonic()
-    LOG.info("retrieval built", extra={"generation": generation, "items": count, "seconds": round(built.at - began, 3)})
+    built.took = built.at - began
+    LOG.info("retrieval built", extra={"generation": generation, "items": count, "seconds": round(built.took, 3)})
 
 
 def _state(arena: ArenaReader) -> str:

@@ -1,5 +1,5 @@
-"""Work that leaves the processors to whoever else wants them: the nearline jobs to the API, and among the jobs a
-generation that is filled to the one that is served.
+"""Work that leaves the processors to whoever else wants them: the nearline jobs to the API, and to the jobs that keep a
+served generation fresh whatever fills, verifies or indexes one.
 
 Two things decide on Linux, each where the other has no effect. Within a control group (a container, a systemd unit) it
 is the thread's nice value. Elsewhere the kernel may first share the processors among sessions (`sched_autogroup`), and
@@ -25,13 +25,13 @@ NICE = 10  # of what runs in the background: a tenth, so it never comes to a sto
 _AUTOGROUP = Path("/proc/self/autogroup")
 
 
-def lower(pid: int) -> None:
-    """A process that has just begun gives way as a job, and its session with it if that is its own."""
+def lower(pid: int, nice: int = JOB) -> None:
+    """A process that has just begun gives way, and its session with it if that is its own."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, pid, JOB)
+            os.setpriority(os.PRIO_PROCESS, pid, nice)
             if os.getsid(pid) == pid:
-                _weigh(JOB, Path(f"/proc/{pid}/autogroup"))
+                _weigh(nice, Path(f"/proc/{pid}/autogroup"))
 
 
 class Background:

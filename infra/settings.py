@@ -67,7 +67,7 @@ class Settings:
     requests_max: int = 512  # that score or wait to, per process; more are refused
     body_bytes: int = 256 << 20  # of request bodies, announced or there, per process; more are refused
     body_timeout_s: float = 10.0  # from a request's head to the end of its body
-    retrieval_interval_s: float = 60.0  # least time between two builds of the retrieval index of one generation
+    retrieval_interval_s: float = 60.0  # least time between two builds of a retrieval index, or 5 times a build's own
     models: str = ""  # folder of .pt2 files, served through the Open Inference Protocol; "" = none
     traces: str = ""  # folder for timelines of their queries; "" = none
     trace_share: float = 0.0  # of queries that get one without asking for it

@@ -71,6 +71,7 @@ _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _VERIFY_S = 600.0  # a verification that takes longer hangs
+_BESIDE = ("verify-", "retrieval-", "shadow-")  # what no fresh row waits for
 _STAGE_AGAIN_S = 2.0
 _RETIRE_AGAIN_S = 1.0
 _CLEAN_AGAIN_S = 5.0
@@ -559,7 +560,7 @@ class Jobs:
             return
         self._due.pop(name, None)
         process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
-        priority.lower(process.pid)
+        priority.lower(process.pid, priority.NICE if name.startswith(_BESIDE) else priority.JOB)
         self._started[name], self._pids[name] = now, process.pid
 
     def _given_up(self, name: str) -> bool:
@@ -570,10 +571,10 @@ class Jobs:
         return name in self._gave_up
 
     def _silent(self, name: str, process: processes.Process) -> bool:
-        if name.startswith(("retrieval-", "shadow-")):  # they have no heartbeat, and nobody waits for them
-            return False
         if name.startswith("verify-"):
             return time.monotonic() - self._started.setdefault(name, time.monotonic()) > _VERIFY_S
+        if name.startswith(_BESIDE):  # they have no heartbeat
+            return False
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
         if beat is not None and beat.pid == process.pid:
             return time.time() - beat.time / 1000 > self._silent_s

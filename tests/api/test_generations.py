@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from api.generations import Generations
-from api.retrieval import RetrievalView
+from api.retrieval import Built, RetrievalView, arena_of, due
 from api.service import Service
 from index.errors import StoreLockedError
 from index.lock import unused
@@ -450,6 +450,8 @@ def test_retrieval_is_renewed_without_a_failed_request(own_host: Callable[..., H
     """The command follows the rows; the API takes its builds over while it answers."""
     host = own_host(retrieval_interval_s=0.2)
     client = serving(host, "g1")
+    unended = host.settings.generation_dir("g1") / "retrieval" / "1-0.new"
+    unended.mkdir(parents=True)
 
     builder = subprocess.Popen(
         [sys.executable, "-m", "api", "retrieval", "--generation", "g1"], env=host.environ(), stderr=subprocess.DEVNULL
@@ -476,9 +478,21 @@ def test_retrieval_is_renewed_without_a_failed_request(own_host: Callable[..., H
         host.wait_for(lambda: client.get("/v1/generations").json()["generations"][0]["retrieval_items"] == len(wanted))
         builds = [path for path in (host.settings.generation_dir("g1") / "retrieval").iterdir() if path.is_dir()]
         assert len(builds) <= 2
+        assert not unended.exists(), "what a killed build left goes with the next one"
     finally:
         builder.terminate()
-        assert builder.wait(20) == 0
+        assert builder.wait(20) == -signal.SIGTERM, "at once, also amid a build"
+
+
+def test_after_a_long_build_comes_a_long_rest(own_host: Callable[..., Host]) -> None:
+    host = own_host()
+    host.bundle("g1")
+    host.write("g1", ITEMS)
+    arena, ended = arena_of(host.settings, "g1"), time.monotonic() - 10.0
+    assert due(arena, Built("other rows", ended, took=1.0), interval_s=9.0)
+    assert not due(arena, Built("other rows", ended, took=1.0), interval_s=60.0)
+    assert not due(arena, Built("other rows", ended, took=100.0), interval_s=9.0)
+    assert due(arena, Built(), interval_s=60.0), "the first one is built at once"
 
 
 def test_an_index_of_no_rows(own_host: Callable[..., Host]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from infra import processes
+from infra import priority, processes
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
 from streams.heartbeat import Heartbeat, read_heartbeat
@@ -51,6 +51,14 @@ def test_a_job_that_falls_silent_is_killed_and_started_again(settings: Callable[
         os.kill(first, signal.SIGSTOP)
         wait_until(lambda: runs(but=first), "another ingest runs")
         assert processes.identity_of(first) is None
+
+
+def test_fresh_rows_go_before_what_is_made_of_them(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    with kept(host) as jobs:
+        jobs.keep({"ingest": ["streams", "ingest"], "retrieval-g": ["api", "retrieval", "--generation", "g"]})
+        pids = [pid_of(host, name) for name in ("ingest", "retrieval-g")]
+        assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids] == [priority.JOB, priority.NICE]
 
 
 def test_an_older_heartbeat_condemns_no_new_process(settings: Callable[..., Settings]) -> None:
