@@ -40,6 +40,7 @@ STALL_S = 30.0  # records waiting, none handled for so long: the agent has died 
 NEEDS_REFILL, BAD_BUNDLE = 3, 4  # exit statuses: a restart cannot help
 DONE = "done"  # reason of a job that has come to its end
 _BEAT_S = 1.0
+_GATHER_S = 0.05  # at most, where a batch takes long
 _RATE_BEATS = 10  # over which a rate is taken
 _DEAD_BYTES = 900_000  # of a dead letter: what a publisher got through plus our headers might not pass again
 
@@ -194,7 +195,7 @@ class Job:
         return AIOKafkaProducer(
             bootstrap_servers=self.settings.kafka_bootstrap,
             acks="all",
-            max_batch_size=256 << 10,
+            max_batch_size=900_000,
             max_request_size=4 << 20,
         )
 
@@ -401,19 +402,27 @@ class Job:
         os._exit(status)
 
 
+def gather_s(within: float, took: float) -> float:
+    """How long a batch waits for more to come: `within`, or as long as the batch before took. Where the processors are
+    wanted by many, what each batch costs by itself is then at most half of the time.
+    """
+    return max(within, min(took, _GATHER_S))
+
+
 async def _batches(app: faust.App, stream: Any, most: int, within: float) -> AsyncIterator[list[Any]]:
     """Events of a stream as they come, in batches; a batch is acknowledged when the next one is asked for.
 
     What Faust's `take_events` does, without its clock (which wakes up every `within` whether or not something came, and
-    delays every hop by half of it) and without its three tasks per event. A batch is what has come `within` after its
+    delays every hop by half of it) and without its three tasks per event. A batch is what has come `gather_s` after its
     first event; while one is at work the next one gathers, so batches grow with the load.
     """
     channel = aiter(stream.channel)
     queue, consumer = channel.queue, app.consumer
+    took = 0.0
     while True:
         events = [await queue.get()]
         if queue.qsize() < most and within:
-            await asyncio.sleep(within)
+            await asyncio.sleep(gather_s(within, took))
         while len(events) < most and not queue.empty():
             events.append(queue.get_nowait())
         # those fetched before a rebalance will come again; Faust's own iterator skips them likewise
@@ -421,7 +430,9 @@ async def _batches(app: faust.App, stream: Any, most: int, within: float) -> Asy
         for event in events:
             consumer.track_message(event.message)
         if events:
+            began = time.monotonic()
             yield events
+            took = time.monotonic() - began
             for event in events:
                 event.ack()
 
