@@ -138,7 +138,7 @@ class Broker:
 
 
 _JVM_OPTIONS = (
-    # it shares the processors with everything else: better half as busy for a small load than a third faster at its limit
+    # it shares the processors with everything else: half as busy for a small load is worth more than its highest speed
     "-XX:TieredStopAtLevel=1",
     "-XX:+UseSerialGC",
     "-Djava.awt.headless=true",
