@@ -5,6 +5,7 @@ runtime calls it under its lock, the simulation in simulated time.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Iterator, Sequence
 
 from api.runtime.graph import Plan
@@ -22,15 +23,15 @@ class Query:
     ) -> None:
         self.number, self.plan, self.costs = number, plan, costs
         self.priority, self.arrived, self.deadline = priority, arrived, deadline
-        self.paths = [0.0] * len(costs)
-        for at in reversed(range(len(costs))):
-            self.paths[at] = costs[at] + max((self.paths[after] for after in plan.steps[at].then), default=0.0)
-        self.left, self.path = sum(costs), max(self.paths, default=0.0)
+        paths = self.paths = list(costs)
+        for at, then in plan.onward:
+            paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
+        self.left, self.path = sum(costs), max(paths, default=0.0)
         self.unfinished = len(costs)
         self.ended = False
         self.strict = True  # dropped when it cannot meet its deadline any more
-        self.waits = [len(step.waits) for step in plan.steps]
-        self.ready = [Ready(at, self.paths[at], -1) for at, waits in enumerate(self.waits) if not waits]
+        self.waits = list(plan.waits)
+        self.ready = [Ready(at, paths[at], -1) for at in plan.first]
 
     def finish(self, step: int, lane: int) -> int:
         """How many steps are ready now because this one has run."""
@@ -47,7 +48,7 @@ class Backlog:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._live: dict[int, Query] = {}
-        self._order: list[Query] = []
+        self._order: list[tuple[tuple[float, ...], Query]] = []  # by urgency, in which no two are equal
         self._ordered = -math.inf
         self._usual = 0.0  # s of work of a query, as a mean in which older ones count less
 
@@ -68,10 +69,10 @@ class Backlog:
         ahead = sum(one.left for one in self._live.values() if self._urgency(one, now) < own)
         return max(query.path, (ahead + query.left) / lanes)
 
-    def add(self, query: Query) -> None:
+    def add(self, query: Query, now: float) -> None:
         self._live[query.number] = query
         self._usual += (query.left - self._usual) * (_NEWEST if self._usual else 1.0)
-        self._ordered = -math.inf
+        insort(self._order, (self._urgency(query, now), query))
 
     def _urgency(self, query: Query, now: float) -> tuple[float, ...]:
         return self._policy.urgency(query, now, self._usual or query.left or 1.0)
@@ -85,9 +86,9 @@ class Backlog:
         """The next query for a lane, its step, and the lane that made the step's newest input. The step is -1 where the
         query is to be dropped, for it cannot meet its deadline any more."""
         if now - self._ordered > _REORDER_S:
-            self._order = sorted(self._live.values(), key=lambda one: self._urgency(one, now))
+            self._order = sorted((self._urgency(one, now), one) for one in self._live.values())
             self._ordered = now
-        for query in self._order:
+        for _, query in self._order:
             if query.ended or not query.ready:
                 continue
             chosen = query.ready.pop(self._policy.step(query.ready, lane))

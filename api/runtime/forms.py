@@ -1,4 +1,4 @@
-"""Faster forms of a captured group of operations: linear layers with weights packed for oneDNN or turned for MKL, into
+"""Faster forms of a captured group of operations: linear layers as functions made for their sizes (product.py), into
 memory that is used again and again (arena.py); chains of element-wise operations as one loop (pointwise.py); products
 with matrices that all rows share as fewer, larger ones.
 
@@ -9,7 +9,6 @@ are computed inside of it, or in its memory. Forms differ from the module by rou
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from api.runtime import arena, pointwise
-from api.runtime.pointwise import Chain, Loop
+from api.runtime import arena, pointwise, product
+from api.runtime.pointwise import Loop
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # a kernel for each number of rows; read at first use
 _ATEN = torch.ops.aten
 _RUNS = 7  # of which the median counts
 _ACTIVATIONS = {_ATEN.relu.default: "relu", _ATEN.sigmoid.default: "sigmoid"}
@@ -40,60 +38,44 @@ class SharedMatrix(nn.Module):
         return (x.squeeze(2).transpose(0, 1) @ shared.squeeze(0)).transpose(0, 1).unsqueeze(2)
 
 
-class _Linear(nn.Module):
+class _Plain(nn.Module):
     """A linear layer with what follows it: [..., k] -> [..., m]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         super().__init__()
         self.weight, self.bias, self.activation = weight, bias, activation
 
-    def after(self, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight, self.bias)
         return y.relu_() if self.activation == "relu" else y.sigmoid_() if self.activation == "sigmoid" else y
 
 
-class _Plain(_Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(nn.functional.linear(x, self.weight, self.bias))
-
-
-class _OneDnn(_Linear):
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, rows: int) -> None:
-        super().__init__(weight, bias, activation)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation or "none", [], "")
-        return out
-
-
-class _Turned(_Linear):
-    """With the weight as [k, m], which MKL multiplies few rows by faster."""
+class _Generated(nn.Module):
+    """The same by a function made for its sizes (product.py); with a slot into memory of this thread (arena.py), where
+    nothing of the result may leave the group."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-        super().__init__(weight, bias, activation)
-        self.turned = weight.t().contiguous()
+        super().__init__()
+        self.columns, inner = weight.shape
+        self.packed, self.slot = product.packed(weight), -1
+        self.bias = torch.zeros(self.columns) if bias is None else bias.contiguous()
+        self.run = product.product(inner, self.columns, activation == "relu")
+        self.sigmoid = activation == "sigmoid"
+
+    def lent(self, slot: int) -> _Generated:
+        other = copy.copy(self)
+        other.slot = slot
+        return other
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ self.turned if self.bias is None else torch.addmm(self.bias, flat, self.turned)
-        return self.after(y.view(*x.shape[:-1], -1))
-
-
-class _Lent(_Turned):
-    """Into memory of this thread (arena.py): nothing of the result may leave the group."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str, slot: int) -> None:
-        super().__init__(weight, bias, activation)
-        self.slot = slot
-        text = f"{activation}(({{0}} + {{1}}))" if activation else "({0} + {1})"
-        self.loop = None if bias is None else Loop(Chain(text, ((False, True, True), (False, False, True)), 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y = arena.lent(self.slot, len(flat), self.turned.shape[1])
-        torch.mm(flat, self.turned, out=y)
-        y = self.after(y) if self.loop is None else self.loop(y, self.bias)
-        return y.view(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        rows, slot = len(flat), self.slot
+        y = torch.empty(rows, self.columns) if slot < 0 else arena.lent(slot, rows, self.columns)
+        if rows:
+            self.run(flat.data_ptr(), self.packed.data_ptr(), self.bias.data_ptr(), y.data_ptr(), rows)
+        if self.sigmoid:
+            y.sigmoid_()
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def fastest(module: fx.GraphModule, given: tuple[Any, ...]) -> fx.GraphModule:
@@ -117,10 +99,10 @@ def _lend(form: fx.GraphModule, values: Mapping[str, Tensor]) -> None:
     until: list[int] = []  # of each slot: which operation reads it last
     for node, at in place.items():
         layer = form.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, _Linear) or (last := _last_read(form, node, place)) is None:
+        if not isinstance(layer, _Generated) or (last := _last_read(form, node, place)) is None:
             continue
         slot = next((slot for slot, read in enumerate(until) if read < at), len(until))
-        lent, x = _Lent(layer.weight, layer.bias, layer.activation, slot), values[node.all_input_nodes[0].name]
+        lent, x = layer.lent(slot), values[node.all_input_nodes[0].name]
         if seconds(lent, (x,)) < seconds(layer, (x,)):
             form.set_submodule(str(node.target), lent)
             until[slot : slot + 1] = [last]
@@ -137,7 +119,7 @@ def _last_read(form: fx.GraphModule, node: fx.Node, place: Mapping[fx.Node, int]
         if isinstance(layer, Loop):
             own = layer.over is None or user.args[layer.over] is not node
         else:
-            own = isinstance(layer, _Linear | SharedMatrix) or user.target in _OWN
+            own = isinstance(layer, _Plain | _Generated | SharedMatrix) or user.target in _OWN
         read = place[user] if own else _last_read(form, user, place)
         if read is None:
             return None
@@ -196,10 +178,10 @@ def _values(form: fx.GraphModule, given: tuple[Any, ...]) -> dict[str, Tensor]:
     return found
 
 
-def _choose(weight: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> _Linear:
-    made: list[_Linear] = [_Plain(weight, bias, activation), _Turned(weight, bias, activation)]
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        made.append(_OneDnn(weight, bias, activation, x.numel() // x.shape[-1]))
+def _choose(weight: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> nn.Module:
+    made: list[nn.Module] = [_Plain(weight, bias, activation)]
+    if product.fits(weight.shape[1], weight.shape[0]):
+        made.append(_Generated(weight, bias, activation))
     return min(made, key=lambda form: seconds(form, (x,)))
 
 

@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.split_module import split_module
 
 from api.runtime import forms
+from api.runtime.lower import lowered
 
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
 BLOCKS = (8, 16, 32, 64, 128)  # rows, to choose from
@@ -125,7 +126,7 @@ class Step:
     then: tuple[int, ...]  # steps that wait for this one
 
     def run(self, slots: Sequence[Any]) -> tuple[Any, ...]:
-        found = self.call(*(slots[slot] for slot in self.inputs))
+        found = self.call(*[slots[slot] for slot in self.inputs])
         return (found,) if len(self.outputs) == 1 else tuple(found)
 
 
@@ -137,6 +138,9 @@ class Plan:
     places: tuple[tuple[int, ...], ...]  # of each value its slots: one, or one a block
     uses: tuple[int, ...]  # of each slot: how many steps, and outputs, read it
     blocks: int
+    waits: tuple[int, ...]  # of each step: for how many
+    first: tuple[int, ...]  # steps that wait for none
+    onward: tuple[tuple[int, tuple[int, ...]], ...]  # steps that others wait for, the last one first, with those
 
     def rows_of_block(self, block: int, rows: int) -> int:
         """As `torch.tensor_split` parts them: sizes differ by 1 at most."""
@@ -175,7 +179,15 @@ def _plan(graph: Graph, blocks: int) -> Plan:
         for read in places[place]:
             uses[read] += 1
     steps = [dataclasses.replace(step, then=tuple(after)) for step, after in zip(steps, then, strict=True)]
-    return Plan(tuple(steps), tuple(places), tuple(uses), blocks)
+    return Plan(
+        tuple(steps),
+        tuple(places),
+        tuple(uses),
+        blocks,
+        waits=tuple(len(step.waits) for step in steps),
+        first=tuple(at for at, step in enumerate(steps) if not step.waits),
+        onward=tuple((at, step.then) for at, step in reversed(list(enumerate(steps))) if step.then),
+    )
 
 
 def capture(
@@ -350,7 +362,7 @@ def _values(split: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tup
     return found
 
 
-Chosen = dict[str, tuple[fx.GraphModule, float]]
+Chosen = dict[str, tuple[Callable[..., Any], float]]
 
 
 def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, known: Chosen) -> Chosen:
@@ -360,14 +372,14 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
         if name not in found:
             module = split.get_submodule(name)
             assert isinstance(module, fx.GraphModule)
-            form = module if exact else forms.fastest(module, given)
+            form = lowered(module if exact else forms.fastest(module, given), given)
             found[name] = form, forms.seconds(form, given)
     return found
 
 
 def _in_blocks(
     split: fx.GraphModule, group: int, example: tuple[Tensor, ...], sizes: Sequence[int]
-) -> tuple[fx.GraphModule, int, float] | None:
+) -> tuple[Callable[..., Any], int, float] | None:
     """The form of that group in blocks, the smallest about as fast as any, its rows and seconds; None where rows
     are not each on their own."""
     name = f"submod_{group}"
@@ -382,7 +394,7 @@ def _in_blocks(
     tried = []
     for size in sorted({min(size, count) for size in (*sizes, count)}):
         parts = _pieces(given, parted, size)
-        form = forms.fastest(module, parts[0])
+        form = lowered(forms.fastest(module, parts[0]), parts[0])
         tried.append((forms.seconds(form, *parts) + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
     most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
     return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
@@ -439,7 +451,7 @@ def _graph(
             name = str(node.target)
             form, seconds = chosen[name]
             inputs, number = tuple(places[one] for one in node.args), of_rows.get(name, 0)
-            operators.append(Operator(form.forward, inputs, tuple(results), seconds, number, bool(number) and blocks))
+            operators.append(Operator(form, inputs, tuple(results), seconds, number, bool(number) and blocks))
         elif node.op == "output":
             (last,) = node.args
             last = last if isinstance(last, tuple | list) else (last,)

@@ -33,7 +33,14 @@ class Model:
 
     def costs(self, plan: Plan, rows: int) -> list[float]:
         """s of each step."""
-        return [self._cost(step.operator, self.rows(plan, at, rows)) for at, step in enumerate(plan.steps)]
+        found: dict[tuple[int, int], float] = {}  # blocks of two sizes at most
+        costs = []
+        for at, step in enumerate(plan.steps):
+            own = step.operator, self.rows(plan, at, rows)
+            if own not in found:
+                found[own] = self._cost(*own)
+            costs.append(found[own])
+        return costs
 
     def _cost(self, operator: int, rows: int) -> float:
         learned = self._learned.get((operator, rows.bit_length()))

@@ -122,7 +122,7 @@ class Runtime:
                 raise FullError(f"{query.bytes} bytes more are not free")
             query.number, self._count = self._count, self._count + 1
             self._bytes += query.bytes
-            self._backlog.add(query)
+            self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
             self._rouse(len(query.ready))
         return query.answer
@@ -152,22 +152,25 @@ class Runtime:
     def _lane(self, lane: int) -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
-            while (taken := self._take(lane)) is not None:
+            taken = self._take(lane)
+            while taken is not None:
                 query, number = taken
-                step = query.plan.steps[number]
                 began = time.perf_counter()
+                made: tuple[Any, ...] | Exception
                 try:
-                    made = step.run(query.slots)
+                    made = query.plan.steps[number].run(query.slots)
                 except Exception as error:
-                    with self._wake:
-                        self._free += 1
-                        self._observer.end(lane)
-                        self._fail(query, error)
-                else:
-                    if query.model.learns:
-                        rows = query.model.rows(query.plan, number, query.rows)
-                        query.model.learn(step.operator, rows, time.perf_counter() - began)
-                    self._done(query, number, made, lane)
+                    made = error
+                took = time.perf_counter() - began
+                with self._wake:  # once from step to step
+                    self._free += 1
+                    self._observer.end(lane)
+                    complete = self._done(query, number, made, took, lane)
+                    taken = None if complete else self._take(lane)
+                if complete:
+                    if query.answer.set_running_or_notify_cancel():
+                        query.answer.set_result(query.model.graph.result(query.slots, query.plan))
+                    taken = self._take(lane)
 
     def _take(self, lane: int) -> tuple[_Query, int] | None:
         """The next step; None: the runtime is closed."""
@@ -191,26 +194,28 @@ class Runtime:
                     return query, step
             return None
 
-    def _done(self, query: _Query, number: int, made: tuple[Any, ...], lane: int) -> None:
+    def _done(self, query: _Query, number: int, made: tuple[Any, ...] | Exception, took: float, lane: int) -> bool:
+        """Whether it was the query's last step. Under the lock."""
+        if isinstance(made, Exception):
+            self._fail(query, made)
+            return False
         step = query.plan.steps[number]
-        with self._wake:
-            self._free += 1
-            self._observer.end(lane)
-            if query.ended:
-                return
-            for slot, value in zip(step.outputs, made, strict=True):
-                query.slots[slot] = value
-            for slot in step.inputs:
-                query.uses[slot] -= 1
-                if not query.uses[slot]:
-                    query.slots[slot] = None  # its memory is free for the next
-            ready = query.finish(number, lane)
-            if query.unfinished:
-                self._rouse(ready - 1)  # this lane takes one itself
-                return
-            self._leave(query, DONE)
-        if query.answer.set_running_or_notify_cancel():
-            query.answer.set_result(query.model.graph.result(query.slots, query.plan))
+        if query.model.learns:
+            query.model.learn(step.operator, query.model.rows(query.plan, number, query.rows), took)
+        if query.ended:
+            return False
+        for slot, value in zip(step.outputs, made, strict=True):
+            query.slots[slot] = value
+        for slot in step.inputs:
+            query.uses[slot] -= 1
+            if not query.uses[slot]:
+                query.slots[slot] = None  # its memory is free for the next
+        ready = query.finish(number, lane)
+        if query.unfinished:
+            self._rouse(ready - 1)  # this lane takes one itself
+            return False
+        self._leave(query, DONE)
+        return True
 
     def _fail(self, query: _Query, error: Exception | None) -> None:
         """Drops it; None: its caller has cancelled it. Under the lock."""

@@ -67,7 +67,7 @@ def simulate(
             plan = one.model.graph.plan(one.rows)
             query = Query(coming, plan, one.model.costs(plan, one.rows), one.priority, one.at, one.at + one.within_s)
             if not refuse or backlog.wait_of(query, lanes, now) <= one.within_s:
-                backlog.add(query)
+                backlog.add(query, now)
             coming += 1
         while running and running[0][0] <= now:
             _, lane, query, step = heapq.heappop(running)

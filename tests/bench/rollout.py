@@ -110,6 +110,8 @@ def _fill(report: Report, seed: int, items: int) -> None:
         asyncio.run(write_items(stack.settings, world, items))
         arena = stack.serve_generation("live", old, limit_s=1_800)
         wait("ingest runs", lambda: _state(stack.settings, "ingest") == "running", 1_800, every_s=0.2)
+        index = stack.settings.generation_dir("live") / "retrieval" / "current"
+        wait("the live generation has its retrieval index", index.exists, 1_800, every_s=0.2)
         alone = _Filling(stack, "alone", *staged[0])
         wait("generation alone is complete", alone.complete, 1_800, every_s=0.2)
         report.figure("fill_items_per_s", alone.rate(), "1/s")

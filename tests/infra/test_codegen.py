@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
 
+from api.runtime import product
 from encoders import user_ir
 from encoders.ranker import RECENCY_EDGES
 from index import popcount_ir, score_ir
@@ -105,11 +106,12 @@ def kernels(layout: RowLayout) -> dict[str, Callable[[], Any]]:
         "score": lambda: score_ir.score.__wrapped__(layout.hot, 16, (width, 32, 1), narrow),
         "user": lambda: user_ir.user.__wrapped__(sizes, RECENCY_EDGES),
         "crosses": lambda: user_ir.crosses.__wrapped__(sizes),
+        "product": lambda: product.product.__wrapped__(300, 48, relu=True),
     }
 
 
 SMALL = RowLayout(width=24, bits=256, precision="fp32")
-EXPECTED = {"simtier": "cnt", "fours": "fadd", "score": "fmla", "user": "fmla", "crosses": "fmla"}
+EXPECTED = {"simtier": "cnt", "fours": "fadd", "score": "fmla", "user": "fmla", "crosses": "fmla", "product": "fmla"}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -43,8 +43,8 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
         started = time.monotonic()
         blocker = runtime.submit(chain(1e-6, 1e-6, run=gate), ONE, priority=7)
         assert gate.began.wait(30)
-        came = time.monotonic()
         low = runtime.submit(short, ONE, priority=8)
+        came = time.monotonic()
         answers = [
             runtime.submit(short, ONE, priority=9, within_s=1e-3),
             runtime.submit(short, ONE, priority=9),
