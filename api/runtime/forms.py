@@ -58,6 +58,7 @@ class _Generated(nn.Module):
         self.columns, inner = weight.shape
         self.packed, self.slot = product.packed(weight), -1
         self.bias = torch.zeros(self.columns) if bias is None else bias.contiguous()
+        self.places = self.packed.data_ptr(), self.bias.data_ptr()
         self.run = product.product(inner, self.columns, activation == "relu")
         self.sigmoid = activation == "sigmoid"
 
@@ -67,11 +68,11 @@ class _Generated(nn.Module):
         return other
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat = x if x.ndim == 2 and x.is_contiguous() else x.reshape(-1, x.shape[-1]).contiguous()
         rows, slot = len(flat), self.slot
         y = torch.empty(rows, self.columns) if slot < 0 else arena.lent(slot, rows, self.columns)
         if rows:
-            self.run(flat.data_ptr(), self.packed.data_ptr(), self.bias.data_ptr(), y.data_ptr(), rows)
+            self.run(flat.data_ptr(), *self.places, y.data_ptr(), rows)
         if self.sigmoid:
             y.sigmoid_()
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

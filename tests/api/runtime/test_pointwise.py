@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from api.runtime import forms
-from api.runtime.pointwise import Loop
+from api.runtime.pointwise import Loop, _broadcast
 
 CLOSE = {"atol": 1e-6, "rtol": 2e-6}
 
@@ -88,3 +88,12 @@ def test_a_matrix_that_all_rows_share() -> None:
     shared = forms.SharedMatrix()
     x, matrix = torch.randn(9, 4, 1, 6), torch.randn(1, 4, 6, 5)
     torch.testing.assert_close(shared(x, matrix), x @ matrix)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(3,), (1,)], [(4, 1, 5), (7, 5)], [(1, 1, 1), (1,)], [(2, 3), (2, 3)], [(0, 3), (1, 3)], [(6, 1), (1, 0)]],
+)
+def test_shapes_are_broadcast_as_torch_does(shapes: list[tuple[int, ...]]) -> None:
+    sizes = [torch.Size(shape) for shape in shapes]
+    assert _broadcast(*sizes) == torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
