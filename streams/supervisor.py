@@ -507,8 +507,9 @@ class Supervisor:
 class Jobs:
     """The host's child processes. Their pids are on disk, so that a supervisor that was killed finds them again."""
 
-    def __init__(self, settings: Settings, silent_s: float = _SILENT_S) -> None:
-        self._settings, self._folder, self._silent_s = settings, settings.state / "logs", silent_s
+    def __init__(self, settings: Settings, silent_s: float = _SILENT_S, stop_s: float = _STOP_S) -> None:
+        self._settings, self._folder = settings, settings.state / "logs"
+        self._silent_s, self._stop_s = silent_s, stop_s
         root = str(Path(__file__).parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environ = {
@@ -523,22 +524,37 @@ class Jobs:
         self._failures: dict[str, int] = {}
         self._due: dict[str, float] = {}
         self._gave_up: dict[str, str] = {}
+        self._ending: dict[processes.Process, float] = {}  # told to end -> when they are killed
 
     def keep(self, needed: dict[str, list[str]], held: Collection[str] = ()) -> None:
-        """Starts those that do not run, and stops those of ours that are not needed; neither of the `held` ones."""
+        """Starts those that do not run, and stops those of ours that are not needed; neither of the `held` ones. Waits
+        for no end: each call looks again.
+        """
         alive = {process.name: process for process in processes.listing(self._folder)}
-        kept = {*needed, *held}
-        processes.stop_all([process for name, process in alive.items() if name not in kept], _STOP_S)
-        for name, arguments in needed.items():
-            process = alive.get(name)
-            if process is not None:
+        self._ending = {process: due for process, due in self._ending.items() if alive.get(process.name) == process}
+        for name, process in alive.items():
+            if name in needed:
                 self._pids[name] = process.pid
-            if process is not None and self._silent(name, process):
+            if process in self._ending:
+                self._end(process)
+            elif name not in needed and name not in held:
+                self._started.pop(name, None)
+                self._end(process, self._stop_s)
+            elif name in needed and self._silent(name, process):
                 LOG.error("%s gives no sign of life; it is killed", name)
-                processes.stop(process, 0.0)
-                process = None
-            if process is None and name not in held:
+                self._end(process)
+        # of a generation whose job ends none is started: replicate and reconcile write the same index
+        busy = {_generation_of(process.name) for process in self._ending}
+        for name, arguments in needed.items():
+            if name not in alive and name not in held and _generation_of(name) not in busy:
                 self._start(name, arguments)
+
+    def _end(self, process: processes.Process, within_s: float = 0.0) -> None:
+        if process not in self._ending:
+            self._ending[process] = time.monotonic() + within_s
+            processes.end(process)
+        elif time.monotonic() > self._ending[process]:
+            processes.end(process, kill=True)
 
     def gave_up(self, name: str) -> str:
         """Why a job ended for which a new start is no help; empty: it did not."""
@@ -579,6 +595,11 @@ class Jobs:
         if beat is not None and beat.pid == process.pid:
             return time.time() - beat.time / 1000 > self._silent_s
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
+
+
+def _generation_of(job: str) -> str:
+    """What jobs of no generation have is their own name."""
+    return job.partition("-")[2] or job
 
 
 def _only_one(settings: Settings) -> None:
