@@ -177,8 +177,9 @@ def test_the_lag_in_seconds_is_of_what_waits(settings: Callable[..., Settings]) 
     asyncio.run(scenario())
 
 
-@given(st.floats(0, 0.04), st.floats(0, 10))
-def test_after_a_batch_that_took_long_the_next_one_waits_long_for_more(within: float, took: float) -> None:
-    waited = gather_s(within, took)
+@given(st.floats(0, 0.04), st.floats(0, 10), st.floats(0, 10))
+def test_after_a_batch_that_took_long_the_next_one_waits_long_for_more(within: float, took: float, idle: float) -> None:
+    waited = gather_s(within, took, idle)
     assert within <= waited <= 0.05
-    assert waited >= min(took, 0.05), "what a batch costs by itself is at most half of the time"
+    assert waited + idle >= min(took, 0.05) - 1e-9, "what a batch costs by itself is at most half of the time"
+    assert waited == within or idle < took, "what comes alone does not wait for others"
