@@ -575,9 +575,14 @@ class Jobs:
         if name in self._gave_up or now < self._due.get(name, 0.0):
             return
         self._due.pop(name, None)
-        process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        self._started[name] = now
+        try:
+            process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        except processes.ProcessError as error:  # no memory for another one, say: the others go on
+            LOG.error("%s", error)
+            return
         priority.lower(process.pid, priority.NICE if name.startswith(_BESIDE) else priority.JOB)
-        self._started[name], self._pids[name] = now, process.pid
+        self._pids[name] = process.pid
 
     def _given_up(self, name: str) -> bool:
         beat = read_heartbeat(self._settings.heartbeat_dir, name)

@@ -75,6 +75,22 @@ def test_a_job_that_ignores_its_end_holds_up_nothing_but_its_own_generation(sett
         wait_until(runs, "it is killed, and its successor runs")
 
 
+def test_a_job_that_cannot_be_started_is_tried_again_and_the_others_run(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    (host.state / "logs" / "histories.log").mkdir(parents=True)
+    with kept(host) as jobs:
+        needed = {name: ["streams", "ingest"] for name in ("histories", "ingest")}
+        jobs.keep(needed)
+        assert (pid_of(host, "histories"), pid_of(host, "ingest") > 0) == (0, True)
+        (host.state / "logs" / "histories.log").rmdir()
+
+        def runs() -> bool:
+            jobs.keep(needed)
+            return pid_of(host, "histories") > 0
+
+        wait_until(runs, "it is started again")
+
+
 def test_fresh_rows_go_before_what_is_made_of_them(settings: Callable[..., Settings]) -> None:
     host = settings(partitions=2)
     with kept(host) as jobs:
