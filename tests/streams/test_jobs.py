@@ -68,9 +68,10 @@ def test_a_job_that_ignores_its_end_holds_up_nothing_but_its_own_generation(sett
         assert pid_of(host, "ingest"), "what has nothing to do with it runs"
 
         def runs() -> bool:
-            ended = not old.alive()
             jobs.keep(needed)
-            return pid_of(host, "reconcile-old") != 0 and (ended or pytest.fail("two wrote to one index"))
+            found = pid_of(host, "reconcile-old") != 0
+            assert not (found and old.alive()), "two write to one index"
+            return found
 
         wait_until(runs, "it is killed, and its successor runs")
 
