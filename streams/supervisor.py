@@ -69,6 +69,7 @@ LOG = logging.getLogger(__name__)
 _ROUND_S = 0.2
 _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
+_INDEXED = "its retrieval index is being built"
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _VERIFY_S = 600.0  # a verification that takes longer hangs
 _BESIDE = ("verify-", "retrieval-", "shadow-")  # what no fresh row waits for
@@ -284,6 +285,8 @@ class Supervisor:
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
         known = self.serving.generations[name]
+        if (known.state, known.reason) == ("complete", _INDEXED) and self._retrieval_ready(name):
+            self._put(rollout.wait(self.serving, name, ""))
         if known.state in ("filling", "verifying") or known.reason == rollout.REMADE:
             self._restore_bundle(known)
         if self.serving.generations[name].state != "filling":
@@ -366,7 +369,10 @@ class Supervisor:
     def _activate(self, name: str | None) -> bool:
         """Whether API processes are loading it."""
         back = name is not None and name == self.serving.previous  # it was served before, with or without an index
-        if name is None or not (back or self._retrieval_ready(name)):
+        if name is None:
+            return False
+        if not (back or self._retrieval_ready(name)):
+            self._put(rollout.wait(self.serving, name, _INDEXED))
             return False
         try:
             if not back and self.serving.active is not None and not self._warm(name):
