@@ -21,7 +21,7 @@ _POLL_S = 0.5
 
 
 def once(settings: Settings, generation: str) -> int:
-    """Builds now; returns how many items. Raises as `arena_of` does where this host has no rows of it."""
+    """Builds now; returns how many items. Raises as `build` does, and as `arena_of` where this host has no rows."""
     return build(settings, generation, arena_of(settings, generation))
 
 

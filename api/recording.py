@@ -103,12 +103,12 @@ class Recorder:
 
     def _write(self, recorded: Recorded) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._folder.iterdir())[: 1 - KEPT]:  # also what a full disk or a kill left unfinished
+            path.unlink(missing_ok=True)
         name = f"{time.time_ns()}-{os.getpid()}"
         new = self._folder / f"{name}.new"
         new.write_bytes(msgspec.msgpack.encode(recorded))
         new.rename(self._folder / f"{name}{_END}")
-        for path in _files(self._folder)[:-KEPT]:
-            path.unlink(missing_ok=True)
 
 
 def newest(folder: Path, most: int, after: str = "") -> Iterator[tuple[str, Recorded]]:

@@ -29,6 +29,7 @@ from index.errors import StoreError
 from index.histories import HistoriesReader
 from index.keys import keys_of
 from index.layout import RowLayout
+from index.lock import WriterLock
 from index.n2o import N2OReader
 from infra.settings import Settings
 
@@ -171,9 +172,22 @@ def current(folder: Path) -> str | None:
 
 def build(settings: Settings, generation: str, arena: ArenaReader) -> int:
     """Builds and publishes the index of all rows that are live now; returns how many. Readers see the old one or the
-    new one.
+    new one. Raises StoreLockedError where another process builds one, RetrievalError or OSError where it cannot be
+    written; then nothing is left of it.
     """
     folder = settings.generation_dir(generation) / "retrieval"
+    lock = WriterLock(folder)
+    try:
+        _remove_unended(folder)  # of a process that was killed
+        return _build(settings, generation, arena, folder)
+    except RuntimeError as error:  # usearch's
+        raise RetrievalError(f"the index cannot be written: {error}") from error
+    finally:
+        _remove_unended(folder)
+        lock.release()
+
+
+def _build(settings: Settings, generation: str, arena: ArenaReader, folder: Path) -> int:
     keys, cold = arena.snapshot()
     keys, vectors, ids = _named(settings, generation, keys, cold["vector"])
     index = Index(
@@ -183,7 +197,7 @@ def build(settings: Settings, generation: str, arena: ArenaReader) -> int:
         index.add(np.arange(len(keys), dtype=np.uint64), vectors.astype(np.float32), threads=1)
     name = f"{time.time_ns() // 1_000_000}-{len(keys)}"
     path = folder / f"{name}.new"
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir()
     index.save(path / "index.usearch")
     np.save(path / "keys.npy", keys)
     np.save(path / "popular.npy", _popular(settings, keys))
@@ -193,7 +207,8 @@ def build(settings: Settings, generation: str, arena: ArenaReader) -> int:
     pointer = folder / "current.new"
     pointer.write_text(name)
     pointer.replace(folder / "current")
-    _remove_old(folder)
+    for old in sorted(path for path in folder.iterdir() if path.is_dir())[:-_KEPT_BUILDS]:
+        shutil.rmtree(old, ignore_errors=True)
     return len(keys)
 
 
@@ -235,10 +250,8 @@ def _popular(settings: Settings, keys: NDArray[np.uint64]) -> Positions:
     return np.concatenate([known, rest[: _POPULAR_MAX - len(known)]])
 
 
-def _remove_old(folder: Path) -> None:
-    found = sorted(path for path in folder.iterdir() if path.is_dir())
-    unended = [path for path in found if path.suffix]  # of a process that was ended meanwhile
-    for path in unended + [path for path in found if not path.suffix][:-_KEPT_BUILDS]:
+def _remove_unended(folder: Path) -> None:
+    for path in folder.glob("*.new"):
         shutil.rmtree(path, ignore_errors=True)
 
 

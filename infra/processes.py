@@ -122,6 +122,11 @@ def stop(process: Process, deadline_s: float = 15.0) -> bool:
     return willing
 
 
+def end(process: Process, *, kill: bool = False) -> None:
+    """Signals it as `stop` does, and waits for nothing."""
+    _signal(process, signal.SIGKILL if kill else signal.SIGTERM, whole_session=kill)
+
+
 def stop_all(found: Sequence[Process], deadline_s: float = 15.0) -> None:
     """`stop` of all of them at once. Raises ProcessError where one does not end."""
     if found:

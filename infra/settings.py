@@ -51,7 +51,7 @@ class Settings:
     rows_retention_ms: int = 86_400_000  # of rows.<generation>
     checkpoint_uri: str = ""  # where copies of indexes lie for all hosts: a directory or what fsspec opens; "" = none
     checkpoint_interval_s: float = 3600.0  # between two of this host
-    take_within_ms: float = 5.0  # how long a nearline job waits to fill a batch
+    take_within_ms: float = 5.0  # how long a nearline job waits to fill a batch, or longer (streams/worker.py)
     take_max: int = 512  # messages per batch
     session_timeout_ms: int = 6_000  # after a kill a group waits this long before it is given away
     prefetch_ttl_s: float = 30.0  # how long a user block may be used, prefetched or not

@@ -62,6 +62,7 @@ class Hosts:
     def __init__(self, settings: Settings, producer: KafkaProducer, sign_s: float = _SIGN_S) -> None:
         self._settings, self._producer, self._sign_s = settings, producer, sign_s
         self._said: dict[str, tuple[str, str]] = {}
+        self._lost: set[str] = set()  # generations of which a report did not reach the broker: others wait for it
         self._due, self._sign = 0.0, -1
 
     def report(
@@ -75,6 +76,9 @@ class Hosts:
             self._sign = sign
             self._say("", "up", "", None)
         for name, known in serving.generations.items():
+            if periodic and name in self._lost:
+                self._lost.discard(name)
+                self._said.pop(name, None)
             said, before = (known.state, known.reason), self._said.get(name, ("", ""))
             news = said != before and (periodic or not said[0] == before[0] == "filling")
             if news or (signs and name in running):
@@ -99,7 +103,13 @@ class Hosts:
             digests=[f"{digest:016x}" for digest in found.digest.tolist()] if found else [],
         )
         key = f"{host}/{generation}" if generation else host
+
+        def lost(error: BaseException) -> None:
+            LOG.warning("no report on hosts of %s: %s", key, error)
+            self._lost.add(generation)
+
         try:
-            self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
+            sent = self._producer.send(self._settings.topic("hosts"), events.encode(report), key.encode(), partition=0)
+            sent.add_errback(lost)
         except KafkaError as error:
-            LOG.warning("no report on hosts: %s", error)
+            lost(error)

@@ -69,6 +69,7 @@ LOG = logging.getLogger(__name__)
 _ROUND_S = 0.2
 _SILENT_S = 30.0  # without a heartbeat: the process hangs
 _RETRIEVAL_S = 120.0  # a generation does not wait longer than this for its first retrieval index
+_INDEXED = "its retrieval index is being built"
 _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _VERIFY_S = 600.0  # a verification that takes longer hangs
 _BESIDE = ("verify-", "retrieval-", "shadow-")  # what no fresh row waits for
@@ -284,6 +285,8 @@ class Supervisor:
         if self.serving.generations[name].state == "verifying":
             self._judge(name)
         known = self.serving.generations[name]
+        if (known.state, known.reason) == ("complete", _INDEXED) and self._retrieval_ready(name):
+            self._put(rollout.wait(self.serving, name, ""))
         if known.state in ("filling", "verifying") or known.reason == rollout.REMADE:
             self._restore_bundle(known)
         if self.serving.generations[name].state != "filling":
@@ -366,7 +369,10 @@ class Supervisor:
     def _activate(self, name: str | None) -> bool:
         """Whether API processes are loading it."""
         back = name is not None and name == self.serving.previous  # it was served before, with or without an index
-        if name is None or not (back or self._retrieval_ready(name)):
+        if name is None:
+            return False
+        if not (back or self._retrieval_ready(name)):
+            self._put(rollout.wait(self.serving, name, _INDEXED))
             return False
         try:
             if not back and self.serving.active is not None and not self._warm(name):
@@ -507,8 +513,9 @@ class Supervisor:
 class Jobs:
     """The host's child processes. Their pids are on disk, so that a supervisor that was killed finds them again."""
 
-    def __init__(self, settings: Settings, silent_s: float = _SILENT_S) -> None:
-        self._settings, self._folder, self._silent_s = settings, settings.state / "logs", silent_s
+    def __init__(self, settings: Settings, silent_s: float = _SILENT_S, stop_s: float = _STOP_S) -> None:
+        self._settings, self._folder = settings, settings.state / "logs"
+        self._silent_s, self._stop_s = silent_s, stop_s
         root = str(Path(__file__).parent.parent)
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environ = {
@@ -523,22 +530,37 @@ class Jobs:
         self._failures: dict[str, int] = {}
         self._due: dict[str, float] = {}
         self._gave_up: dict[str, str] = {}
+        self._ending: dict[processes.Process, float] = {}  # told to end -> when they are killed
 
     def keep(self, needed: dict[str, list[str]], held: Collection[str] = ()) -> None:
-        """Starts those that do not run, and stops those of ours that are not needed; neither of the `held` ones."""
+        """Starts those that do not run, and stops those of ours that are not needed; neither of the `held` ones. Waits
+        for no end: each call looks again.
+        """
         alive = {process.name: process for process in processes.listing(self._folder)}
-        kept = {*needed, *held}
-        processes.stop_all([process for name, process in alive.items() if name not in kept], _STOP_S)
-        for name, arguments in needed.items():
-            process = alive.get(name)
-            if process is not None:
+        self._ending = {process: due for process, due in self._ending.items() if alive.get(process.name) == process}
+        for name, process in alive.items():
+            if name in needed:
                 self._pids[name] = process.pid
-            if process is not None and self._silent(name, process):
+            if process in self._ending:
+                self._end(process)
+            elif name not in needed and name not in held:
+                self._started.pop(name, None)
+                self._end(process, self._stop_s)
+            elif name in needed and self._silent(name, process):
                 LOG.error("%s gives no sign of life; it is killed", name)
-                processes.stop(process, 0.0)
-                process = None
-            if process is None and name not in held:
+                self._end(process)
+        # of a generation whose job ends none is started: replicate and reconcile write the same index
+        busy = {_generation_of(process.name) for process in self._ending}
+        for name, arguments in needed.items():
+            if name not in alive and name not in held and _generation_of(name) not in busy:
                 self._start(name, arguments)
+
+    def _end(self, process: processes.Process, within_s: float = 0.0) -> None:
+        if process not in self._ending:
+            self._ending[process] = time.monotonic() + within_s
+            processes.end(process)
+        elif time.monotonic() > self._ending[process]:
+            processes.end(process, kill=True)
 
     def gave_up(self, name: str) -> str:
         """Why a job ended for which a new start is no help; empty: it did not."""
@@ -559,9 +581,14 @@ class Jobs:
         if name in self._gave_up or now < self._due.get(name, 0.0):
             return
         self._due.pop(name, None)
-        process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        self._started[name] = now
+        try:
+            process = processes.start(name, [sys.executable, "-m", *arguments], self._folder, self._environ)
+        except processes.ProcessError as error:  # no memory for another one, say: the others go on
+            LOG.error("%s", error)
+            return
         priority.lower(process.pid, priority.NICE if name.startswith(_BESIDE) else priority.JOB)
-        self._started[name], self._pids[name] = now, process.pid
+        self._pids[name] = process.pid
 
     def _given_up(self, name: str) -> bool:
         beat = read_heartbeat(self._settings.heartbeat_dir, name)
@@ -579,6 +606,11 @@ class Jobs:
         if beat is not None and beat.pid == process.pid:
             return time.time() - beat.time / 1000 > self._silent_s
         return time.monotonic() - self._started.setdefault(name, time.monotonic()) > 2 * self._silent_s
+
+
+def _generation_of(job: str) -> str:
+    """What jobs of no generation have is their own name."""
+    return job.partition("-")[2] or job
 
 
 def _only_one(settings: Settings) -> None:

@@ -402,11 +402,12 @@ class Job:
         os._exit(status)
 
 
-def gather_s(within: float, took: float) -> float:
-    """How long a batch waits for more to come: `within`, or as long as the batch before took. Where the processors are
-    wanted by many, what each batch costs by itself is then at most half of the time.
+def gather_s(within: float, took: float, idle: float) -> float:
+    """How long a batch waits for more to come: `within`, or as long as the batch before took, of which the time counts
+    in which nothing came. Where the processors are wanted by many, what each batch costs by itself is then at most half
+    of the time; what comes alone does not wait.
     """
-    return max(within, min(took, _GATHER_S))
+    return max(within, min(took, _GATHER_S) - idle)
 
 
 async def _batches(app: faust.App, stream: Any, most: int, within: float) -> AsyncIterator[list[Any]]:
@@ -418,11 +419,11 @@ async def _batches(app: faust.App, stream: Any, most: int, within: float) -> Asy
     """
     channel = aiter(stream.channel)
     queue, consumer = channel.queue, app.consumer
-    took = 0.0
+    took, ended = 0.0, time.monotonic()
     while True:
         events = [await queue.get()]
         if queue.qsize() < most and within:
-            await asyncio.sleep(gather_s(within, took))
+            await asyncio.sleep(gather_s(within, took, time.monotonic() - ended))
         while len(events) < most and not queue.empty():
             events.append(queue.get_nowait())
         # those fetched before a rebalance will come again; Faust's own iterator skips them likewise
@@ -432,7 +433,8 @@ async def _batches(app: faust.App, stream: Any, most: int, within: float) -> Asy
         if events:
             began = time.monotonic()
             yield events
-            took = time.monotonic() - began
+            ended = time.monotonic()
+            took = ended - began
             for event in events:
                 event.ack()
 

@@ -1,8 +1,8 @@
 """The topics of DESIGN.md section 4: made when missing, refused when they are not as the jobs need them.
 
 Partition counts are part of the contract (ingest's state and every row's `covered` offset are per partition), so a
-topic that exists with another count, or without the compaction or time stamps that its readers rely on, is an error and
-never altered.
+topic that exists with another count, or without the compaction, retention for ever or time stamps that its readers rely
+on, is an error and never altered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from infra.kafka.broker import BrokerError, admin_of
 from infra.settings import Settings
 
 _DAY_MS = 86_400_000
-_KEPT_FOR_EVER = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+_FOR_EVER = "-1"
+_KEPT_FOR_EVER = {"cleanup.policy": "delete", "retention.ms": _FOR_EVER, "retention.bytes": _FOR_EVER}
 _COMPACTED = {
     "cleanup.policy": "compact",
     "segment.bytes": str(64 << 20),  # the newest segment is never compacted, so a smaller one makes a fill shorter
@@ -136,7 +137,7 @@ def _check(admin: KafkaAdminClient, topics: list[Topic]) -> None:
                 f"Topic {topic.name} has {count} partitions where {topic.partitions} are needed: "
                 "use FORERANK_PARTITIONS as before, or another FORERANK_TOPIC_PREFIX."
             )
-        for name in _CHECKED:
-            needed, found = topic.config.get(name), configs[topic.name][name]["value"]
-            if needed and found != needed:
+        for name, needed in topic.config.items():
+            found = configs[topic.name][name]["value"]
+            if found != needed and (name in _CHECKED or needed == _FOR_EVER):
                 raise TopicError(f"Topic {topic.name} has {name}={found} where {needed} is needed.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from api.generations import Generations
 from api.retrieval import Built, RetrievalView, arena_of, due
 from api.service import Service
 from index.errors import StoreLockedError
-from index.lock import unused
+from index.lock import WriterLock, unused
 from streams import fleet, rollout
 from streams.heartbeat import Heartbeat
 from tests.host import HOUR, NOW, Host, Seen, catalogue
@@ -482,6 +483,37 @@ def test_retrieval_is_renewed_without_a_failed_request(own_host: Callable[..., H
     finally:
         builder.terminate()
         assert builder.wait(20) == -signal.SIGTERM, "at once, also amid a build"
+
+
+def test_a_build_that_cannot_be_written_leaves_nothing_and_two_at_once_do_not_meet(
+    own_host: Callable[..., Host],
+) -> None:
+    host = own_host()
+    host.bundle("g1")
+    host.write("g1", ITEMS)
+    folder = host.settings.generation_dir("g1") / "retrieval"
+
+    def refused(file_bytes: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "api", "retrieval", "--generation", "g1", "--once"],
+            env=host.environ(),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        return done.stderr
+
+    assert "No retrieval index was built: the index cannot be written" in refused(4_096)  # as on a full disk
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+    other, lock = folder / "1-0.new", WriterLock(folder)
+    other.mkdir()
+    assert "already has a writer" in refused(1 << 30)
+    assert other.exists()
+    lock.release()
+    host.retrieval("g1")
+    assert not other.exists()
 
 
 def test_after_a_long_build_comes_a_long_rest(own_host: Callable[..., Host]) -> None:

@@ -77,6 +77,9 @@ def test_the_ring_keeps_the_newest_and_reads_what_is_whole(tmp_path: Path) -> No
     recorder = Recorder(settings)
     recorder.start()
     user = InlineUser(features={"segment": "s1"})
+    settings.requests_dir.mkdir()
+    unfinished = settings.requests_dir / "1-1.new"
+    unfinished.write_bytes(b"of a process that was killed")
     try:
         for at in range(KEPT + 20):
             query = Query(user=user) if at % 2 else Query(user_id=at)
@@ -84,6 +87,7 @@ def test_the_ring_keeps_the_newest_and_reads_what_is_whole(tmp_path: Path) -> No
             wait_until(lambda at=at: any(one.as_of == at for _, one in newest(settings.requests_dir, 1)), "recorded")  # type: ignore[misc]
     finally:
         recorder.stop()
+    assert not unfinished.exists(), "there is a user in it"
     (settings.requests_dir / "999.req").write_bytes(b"torn")
     (settings.requests_dir / "998.new").write_bytes(b"not there yet")
     found = dict(newest(settings.requests_dir, 10_000))

@@ -156,8 +156,10 @@ class _Filling:
         return known is not None and known.state == "complete"
 
     def rate(self) -> float:
-        """Items per second that encode read, encoded and published."""
-        (first, none), (last, all_) = next(beat for beat in self._beats if beat[1]), self._beats[-1]
+        """Items per second that encode read, encoded and published, from the first heartbeat with some to the first
+        one with all."""
+        first, none = next(beat for beat in self._beats if beat[1])
+        last, all_ = next(beat for beat in self._beats if beat[1] == self._beats[-1][1])
         return (all_ - none) / (last - first) * 1e3
 
 

@@ -79,14 +79,25 @@ def test_another_partition_count_is_refused_and_nothing_altered(settings: MakeSe
     [
         ("items", {"cleanup.policy": "delete"}, r"items has cleanup\.policy=delete where compact is needed"),
         ("users", {"cleanup.policy": "compact"}, r"users has message\.timestamp\.type=CreateTime where LogAppendTime"),
-        ("behaviours", {}, r"behaviours has message\.timestamp\.type=CreateTime where LogAppendTime is needed"),
+        (
+            "behaviours",
+            {"retention.ms": "-1"},
+            r"behaviours has message\.timestamp\.type=CreateTime where LogAppendTime is needed",
+        ),
+        (
+            "behaviours",
+            {"message.timestamp.type": "LogAppendTime", "retention.ms": "-1", "retention.bytes": "1000000"},
+            r"behaviours has retention\.bytes=1000000 where -1 is needed",
+        ),
+        ("models", {}, r"models has retention\.ms=604800000 where -1 is needed"),
     ],
 )
 def test_a_topic_without_what_its_readers_rely_on_is_refused(
     settings: MakeSettings, topic: str, config: dict[str, str], message: str
 ) -> None:
     mine = settings()
-    request = {mine.topic(topic): {"num_partitions": 8, "replication_factor": 1, "configs": config}}
+    partitions = 1 if topic == "models" else 8
+    request = {mine.topic(topic): {"num_partitions": partitions, "replication_factor": 1, "configs": config}}
     with admin_of(mine.kafka_bootstrap) as admin:
         admin.create_topics(request, wait_for_metadata=True)
     with pytest.raises(TopicError, match=message):

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer
-from hypothesis import given
-from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from index.arena import ArenaReader
@@ -25,7 +23,7 @@ from streams import blocks
 from streams.freshness import HOPS, OLDEST, SAMPLE, watch_oldest
 from streams.publish import Publisher
 from streams.replicate import Replicate
-from streams.worker import Job, Record, gather_s
+from streams.worker import Job, Record
 from tests.conftest import wait_until
 from tests.index.rows import LAYOUT, made
 from tests.rows import batch_of
@@ -175,10 +173,3 @@ def test_the_lag_in_seconds_is_of_what_waits(settings: Callable[..., Settings]) 
             await consumer.stop()
 
     asyncio.run(scenario())
-
-
-@given(st.floats(0, 0.04), st.floats(0, 10))
-def test_after_a_batch_that_took_long_the_next_one_waits_long_for_more(within: float, took: float) -> None:
-    waited = gather_s(within, took)
-    assert within <= waited <= 0.05
-    assert waited >= min(took, 0.05), "what a batch costs by itself is at most half of the time"

@@ -60,3 +60,14 @@ def test_reports_follow_the_rows_of_an_active_generation(settings: Callable[...,
         assert [report.covered for report in told("resting")] == [[-1]]
         serving = rollout.activate(serving, "resting")
         assert hosts.report(serving, [], lambda _: None) == ["live", "resting"]
+
+
+@pytest.mark.e2e
+def test_a_report_that_the_broker_did_not_take_is_made_again(settings: Callable[..., Settings]) -> None:
+    host = settings()
+    ensure_topics(host, {"hosts": {"max.message.bytes": "100"}})
+    serving = rollout.stage(rollout.Serving(), 0, ModelEvent("stage", "g", "file:///g", "g"))
+    with closing(KafkaProducer(bootstrap_servers=host.kafka_bootstrap)) as producer:
+        hosts = Hosts(host, producer)
+        assert hosts.report(serving, [], lambda _: None) == ["g"]
+        wait_until(lambda: hosts.report(serving, [], lambda _: None) == ["g"], "it is said again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -51,6 +52,44 @@ def test_a_job_that_falls_silent_is_killed_and_started_again(settings: Callable[
         os.kill(first, signal.SIGSTOP)
         wait_until(lambda: runs(but=first), "another ingest runs")
         assert processes.identity_of(first) is None
+
+
+def test_a_job_that_ignores_its_end_holds_up_nothing_but_its_own_generation(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    ignores = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+    with kept(host, stop_s=1.0) as jobs:
+        old = processes.start(
+            "replicate-old", [sys.executable, "-c", f"{ignores}; time.sleep(600)"], host.state / "logs"
+        )
+        wait_until(lambda: old.log.read_text() == "up\n", "it ignores SIGTERM")
+        needed = {name: ["streams", "ingest"] for name in ("ingest", "reconcile-old")}
+        jobs.keep(needed)
+        assert old.alive(), "its end was not waited for"
+        assert pid_of(host, "ingest"), "what has nothing to do with it runs"
+
+        def runs() -> bool:
+            jobs.keep(needed)
+            found = pid_of(host, "reconcile-old") != 0
+            assert not (found and old.alive()), "two write to one index"
+            return found
+
+        wait_until(runs, "it is killed, and its successor runs")
+
+
+def test_a_job_that_cannot_be_started_is_tried_again_and_the_others_run(settings: Callable[..., Settings]) -> None:
+    host = settings(partitions=2)
+    (host.state / "logs" / "histories.log").mkdir(parents=True)
+    with kept(host) as jobs:
+        needed = {name: ["streams", "ingest"] for name in ("histories", "ingest")}
+        jobs.keep(needed)
+        assert (pid_of(host, "histories"), pid_of(host, "ingest") > 0) == (0, True)
+        (host.state / "logs" / "histories.log").rmdir()
+
+        def runs() -> bool:
+            jobs.keep(needed)
+            return pid_of(host, "histories") > 0
+
+        wait_until(runs, "it is started again")
 
 
 def test_fresh_rows_go_before_what_is_made_of_them(settings: Callable[..., Settings]) -> None:

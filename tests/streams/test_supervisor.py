@@ -22,6 +22,7 @@ import pytest
 from kafka import KafkaProducer
 
 from encoders.bundle import Bundle, manifest_sha256, seeded_bundle
+from index.lock import WriterLock
 from infra import priority, processes
 from infra.kafka.broker import Broker, admin_of
 from infra.kafka.topics import ensure_topics
@@ -483,6 +484,28 @@ def test_a_generation_without_room_fails_with_what_it_needs_before_anything_is_c
         publisher.models([stage | {"generation": "b", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}])
         wait_until(lambda: serving(host).active == "b", "b, for which there is room, is active")
         assert supervisor.poll() is None
+
+
+def test_an_activation_that_waits_for_the_retrieval_index_says_so(
+    settings: Callable[..., Settings], bundle: Bundle, bundle_path: Path
+) -> None:
+    host = settings(partitions=2, retrieval_interval_s=0.1)
+    indexing = WriterLock(host.generation_dir("a") / "retrieval")  # no builder can
+    with Supervisor(host, retrieval=True) as supervisor, Publisher(host) as publisher:
+        publisher.items([item_body(f"{k}", 1, np.random.default_rng(k)) for k in range(20)])
+        stage = {"action": "stage", "generation": "a", "uri": bundle_path.as_uri(), "sha256": bundle.sha256}
+        publisher.models([stage | {"activate_when_complete": True}])
+
+        def told(state: str, reason: str) -> bool:
+            supervisor.round()
+            known = supervisor.serving.generations.get("a")
+            return known is not None and (known.state, known.reason) == (state, reason)
+
+        wait_until(
+            lambda: told("complete", "its retrieval index is being built"), "it waits, and says for what", SLOW_S
+        )
+        indexing.release()
+        wait_until(lambda: told("active", ""), "it is served", SLOW_S)
 
 
 def test_without_a_broker_there_is_one_sentence(settings: Callable[..., Settings]) -> None:
