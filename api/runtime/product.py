@@ -3,8 +3,9 @@
     out[rows, N] = activation(x[rows, K] W[K, N] + bias)
 
 A block of up to 14 rows by 32 columns stays in registers (6 by 16 without AVX-512). The weights lie packed: of each 32
-columns all K rows, one after the other, of which a piece stays in the first cache while all rows go by. Rows are parted
-into blocks of equal size, so that there is no small rest. A row's bits do not depend on the rows beside it.
+columns all K rows, one after the other, of which a piece stays in the first cache while a chunk of rows goes by. Rows
+are parted into chunks and blocks of equal size, so that there is no small rest. A row's bits do not depend on the rows
+beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from infra import codegen
 from infra.codegen import F32, I64, Code
 
-_PIECE = 256  # rows of the packed weights that are used for all rows of x before the next ones
+_PIECE = 256  # rows of the packed weights that are used for all rows of a chunk before the next ones
+_CHUNK = 512 << 10  # bytes of x and out that stay in the second cache while all weights go by
 
 
 def _tile() -> tuple[int, int]:
@@ -30,15 +32,23 @@ def _tile() -> tuple[int, int]:
 
 def fits(inner: int, columns: int) -> bool:
     """Whether a layer of these sizes can be one."""
-    return inner >= 16 and columns % (_tile()[1] // 2) == 0
+    return inner >= 16 and columns % 8 == 0
+
+
+def _panels(columns: int) -> list[tuple[int, int]]:
+    """First column and width of each: as many wide ones as there are, then halves and a quarter."""
+    found, begin = [], 0
+    for width in (_tile()[1], 16, 8):
+        while columns - begin >= width:
+            found.append((begin, width))
+            begin += width
+    return found
 
 
 def packed(weight: Tensor) -> Tensor:
     """[N, K] as the function takes it: f4[N K]."""
-    _, width = _tile()
-    turned = weight.t().contiguous()  # [K, N]
-    panels = [turned[:, at : at + width].reshape(-1) for at in range(0, turned.shape[1], width)]
-    return torch.cat(panels).contiguous()
+    turned = weight.t()
+    return torch.cat([turned[:, begin : begin + width].reshape(-1) for begin, width in _panels(len(weight))])
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,46 +57,63 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
     most, width = _tile()
     code = Code("product", [F32.as_pointer()] * 4 + [I64])
     x, weights, bias, out, rows = code.function.args
-    build = code.build
-    blocks = build.udiv(build.add(rows, I64(most - 1)), I64(most))
-    size, larger = build.udiv(rows, blocks), build.urem(rows, blocks)
-    pieces = [(at, min(_PIECE, inner - at)) for at in range(0, inner, _PIECE)]
+    panels = _panels(columns)
+    whole = sum(wide == width for _, wide in panels)
 
-    def panel(begin: Any, wide: int, first: int, depth: int) -> None:
-        """All rows, `wide` columns from `begin` on, of one piece."""
-        own = code.build.gep(weights, [code.build.add(code.build.mul(begin, I64(inner)), I64(first * wide))])
+    def chunk(number: Any, _: list[Any], chunks: Any) -> list[Any]:
+        begun, height = _part(code, rows, chunks, number)
+        blocks = _ceiling(code, height, most)
 
-        def block(number: Any, _: list[Any]) -> list[Any]:
-            build = code.build
-            start = build.add(
-                build.mul(number, size), build.select(build.icmp_unsigned("<", number, larger), number, larger)
-            )
-            height = build.add(size, build.zext(build.icmp_unsigned("<", number, larger), I64))
-            after = code.function.append_basic_block()
-            choice = build.switch(height, after)
-            for count in range(1, most + 1):
-                inside = code.function.append_basic_block()
-                choice.add_case(I64(count), inside)
-                build.position_at_end(inside)
-                _rows(code, x, own, bias, out, start, begin, count, wide, (inner, columns), (first, depth), relu)
-                build.branch(after)
-            build.position_at_end(after)
-            return []
+        def panel(begin: Any, wide: int, first: int) -> None:
+            """All rows, `wide` columns from `begin` on, of one piece."""
+            depth = min(_PIECE, inner - first)
+            own = code.build.gep(weights, [code.build.add(code.build.mul(begin, I64(inner)), I64(first * wide))])
 
-        code.loop(blocks, block, [])
+            def block(number: Any, _: list[Any]) -> list[Any]:
+                build = code.build
+                start, height_ = _part(code, height, blocks, number)
+                start = build.add(begun, start)
+                after = code.function.append_basic_block()
+                choice = build.switch(height_, after)
+                for count in range(1, most + 1):
+                    inside = code.function.append_basic_block()
+                    choice.add_case(I64(count), inside)
+                    build.position_at_end(inside)
+                    _rows(code, x, own, bias, out, start, begin, count, wide, (inner, columns), (first, depth), relu)
+                    build.branch(after)
+                build.position_at_end(after)
+                return []
 
-    whole, rest = divmod(columns, width)
-    for first, depth in pieces:
+            code.loop(blocks, block, [])
 
-        def one(number: Any, _: list[Any], first: int = first, depth: int = depth) -> list[Any]:
-            panel(code.build.mul(number, I64(width)), width, first, depth)
-            return []
+        for first in range(0, inner, _PIECE):
 
-        if whole:
-            code.loop(whole, one, [])
-        if rest:
-            panel(I64(whole * width), rest, first, depth)
+            def one(number: Any, _: list[Any], first: int = first) -> list[Any]:
+                panel(code.build.mul(number, I64(width)), width, first)
+                return []
+
+            if whole:
+                code.loop(whole, one, [])
+            for begin, wide in panels[whole:]:
+                panel(I64(begin), wide, first)
+        return []
+
+    chunks = _ceiling(code, rows, max(most, _CHUNK // (4 * (inner + columns))))
+    code.loop(chunks, lambda number, values: chunk(number, values, chunks), [])
     return code.compiled()
+
+
+def _ceiling(code: Code, number: Any, size: int) -> Any:
+    return code.build.udiv(code.build.add(number, I64(size - 1)), I64(size))
+
+
+def _part(code: Code, rows: Any, parts: Any, number: Any) -> tuple[Any, Any]:
+    """First row and rows of a part: sizes differ by 1 at most, the larger ones first."""
+    build = code.build
+    size, larger = build.udiv(rows, parts), build.urem(rows, parts)
+    is_larger = build.icmp_unsigned("<", number, larger)
+    start = build.add(build.mul(number, size), build.select(is_larger, number, larger))
+    return start, build.add(size, build.zext(is_larger, I64))
 
 
 def _rows(

@@ -45,12 +45,16 @@ def check(rows: int, inner: int, columns: int, relu: bool) -> None:
 @given(
     st.integers(1, 60),
     st.sampled_from([16, 17, 255, 256, 257, 600]),
-    st.sampled_from([16, 32, 48, 96]),
+    st.sampled_from([8, 16, 24, 32, 40, 56, 96]),
     st.booleans(),
 )
 def test_any_number_of_rows(rows: int, inner: int, columns: int, relu: bool) -> None:
     assert product.fits(inner, columns)
     check(rows, inner, columns, relu)
+
+
+def test_more_rows_than_the_second_cache_has_room_for() -> None:
+    check(1_000, 600, 96, relu=False)
 
 
 def test_what_is_not_a_number_stays_so() -> None:
@@ -66,7 +70,7 @@ def test_machines_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codegen, "host", lambda: ("x86-64-v3", ""))
     product.product.cache_clear()
     try:
-        for rows in (1, 5, 6, 7, 40):
+        for rows in (1, 5, 6, 7, 40, 1_000):
             check(rows, 257, 24, relu=True)
     finally:
         product.product.cache_clear()
