@@ -21,12 +21,11 @@ import torch  # noqa: F401 - before usearch, after which its C++ streams write n
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
-from api import arrow, binary, items, schemas, waiting
+from api import arrow, binary, inference, items, schemas, waiting
 from api.bodies import Body
 from api.events import KINDS, checked
 from api.explain import explain
 from api.generations import Generation
-from api.inference import inference_routes
 from api.openapi import add_schemas, documented
 from api.prerank import Answer, Candidates, Ids, answer_of
 from api.problems import ProblemError, decode, invalid
@@ -102,9 +101,9 @@ def create_app(service: Service) -> ASGIApp:
     _event_routes(app, service)
     _operation_routes(app, service)
     if service.settings.models:
-        inference_routes(app, service)
+        inference.inference_routes(app, service)
     error_handlers(app)
-    add_schemas(app, _TYPES)
+    add_schemas(app, _TYPES + (inference.TYPES if service.settings.models else []))
     return Shortcut(app, hot)
 
 

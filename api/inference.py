@@ -24,6 +24,7 @@ from torch import Tensor
 from api import oip
 from api.admission import overloaded
 from api.bodies import Body
+from api.openapi import documented
 from api.problems import ProblemError, invalid
 from api.replies import JSON, reply
 from api.runtime.folder import Served
@@ -37,52 +38,82 @@ _SMALL = 2_048  # bytes that are read or written in less than 0.1 ms, for which 
 _EXTENSIONS = ["binary_tensor_data", "schedule_policy"]
 
 
-class _Server(msgspec.Struct):
+class ServerMeta(msgspec.Struct):
     name: str
     version: str
     extensions: list[str]
 
 
-class _Live(msgspec.Struct):
+class Live(msgspec.Struct):
     live: bool
 
 
-class _Ready(msgspec.Struct, omit_defaults=True):
+class Ready(msgspec.Struct, omit_defaults=True):
     ready: bool
     name: str = ""
 
 
-def inference_routes(app: FastAPI, service: Service) -> None:
-    """They are described by the protocol's own document, not in this API's."""
+TYPES = [oip.InferRequest, oip.InferResponse, oip.ModelMeta, ServerMeta, Live, Ready]  # in the OpenAPI document
+_EXAMPLE = {
+    "inputs": [{"name": "x", "shape": [2, 3], "datatype": "FP32", "data": [1, 2, 3, 4, 5, 6]}],
+    "parameters": {"priority": 1, "timeout": 50_000},
+}
 
-    @app.get("/v2", include_in_schema=False)
+
+def inference_routes(app: FastAPI, service: Service) -> None:
+    """What `/v2` answers."""
+
+    @app.get("/v2", summary="this server", openapi_extra=documented(gives=ServerMeta))
     @app.get("/v2/", include_in_schema=False)
     async def server() -> Response:
-        return reply(_Server("forerank", app.version, _EXTENSIONS))
+        return reply(ServerMeta("forerank", app.version, _EXTENSIONS))
 
     @app.head("/v2/health/live", include_in_schema=False)
-    @app.get("/v2/health/live", include_in_schema=False)
+    @app.get("/v2/health/live", summary="whether it answers", openapi_extra=documented(gives=Live))
     async def live() -> Response:
-        return reply(_Live(True))
+        return reply(Live(True))
 
     @app.head("/v2/health/ready", include_in_schema=False)
-    @app.get("/v2/health/ready", include_in_schema=False)
+    @app.get(
+        "/v2/health/ready",
+        summary="whether all models are served",
+        openapi_extra=documented(gives=Ready, errors=(503,)),
+    )
     async def ready() -> Response:
         if broken := service.models.broken:
             said = "; ".join(f"model {name} is not served: {why}" for name, why in broken.items())
             raise ProblemError(503, "broken-model", said)
-        return reply(_Ready(True))
+        return reply(Ready(True))
 
-    @app.get("/v2/models/{name}", include_in_schema=False)
+    @app.get(
+        "/v2/models/{name}",
+        summary="a model's inputs and outputs",
+        openapi_extra=documented(gives=oip.ModelMeta, errors=(404, 503)),
+    )
     async def model(name: str) -> Response:
         return reply(oip.meta_of(_served(service, name)))
 
     @app.head("/v2/models/{name}/ready", include_in_schema=False)
-    @app.get("/v2/models/{name}/ready", include_in_schema=False)
+    @app.get(
+        "/v2/models/{name}/ready",
+        summary="whether a model is served",
+        openapi_extra=documented(gives=Ready, errors=(404, 503)),
+    )
     async def model_ready(name: str) -> Response:
-        return reply(_Ready(True, _served(service, name).name))
+        return reply(Ready(True, _served(service, name).name))
 
-    @app.post("/v2/models/{name}/infer", include_in_schema=False)
+    @app.post(
+        "/v2/models/{name}/infer",
+        summary="a model's outputs",
+        openapi_extra=documented(
+            takes=oip.InferRequest,
+            gives=oip.InferResponse,
+            example=_EXAMPLE,
+            also_takes={_BINARY: f"the JSON, as long as {oip.HEADER} says, and then tensors' bytes"},
+            also_gives={_BINARY: "the same, where an output was asked for as bytes"},
+            errors=(400, 404, 413, 422, 503, 504),
+        ),
+    )
     async def infer(name: str, request: Request) -> Response:
         came = time.monotonic()
         served = _served(service, name)

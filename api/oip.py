@@ -47,7 +47,7 @@ class RequestInput(msgspec.Struct):
     shape: list[_Size]
     datatype: str
     parameters: dict[str, Any] = {}
-    data: msgspec.Raw = msgspec.Raw(b"")
+    data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)  # empty
 
 
 class RequestOutput(msgspec.Struct):

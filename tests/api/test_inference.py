@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -103,6 +104,17 @@ def tensors_of(answer: httpx.Response) -> dict[str, Tensor]:
 
 
 # ---- what there is
+
+
+def test_the_document_has_the_protocol(served: Host) -> None:
+    document = served.client.get("/openapi.json").json()
+    infer = document["paths"]["/v2/models/{name}/infer"]["post"]
+    reference = infer["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    assert document["components"]["schemas"][reference.rsplit("/", 1)[1]]["required"] == ["inputs"]
+    assert "application/octet-stream" in infer["responses"]["200"]["content"]
+    assert {"/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/{name}"} <= document["paths"].keys()
+    named = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}
+    assert named <= document["components"]["schemas"].keys()
 
 
 def test_server_and_models_say_what_they_are(served: Host) -> None:
