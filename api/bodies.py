@@ -84,9 +84,9 @@ class Bodies:
         self._told = telemetry.gauge("forerank_body_bytes", meaning, total=True)
 
     async def of(self, request: Request, *accepted: str, empty: bool = False) -> Body:
-        """The request's whole body, to be used in a `with` that the request ends with. Raises ProblemError: 415 for
-        another media type than the `accepted`, if any, 413 beyond BODY_MAX, 503 where the process holds too much
-        already, 408 where the body does not come in time."""
+        """The request's whole body, to be used in a `with` that the request ends with. Raises ProblemError: 415 for one
+        that is compressed, or of another media type than the `accepted`, if any, 413 beyond BODY_MAX, 503 where the
+        process holds too much already, 408 where the body does not come in time."""
         head = dict(request.scope["headers"])
         body = Body(self, head.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower())
         task = asyncio.current_task()
@@ -97,6 +97,8 @@ class Bodies:
         try:
             body.announce(int(head.get(b"content-length", 0)))  # a number: the HTTP server has read it
             await body.read(request.receive)
+            if (packed := head.get(b"content-encoding", b"identity").decode("latin-1").lower()) != "identity":
+                raise ProblemError(415, "unsupported-media-type", f"the body is {packed}; send it as it is")
             if accepted and body.media not in accepted and not (empty and not len(body)):
                 given = body.media or "no content type"
                 expected = " or ".join(accepted)

@@ -111,7 +111,7 @@ def inference_routes(app: FastAPI, service: Service) -> None:
             example=_EXAMPLE,
             also_takes={_BINARY: f"the JSON, as long as {oip.HEADER} says, and then tensors' bytes"},
             also_gives={_BINARY: "the same, where an output was asked for as bytes"},
-            errors=(400, 404, 413, 422, 503, 504),
+            errors=(400, 404, 413, 415, 422, 503, 504),
         ),
     )
     async def infer(name: str, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import time
@@ -175,6 +176,14 @@ def test_recommend_names_the_field(host: Host, change: dict[str, Any], field: st
 )
 def test_gets(host: Host, path: str, status: int, field: str | None) -> None:
     problem(host.client.get(path), status, field)
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/events/items"])
+def test_compressed_bodies(host: Host, path: str) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = host.client.post(path, content=gzip.compress(json.dumps(OK).encode()), headers=headers)
+    problem(answer, 415, None)
+    assert "gzip" in answer.json()["detail"]
 
 
 def test_without_a_folder_of_models_there_is_no_inference(host: Host) -> None:
