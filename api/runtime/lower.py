@@ -27,14 +27,16 @@ class _Writer(fx.Interpreter):
         super().__init__(group)
         self._space: dict[str, Any] = {}
         self._lines: list[str] = []
+        self._names = {node.name for node in group.graph.nodes}
         self._last = {one: node for node in group.graph.nodes for one in node.all_input_nodes}
         self.run(*given)
 
     def function(self) -> Callable[..., Any]:
         names = ", ".join(node.name for node in self.graph.nodes if node.op == "placeholder")
-        source = "\n    ".join((f"def group({names}):", *self._lines))
+        own = self._constant("group", None)
+        source = "\n    ".join((f"def {own}({names}):", *self._lines))
         exec(source, self._space)  # noqa: S102 - of names that were made here
-        made: Callable[..., Any] = self._space["group"]
+        made: Callable[..., Any] = self._space[own]
         return made
 
     def run_node(self, n: fx.Node) -> Any:
@@ -61,8 +63,7 @@ class _Writer(fx.Interpreter):
         return value
 
     def _call(self, node: fx.Node, function: Callable[..., Any]) -> None:
-        name = f"call_{node.name}"
-        self._space[name] = function
+        name = self._constant(f"call_{node.name}", function)
         named = [f"{key}={self._text(one)}" for key, one in node.kwargs.items()]
         self._lines.append(f"{node.name} = {name}({', '.join([*map(self._text, node.args), *named])})")
 
@@ -74,7 +75,13 @@ class _Writer(fx.Interpreter):
             return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
         if value is None or isinstance(value, bool | int | str):
             return repr(value)
-        name = f"constant_{len(self._space)}"
+        return self._constant("constant", value)
+
+    def _constant(self, name: str, value: Any) -> str:
+        """The name that it has: like this one, and no other value's."""
+        while name in self._names:
+            name += "_"
+        self._names.add(name)
         self._space[name] = value
         return name
 

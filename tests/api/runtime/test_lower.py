@@ -57,6 +57,21 @@ def test_an_operation_whose_namesake_gives_something_else_stays() -> None:
     assert torch.equal(lowered(module, (x_,))(x_), module(x_))
 
 
+def test_no_constant_takes_the_name_of_another_value() -> None:
+    """Whatever the group's own values are called."""
+    graph = fx.Graph()
+    x = graph.placeholder("call_mul_tensor")
+    names = ["group", "constant", *(f"constant_{at}" for at in range(9))]
+    kept = [graph.get_attr(name) for name in names]
+    y = graph.call_function(aten.mul.Tensor, (x, 0.5))
+    for one in kept:
+        y = graph.call_function(aten.add.Tensor, (y, one))
+    graph.output(y)
+    module = group(graph, **{name: torch.randn(4) for name in names})
+    x_ = torch.randn(3, 4)
+    assert torch.equal(lowered(module, (x_,))(x_), module(x_))
+
+
 def test_a_value_is_freed_when_it_has_been_read() -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
