@@ -100,10 +100,12 @@ def create_app(service: Service) -> ASGIApp:
     _lookup_routes(app, service)
     _event_routes(app, service)
     _operation_routes(app, service)
+    types = _TYPES
     if service.settings.models:
-        inference.inference_routes(app, service)
+        inference.routes(app, service)
+        types = types + inference.TYPES
     error_handlers(app)
-    add_schemas(app, _TYPES + (inference.TYPES if service.settings.models else []))
+    add_schemas(app, types)
     return Shortcut(app, hot)
 
 

@@ -60,7 +60,7 @@ _EXAMPLE = {
 }
 
 
-def inference_routes(app: FastAPI, service: Service) -> None:
+def routes(app: FastAPI, service: Service) -> None:
     """What `/v2` answers."""
 
     @app.get("/v2", summary="this server", openapi_extra=documented(gives=ServerMeta))

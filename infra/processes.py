@@ -106,25 +106,36 @@ def listing(folder: Path) -> list[Process]:
     return [process for process in found if process and process.alive()]
 
 
+def end(process: Process, *, kill: bool = False) -> bool:
+    """SIGTERM, or SIGKILL to its whole session; waits for nothing. False if it is not alive any more (a stranger with
+    its pid is left alone).
+    """
+    if not process.alive():
+        return False
+    try:
+        if kill:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def stop(process: Process, deadline_s: float = 15.0) -> bool:
     """SIGTERM, and after the deadline SIGKILL to its whole session. True if it ended by itself; its file is removed.
 
     Raises ProcessError if even that did not end it within five seconds (a process in uninterruptible sleep).
     """
-    willing = _signal(process, signal.SIGTERM, whole_session=False) is False or _ended(process, deadline_s)
+    willing = not end(process) or _ended(process, deadline_s)
     if not willing:
-        _signal(process, signal.SIGKILL, whole_session=True)
+        end(process, kill=True)
         if not _ended(process, 5.0):
             raise ProcessError(f"{process.name} (pid {process.pid}) did not end, not even by SIGKILL.")
     recorded = _read(process.file)
     if recorded == process:
         process.file.unlink(missing_ok=True)
     return willing
-
-
-def end(process: Process, *, kill: bool = False) -> None:
-    """Signals it as `stop` does, and waits for nothing."""
-    _signal(process, signal.SIGKILL if kill else signal.SIGTERM, whole_session=kill)
 
 
 def stop_all(found: Sequence[Process], deadline_s: float = 15.0) -> None:
@@ -140,17 +151,6 @@ def _ended(process: Process, deadline_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
-    return True
-
-
-def _signal(process: Process, number: signal.Signals, *, whole_session: bool) -> bool:
-    """False if the process is not alive any more (a stranger with its pid is left alone)."""
-    if not process.alive():
-        return False
-    try:
-        (os.killpg if whole_session else os.kill)(process.pid, number)
-    except ProcessLookupError:
-        return False
     return True
 
 

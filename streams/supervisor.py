@@ -368,9 +368,9 @@ class Supervisor:
 
     def _activate(self, name: str | None) -> bool:
         """Whether API processes are loading it."""
-        back = name is not None and name == self.serving.previous  # it was served before, with or without an index
         if name is None:
             return False
+        back = name == self.serving.previous  # it was served before, with or without an index
         if not (back or self._retrieval_ready(name)):
             self._put(rollout.wait(self.serving, name, _INDEXED))
             return False

@@ -20,7 +20,7 @@ from api.runtime import arena, pointwise, product
 from api.runtime.pointwise import Loop
 
 _ATEN = torch.ops.aten
-_RUNS = 9
+_RUNS = 9  # of which the least counts
 _ACTIVATIONS = {_ATEN.relu.default: "relu", _ATEN.sigmoid.default: "sigmoid"}
 _OWN = {  # operations whose results are memory of their own
     *(_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.relu.default, _ATEN.sigmoid.default),
@@ -186,7 +186,7 @@ def _choose(weight: Tensor, bias: Tensor | None, activation: str, x: Tensor) -> 
 
 
 def seconds(form: Callable[..., Any], *calls: tuple[Any, ...]) -> float:
-    """CPU time of all calls one after the other, the least of some times: whatever else runs can only add to it."""
+    """CPU time of all calls one after the other, undisturbed: whatever else runs can only add to it."""
     took = []
     for _ in range(_RUNS):
         began = time.thread_time()

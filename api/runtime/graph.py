@@ -12,6 +12,7 @@ results are the same under every schedule.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import statistics
@@ -138,9 +139,21 @@ class Plan:
     places: tuple[tuple[int, ...], ...]  # of each value its slots: one, or one a block
     uses: tuple[int, ...]  # of each slot: how many steps, and outputs, read it
     blocks: int
-    waits: tuple[int, ...]  # of each step: for how many
-    first: tuple[int, ...]  # steps that wait for none
-    onward: tuple[tuple[int, tuple[int, ...]], ...]  # steps that others wait for, the last one first, with those
+
+    @functools.cached_property
+    def waits(self) -> list[int]:
+        """Of each step: for how many."""
+        return [len(step.waits) for step in self.steps]
+
+    @functools.cached_property
+    def first(self) -> list[int]:
+        """Steps that wait for none."""
+        return [at for at, step in enumerate(self.steps) if not step.waits]
+
+    @functools.cached_property
+    def onward(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Steps that others wait for, the last one first, with those."""
+        return [(at, step.then) for at, step in enumerate(self.steps) if step.then][::-1]
 
     def rows_of_block(self, block: int, rows: int) -> int:
         """As `torch.tensor_split` parts them: sizes differ by 1 at most."""
@@ -179,15 +192,7 @@ def _plan(graph: Graph, blocks: int) -> Plan:
         for read in places[place]:
             uses[read] += 1
     steps = [dataclasses.replace(step, then=tuple(after)) for step, after in zip(steps, then, strict=True)]
-    return Plan(
-        tuple(steps),
-        tuple(places),
-        tuple(uses),
-        blocks,
-        waits=tuple(len(step.waits) for step in steps),
-        first=tuple(at for at, step in enumerate(steps) if not step.waits),
-        onward=tuple((at, step.then) for at, step in reversed(list(enumerate(steps))) if step.then),
-    )
+    return Plan(tuple(steps), tuple(places), tuple(uses), blocks)
 
 
 def capture(

@@ -19,7 +19,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from infra import codegen
-from infra.codegen import F32, I64, Code
+from infra.codegen import F32, I64, Code, Matrix
 
 _PIECE = 256  # rows of the packed weights that are used for all rows of a chunk before the next ones
 _CHUNK = 512 << 10  # bytes of x and out that stay in the second cache while all weights go by
@@ -59,8 +59,9 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
     x, weights, bias, out, rows = code.function.args
     panels = _panels(columns)
     whole = sum(wide == width for _, wide in panels)
+    chunks = _ceiling(code, rows, max(most, _CHUNK // (4 * (inner + columns))))
 
-    def chunk(number: Any, _: list[Any], chunks: Any) -> list[Any]:
+    def chunk(number: Any, _: list[Any]) -> list[Any]:
         begun, height = _part(code, rows, chunks, number)
         blocks = _ceiling(code, height, most)
 
@@ -71,10 +72,10 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
 
             def block(number: Any, _: list[Any]) -> list[Any]:
                 build = code.build
-                start, height_ = _part(code, height, blocks, number)
-                start = build.add(begun, start)
+                within, size = _part(code, height, blocks, number)
+                start = build.add(begun, within)
                 after = code.function.append_basic_block()
-                choice = build.switch(height_, after)
+                choice = build.switch(size, after)
                 for count in range(1, most + 1):
                     inside = code.function.append_basic_block()
                     choice.add_case(I64(count), inside)
@@ -98,8 +99,7 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
                 panel(I64(begin), wide, first)
         return []
 
-    chunks = _ceiling(code, rows, max(most, _CHUNK // (4 * (inner + columns))))
-    code.loop(chunks, lambda number, values: chunk(number, values, chunks), [])
+    code.loop(chunks, chunk, [])
     return code.compiled()
 
 
@@ -140,13 +140,8 @@ def _rows(
     else:
         sums = [code.vector(bias, begin, kind)] * count
 
-    def step(k: Any, sums: list[Any]) -> list[Any]:
-        build = code.build
-        own = code.vector(weights, build.mul(k, I64(wide)), kind)
-        one = [build.load(build.gep(base, [build.add(k, I64(r * inner))])) for r in range(count)]
-        return [code.multiply_add(code.spread(a, kind), own, value) for a, value in zip(one, sums, strict=True)]
-
-    for r, value in enumerate(code.loop(depth, step, sums)):
+    places = [I64(r) for r in range(count)]
+    for r, value in enumerate(code.product(sums, places, depth, Matrix(base, inner), Matrix(weights, wide))):
         if relu and first + depth == inner:
             zero = ir.Constant(kind, None)
             value = code.build.select(code.build.fcmp_ordered("<", value, zero), zero, value)  # NaN stays
