@@ -46,16 +46,21 @@ class Matrix:
 class Code:
     """A function under construction, with the few forms of code that it is made of."""
 
-    def __init__(self, name: str, arguments: Sequence[Any]) -> None:
-        """`arguments`: types, I64 for a number and pointers for addresses."""
-        self._module = ir.Module(name)
-        self.function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), arguments), name)
+    def __init__(self, name: str, arguments: Sequence[Any], caller: Code | None = None, answers: bool = False) -> None:
+        """`arguments`: types, I64 for a number and pointers for addresses. `caller`: the function that calls it, where
+        it is a part of that one. `answers`: gives an I64, else nothing."""
+        self._module: Any = caller._module if caller else ir.Module(name)
+        self._answers = answers
+        kind = ir.FunctionType(I64 if answers else ir.VoidType(), arguments)
+        self.function = ir.Function(self._module, kind, self._module.get_unique_name(name))
+        if caller:
+            self.function.linkage = "internal"
         for argument in self.function.args:
             if isinstance(argument.type, ir.PointerType):
                 argument.add_attribute("noalias")
         self.build = ir.IRBuilder(self.function.append_basic_block())
 
-    def compiled(self) -> Callable[..., None]:
+    def compiled(self) -> Callable[..., Any]:
         """The finished function as a ctypes function, which releases the GIL."""
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -64,13 +69,16 @@ class Code:
         engine = llvm.create_mcjit_compiler(self.optimised(machine), machine)
         engine.finalize_object()
         arguments = [ctypes.c_int64 if own.type == I64 else ctypes.c_void_p for own in self.function.args]
-        function = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(self.function.name))
+        address = engine.get_function_address(self.function.name)
+        function = ctypes.CFUNCTYPE(ctypes.c_int64 if self._answers else None, *arguments)(address)
         function.engine = engine  # type: ignore[attr-defined]  # the code lives as long as its engine
+        function.address = address  # type: ignore[attr-defined]  # for other generated functions
         return function
 
     def optimised(self, machine: Any) -> Any:
         """The finished function as a module of LLVM, for any machine that LLVM knows (an llvmlite TargetMachine)."""
-        self.build.ret_void()
+        if not self._answers:
+            self.build.ret_void()
         parsed = llvm.parse_assembly(str(self._module))
         parsed.verify()
         builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
@@ -268,6 +276,12 @@ class Code:
     def relu(self, value: Any) -> Any:
         zero = ir.Constant(value.type, None)
         return self.build.select(self.build.fcmp_ordered(">", value, zero), value, zero)
+
+    def highest(self, value: Any) -> Any:
+        """The highest number of a vector."""
+        return self.build.call(
+            self._function(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, [value.type]), [value]
+        )
 
     def sum(self, value: Any, start: Any) -> Any:
         reduce = self._function(f"llvm.vector.reduce.fadd.v{value.type.count}f32", F32, [F32, value.type])

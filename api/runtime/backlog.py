@@ -50,7 +50,9 @@ class Backlog:
         self._live: dict[int, Query] = {}
         self._order: list[tuple[tuple[float, ...], Query]] = []  # by urgency, in which no two are equal
         self._ordered = -math.inf
-        self._usual = 0.0  # s of work of a query, as a mean in which older ones count less
+        self._usual = self._spread = (
+            0.0  # s of work of a query, and its difference: means in which older ones count less
+        )
 
     def __len__(self) -> int:
         return len(self._live)
@@ -72,10 +74,11 @@ class Backlog:
     def add(self, query: Query, now: float) -> None:
         self._live[query.number] = query
         self._usual += (query.left - self._usual) * (_NEWEST if self._usual else 1.0)
+        self._spread += (abs(query.left - self._usual) - self._spread) * _NEWEST
         insort(self._order, (self._urgency(query, now), query))
 
     def _urgency(self, query: Query, now: float) -> tuple[float, ...]:
-        return self._policy.urgency(query, now, self._usual or query.left or 1.0)
+        return self._policy.urgency(query, now, self._usual or query.left or 1.0, self._spread)
 
     def end(self, query: Query) -> None:
         """It takes no lane any more."""

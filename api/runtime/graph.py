@@ -377,8 +377,8 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
         if name not in found:
             module = split.get_submodule(name)
             assert isinstance(module, fx.GraphModule)
-            form = lowered(module if exact else forms.fastest(module, given), given)
-            found[name] = form, forms.seconds(form, given)
+            made = [lowered(module, given)] if exact else forms.forms(module, given)
+            found[name] = min(((form, forms.seconds(form, given)) for form in made), key=operator.itemgetter(1))
     return found
 
 
@@ -396,11 +396,11 @@ def _in_blocks(
     assert isinstance(module, fx.GraphModule)
     if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
         return None
-    tried = []
+    tried, made = [], forms.forms(module, given)
     for size in sorted({min(size, count) for size in (*sizes, count)}):
         parts = _pieces(given, parted, size)
-        form = lowered(forms.fastest(module, parts[0]), parts[0])
-        tried.append((forms.seconds(form, *parts) + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
+        whole, form = min(((forms.seconds(form, *parts), form) for form in made), key=operator.itemgetter(0))
+        tried.append((whole + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
     most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
     return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
 

@@ -4,7 +4,8 @@ A smaller urgency goes first. Classes come before all else, so low-priority work
 class. Within a class a query that would miss its deadline if it waited any longer goes before all that can wait; of
 others the one with the least work left, which finishes most queries soonest. What is left counts the less the longer a
 query has waited, by the square of the time, so that the last ones come hardly later than first come, first served would
-have them; docs/recos.md has other forms. Of one query's steps that of the longest path goes first, and of equals one
+have them; and the less so, the more queries differ, for where all are alike there is nothing to gain by another order.
+docs/recos.md has other forms. Of one query's steps that of the longest path goes first, and of equals one
 whose inputs this lane has just made.
 """
 
@@ -14,7 +15,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-AGEING = 0.05
+AGEING = 0.03
+_ALIKE = 1e-3  # of the work of a usual query: what differs by less does not differ
 
 
 class Waiting(Protocol):
@@ -38,18 +40,19 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """A query that has waited t times the work of a usual query goes before one that has just come and has
-    `ageing` t^2 times that work less. `ageing` 0 is shortest work first; `fifo` first come, first served."""
+    """A query that has waited t times as long as the work of queries usually differs goes before one that has just come
+    and has `ageing` t^2 times a usual query's work less. `ageing` 0 is shortest work first; `fifo` first come, first
+    served."""
 
     ageing: float = AGEING
     fifo: bool = False
 
-    def urgency(self, one: Waiting, now: float, usual: float) -> tuple[float, ...]:
-        """`usual`: s of work of a usual query."""
+    def urgency(self, one: Waiting, now: float, usual: float, spread: float) -> tuple[float, ...]:
+        """`usual`: s of work of a usual query; `spread`: by how much others usually differ from it."""
         if self.fifo:
             return (one.number,)
         late = one.deadline - now <= 2 * one.path
-        waited = (now - one.arrived) / usual
+        waited = (now - one.arrived) / max(spread, _ALIKE * usual)
         return (one.priority, not late, one.left - self.ageing * usual * waited**2, one.number)
 
     def step(self, ready: Sequence[Ready], lane: int) -> int:

@@ -32,13 +32,13 @@ def _tile() -> tuple[int, int]:
 
 def fits(inner: int, columns: int) -> bool:
     """Whether a layer of these sizes can be one."""
-    return inner >= 16 and columns % 8 == 0
+    return inner > 0 and columns >= 8
 
 
 def _panels(columns: int) -> list[tuple[int, int]]:
-    """First column and width of each: as many wide ones as there are, then halves and a quarter."""
+    """First column and width of each: as many wide ones as there are, then halves."""
     found, begin = [], 0
-    for width in (_tile()[1], 16, 8):
+    for width in (_tile()[1], 16, 8, 4, 2, 1):
         while columns - begin >= width:
             found.append((begin, width))
             begin += width

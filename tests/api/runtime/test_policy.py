@@ -30,7 +30,7 @@ class Waits:
 
 
 def first(*queries: Waits, policy: Policy | None = None) -> int:
-    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0)).number
+    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0, 1.0)).number
 
 
 def test_who_goes_first() -> None:
