@@ -29,11 +29,11 @@ from api.runtime import forms
 from api.runtime.lower import lowered
 
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
-BLOCKS = (8, 16, 32, 64, 128)  # rows, to choose from
-PLACE_S = 15e-6  # what placing an operator costs
+BLOCKS = (8, 16, 32, 64, 96)
+PLACE_S = 40e-6  # what one more operator costs on lanes that are busy: to place it, and to read its weights again
 _PLANS = 256  # blocks of a query whose plan is kept; all of these take 13 MB
 _TIMED = 5  # runs of an example, of which the median counts
-_SMALLER = 0.05  # what a smaller block may cost, for others wait less long for its end
+_SMALLER = 0.02  # what a smaller block may cost, for others wait less long for its end
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
 
 
@@ -397,7 +397,7 @@ def _in_blocks(
     if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
         return None
     tried, made = [], forms.forms(module, given)
-    for size in sorted({min(size, count) for size in (*sizes, count)}):
+    for size in sorted({min(size, count) for size in sizes}):
         parts = _pieces(given, parted, size)
         whole, form = min(((forms.seconds(form, *parts), form) for form in made), key=operator.itemgetter(0))
         tried.append((whole + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))

@@ -4,9 +4,8 @@ A smaller urgency goes first. Classes come before all else, so low-priority work
 class. Within a class a query that would miss its deadline if it waited any longer goes before all that can wait; of
 others the one with the least work left, which finishes most queries soonest. What is left counts the less the longer a
 query has waited, by the square of the time, so that the last ones come hardly later than first come, first served would
-have them; and the less so, the more queries differ, for where all are alike there is nothing to gain by another order.
-docs/recos.md has other forms. Of one query's steps that of the longest path goes first, and of equals one
-whose inputs this lane has just made.
+have them; docs/recos.md has other forms. Where all are about alike no other order than that one gains anything. Of one
+query's steps that of the longest path goes first, and of equals one whose inputs this lane has just made.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-AGEING = 0.03
-_ALIKE = 1e-3  # of the work of a usual query: what differs by less does not differ
+AGEING = 0.05
+ALIKE = 0.3  # of the work of a usual query: by how much others differ that are alike
 
 
 class Waiting(Protocol):
@@ -40,9 +39,8 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """A query that has waited t times as long as the work of queries usually differs goes before one that has just come
-    and has `ageing` t^2 times a usual query's work less. `ageing` 0 is shortest work first; `fifo` first come, first
-    served."""
+    """A query that has waited t times the work of a usual query goes before one that has just come and has
+    `ageing` t^2 times that work less. `ageing` 0 is shortest work first; `fifo` first come, first served."""
 
     ageing: float = AGEING
     fifo: bool = False
@@ -52,7 +50,9 @@ class Policy:
         if self.fifo:
             return (one.number,)
         late = one.deadline - now <= 2 * one.path
-        waited = (now - one.arrived) / max(spread, _ALIKE * usual)
+        if spread < ALIKE * usual and self.ageing:
+            return (one.priority, not late, 0.0, one.number)
+        waited = (now - one.arrived) / usual
         return (one.priority, not late, one.left - self.ageing * usual * waited**2, one.number)
 
     def step(self, ready: Sequence[Ready], lane: int) -> int:

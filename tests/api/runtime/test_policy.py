@@ -29,8 +29,8 @@ class Waits:
     path: float = 1.0
 
 
-def first(*queries: Waits, policy: Policy | None = None) -> int:
-    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0, 1.0)).number
+def first(*queries: Waits, policy: Policy | None = None, spread: float = 1.0) -> int:
+    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0, spread)).number
 
 
 def test_who_goes_first() -> None:
@@ -39,6 +39,8 @@ def test_who_goes_first() -> None:
     assert first(Waits(0), Waits(1, left=9.0, arrived=-100.0)) == 1, "whoever has waited for long"
     assert first(Waits(0), Waits(1, left=9.0, path=3.0, deadline=5.0)) == 1, "who would be late"
     assert first(Waits(0, left=9.0), Waits(1), policy=Policy(fifo=True)) == 0, "who came first"
+    assert first(Waits(0, left=1.2), Waits(1), spread=0.2) == 0, "where all are about alike, too"
+    assert first(Waits(0, left=1.2), Waits(1), spread=0.2, policy=Policy(ageing=0.0)) == 1
     step = Policy().step
     assert step([Ready(0, 1.0, -1), Ready(1, 2.0, -1)], 0) == 1, "the longest path of one query"
     assert step([Ready(0, 1.0, -1), Ready(1, 1.0, 3)], 3) == 1, "where its input is"

@@ -2,8 +2,8 @@
 
 Every way runs in a process of its own (worker.py), in turns; a round is one turn of each, and a ratio is that of two
 turns of one round. Kernels: `eager` is the module in torch, `onnx` ONNX Runtime, `ours` the runtime's forms; runners
-that share kernels share a process. Rates of open loops are shares of what `same-p2` (our kernels, first come, first
-served) answers of the mix with 8 clients, measured before each.
+that share kernels share a process. Rates of open loops are shares of saturation: what `same-p2` (our kernels, first
+come, first served) answers of the mix while more of it comes than that, measured before each.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ TRIALS = ROOT / ".local" / "state" / "trials"
 CLIENTS = (1, 8, 15, 22, 30)
 PEAKS = (0.6, 0.9, 1.2)
 DEADLINES = 8  # of an open loop's queries: so many times what a query of the mix takes alone
+_MORE = 1.3  # times what eight clients are answered: more than can be
 HIGH = 20.0  # queries a second of the higher class, in the cell of classes
 
 
@@ -89,11 +90,15 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
     def ask(runner: str, **cell: Any) -> dict[str, Any]:
         return workers[KERNELS_OF[runner]]({"runner": runner, "seed": seed, "model": "mix", **cell})
 
-    def several(clients: int, name: str) -> float:
-        return statistics.median(float(ask("same-p2", clients=clients, seconds=seconds)[name]) for _ in range(3))
+    def several(name: str, **cell: Any) -> float:
+        return statistics.median(float(ask("same-p2", seconds=seconds, **cell)[name]) for _ in range(3))
+
+    def saturation() -> float:
+        more = _MORE * several("queries_per_s", clients=8)
+        return several("queries_per_s", shape="steady", peak=more, grace_s=0.0)
 
     first, peaks = before[0] if before else None, {}
-    alone: float = first["alone_mean_ms"] if first else several(1, "mean")
+    alone: float = first["alone_mean_ms"] if first else several("mean", clients=1)
     cells: dict[str, dict[str, Any]] = defaultdict(dict)
     for model in ("mix",) if quick else (*load.MODELS, "mix"):
         for clients in (1, 8, 30) if quick else CLIENTS:
@@ -103,7 +108,7 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
     for shape in ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal"):
         for peak in PEAKS:
             cell = f"open {shape} {peak}"
-            peaks[cell] = peak * several(8, "queries_per_s")
+            peaks[cell] = peak * saturation()
             for runner in KERNELS_OF:
                 own = {"shape": shape, "peak": peaks[cell], "seconds": 2 * seconds}
                 own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
@@ -234,22 +239,32 @@ def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: flo
         rows = {name: [number for number, _ in own["queries"]] for name, own in one["costs"].items()}
         return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
 
-    wrong = []
+    wrong, places = list[float](), list[float]()
     for one, real in zip(done, cells["open", "steady", "0.9"]["recos"], strict=True):
-        arrivals = arrived(one, one["peaks"]["open steady 0.9"], one["seed"], seconds)
-        wrong.append(abs(_took(arrivals, 2, Policy())[0] / real["p50"] - 1))
+        peak = one["peaks"]["open steady 0.9"]
+        arrivals = arrived(one, peak, one["seed"], seconds)
+        places.append(_place_s(arrivals, peak / 0.9))
+        wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
     report.figure("simulation_error", wrong, "of p50")
+    report.figure("place_us", [1e6 * one for one in places], "us")
     table: list[dict[str, object]] = []
     arrivals = arrived(done[0], 10_000, seed, 1.0)
     for name, policy in {"recos": Policy(), "fifo": Policy(fifo=True)}.items():
-        p50, p99 = _took(arrivals, 64, policy)
+        p50, p99 = _took(arrivals, 64, policy, statistics.median(places))
         table.append({"policy": name, "queries": len(arrivals), "p50_ms": p50, "p99_ms": p99})
     report.table("simulated_64_lanes", table)
 
 
-def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy) -> tuple[float, float]:
+def _place_s(arrivals: Sequence[Arrival], saturation: float) -> float:
+    """What a step takes of two lanes beside its cost, by how many queries a second they answer at most."""
+    steps = [one.model.costs(one.model.graph.plan(one.rows), one.rows) for one in arrivals]
+    work, count = sum(map(sum, steps)), sum(map(len, steps))
+    return max(0.0, (2 * len(arrivals) / saturation - work) / count)
+
+
+def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: float) -> tuple[float, float]:
     """p50 and p99, ms."""
-    ended = simulate(arrivals, lanes, policy).ended
+    ended = simulate(arrivals, lanes, policy, place_s).ended
     took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
     return statistics.median(took), took[int(0.99 * len(took))]
 

@@ -1,8 +1,8 @@
 """`python -m tests.bench.recos.worker KERNELS SEED`: runs cells in a process of its own, one a line of standard input.
 
-A cell is JSON: {"runner", "model", "seconds", "seed", "clients", "peak", "shape", "within_s", "of_class"}; its answer
-is one line of JSON. Latencies are from the moment that a query was to come, and queries that have not ended count at
-their age.
+A cell is JSON: {"runner", "model", "seconds", "seed", "clients", "peak", "shape", "within_s", "of_class", "grace_s"};
+its answer is one line of JSON. Latencies are from the moment that a query was to come, and queries that have not ended
+count at their age.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def run(runner: Runner, queries: dict[str, list[Query]], cell: dict[str, Any], s
         asked.submit(runner, queries[name][place], began + at, 0, within_s, lambda: None)
     while time.monotonic() < began + seconds:
         time.sleep(max(0.0, began + seconds - time.monotonic()))
-    while moments and asked.began and time.monotonic() < began + seconds + _GRACE_S:
+    grace_s = cell.get("grace_s", _GRACE_S)
+    while moments and asked.began and time.monotonic() < began + seconds + grace_s:
         time.sleep(0.01)
     return asked
 
