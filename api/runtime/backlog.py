@@ -34,9 +34,8 @@ class Query:
         self.waits = list(plan.waits)
         self.ready = [Ready(at, paths[at], -1) for at in plan.first]
 
-    def finish(self, step: int, lane: int) -> int:
-        """How many steps are ready now because this one has run."""
-        self.unfinished -= 1
+    def follow(self, step: int, lane: int) -> int:
+        """How many steps are ready now because what this one makes is there, or will be before they read it."""
         before = len(self.ready)
         for after in self.plan.steps[step].then:
             self.waits[after] -= 1
@@ -85,6 +84,8 @@ class Backlog:
         """It takes no lane any more."""
         query.ended = True
         self._live.pop(query.number, None)
+        if not self._live:
+            self._order.clear()  # which holds their values
 
     def take(self, lane: int, now: float) -> tuple[Query, int, int] | None:
         """The next query for a lane, its step, and the lane that made the step's newest input. The step is -1 where the

@@ -5,10 +5,11 @@ the example when a model is loaded. Forms differ from the module by rounding alo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from api.runtime import native
 from api.runtime.lower import lowered
@@ -24,11 +25,24 @@ def forms(module: fx.GraphModule, given: tuple[Any, ...]) -> list[Form]:
 
 
 def seconds(form: Form, *calls: tuple[Any, ...]) -> float:
-    """CPU time of all calls one after the other, undisturbed: whatever else runs can only add to it."""
-    took = []
+    """The time of all calls one after the other, undisturbed: whatever else runs can only add to it."""
+    took, now = [], clock([value for given in calls for value in given])
     for _ in range(_RUNS):
-        began = time.thread_time()
+        began = now()
         for given in calls:
             form(*given)
-        took.append(time.thread_time() - began)
+        took.append(now() - began)
     return min(took)
+
+
+def clock(values: Iterable[Any]) -> Callable[[], float]:
+    """Seconds of this thread's CPU; where values are on a GPU those that pass until it has done all."""
+    device = next((one.device for one in values if isinstance(one, Tensor) and one.is_cuda), None)
+    if device is None:
+        return time.thread_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now

@@ -16,7 +16,6 @@ import functools
 import math
 import operator
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -127,7 +126,10 @@ class Step:
     then: tuple[int, ...]  # steps that wait for this one
 
     def run(self, slots: Sequence[Any]) -> tuple[Any, ...]:
-        found = self.call(*[slots[slot] for slot in self.inputs])
+        return self.made(self.call(*[slots[slot] for slot in self.inputs]))
+
+    def made(self, found: Any) -> tuple[Any, ...]:
+        """What the call has given, by output."""
         return (found,) if len(self.outputs) == 1 else tuple(found)
 
 
@@ -294,12 +296,13 @@ def _with_rows(whole: fx.GraphModule) -> set[str]:
 def _costs(whole: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, float]:
     """Seconds of each operation."""
     found: dict[str, list[float]] = {}
+    now = forms.clock(example)
 
     class Timed(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            began = time.thread_time()
+            began = now()
             value = super().run_node(n)
-            found.setdefault(n.name, []).append(time.thread_time() - began)
+            found.setdefault(n.name, []).append(now() - began)
             return value
 
     for _ in range(_TIMED + 1):

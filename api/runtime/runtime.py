@@ -1,9 +1,9 @@
 """Queries of any models on a few lanes, operator by operator.
 
-A lane is a thread that runs one step at a time, with one thread inside of it; between two steps it asks the backlog
-what is next, of all queries. So a short query waits for a step and not for a whole other query, one that is cancelled
-or late takes no lane after its current step, and the cores have no more threads than there are lanes. Results do not
-depend on the schedule: the same operators run on the same inputs, whatever the order.
+A lane (lane.py: a core, or a stream of a GPU) is driven by a thread that has it run one step after the other; between
+two steps it asks the backlog what is next, of all queries. So a short query waits for a step and not for a whole other
+query, one that is cancelled or late takes no lane after its current step, and the cores have no more threads than there
+are lanes. Results do not depend on the schedule: the same operators run on the same inputs, whatever the order.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
-import torch
-
 from api.runtime.backlog import Backlog, Query
+from api.runtime.lane import Cpu, Device, Lane, Mark
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.watch import CANCELLED, DONE, FAILED, LATE, Observer
@@ -44,10 +44,21 @@ class _Query(Query):
         plan = model.graph.plan(rows)
         super().__init__(number, plan, model.costs(plan, rows), priority, now, deadline)
         self.model, self.rows = model, rows
+        self.marks: dict[int, tuple[int, Mark]] = {}  # of slots that may not be there yet: whose lane makes them
         self.answer: Future[Any] = Future()
         self.slots = model.graph.begun(inputs, plan)
         self.uses = list(plan.uses)
         self.bytes = model.graph.bytes_of(rows)
+
+    def after(self, step: int, lane: int) -> Sequence[Mark]:
+        """Marks of what a step reads that is not made by this lane: one of each other step."""
+        if not self.marks:
+            return ()
+        found = [self.marks[slot] for slot in self.plan.steps[step].inputs if slot in self.marks]
+        return list(dict.fromkeys(mark for number, mark in found if number != lane))
+
+
+_Begun = tuple[_Query, int, Mark]  # a step that has not ended
 
 
 class Runtime:
@@ -59,13 +70,19 @@ class Runtime:
         policy: Policy | None = None,
         bytes_max: float = math.inf,
         observer: Observer | None = None,
+        device: Device | None = None,
     ) -> None:
-        self._observer = observer or Observer()
+        """`device`: of which the lanes are; None: cores."""
+        self._observer, self._device = observer or Observer(), device or Cpu()
         self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
         self._count, self._closed, self._idle = 0, False, 0
-        self._free = lanes  # that run nothing and are not lent
         self._bytes, self._bytes_max = 0, bytes_max
-        self._lanes = [threading.Thread(target=self._lane, args=(lane,), name=f"lane-{lane}") for lane in range(lanes)]
+        made = [self._device.lane() for _ in range(lanes)]
+        self._free = sum(lane.depth for lane in made)  # steps that may begin, on lanes that are not lent
+        self._lanes = [
+            threading.Thread(target=self._drive, args=(number, lane), name=f"lane-{number}")
+            for number, lane in enumerate(made)
+        ]
 
     def start(self) -> None:
         for lane in self._lanes:
@@ -109,8 +126,12 @@ class Runtime:
         """
         rows = model.graph.rows_of(inputs) if rows is None else rows
         now = time.monotonic()
-        query = _Query(-1, model, inputs, rows, priority, now, now + within_s)
+        given, mark = self._device.given(inputs)
+        query = _Query(-1, model, given, rows, priority, now, now + within_s)
         query.strict = strict
+        if mark is not None:
+            slots = [slot for places in query.plan.places[: model.graph.inputs] for slot in places]
+            query.marks = dict.fromkeys(slots, (-1, mark))
         with self._wake:
             if self._closed:
                 raise CancelledError
@@ -149,34 +170,56 @@ class Runtime:
         if self._idle and steps > 0:
             self._wake.notify(steps)
 
-    def _lane(self, lane: int) -> None:
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            taken = self._take(lane)
-            while taken is not None:
-                query, number = taken
-                began = time.perf_counter()
-                made: tuple[Any, ...] | Exception
-                try:
-                    made = query.plan.steps[number].run(query.slots)
-                except Exception as error:
-                    made = error
-                took = time.perf_counter() - began
-                with self._wake:  # once from step to step
-                    self._free += 1
-                    self._observer.end(lane)
-                    complete = self._done(query, number, made, took, lane)
-                    taken = None if complete else self._take(lane)
-                if complete:
-                    if query.answer.set_running_or_notify_cancel():
-                        query.answer.set_result(query.model.graph.result(query.slots, query.plan))
-                    taken = self._take(lane)
+    def _drive(self, number: int, lane: Lane) -> None:
+        begun = deque[_Begun]()
+        taken: tuple[_Query, int] | None = None
+        with lane.entered():
+            while taken or begun or (taken := self._take(number, wait=True)):
+                taken = self._go_on(number, lane, begun, taken)
 
-    def _take(self, lane: int) -> tuple[_Query, int] | None:
-        """The next step; None: the runtime is closed."""
+    def _go_on(
+        self, number: int, lane: Lane, begun: deque[_Begun], taken: tuple[_Query, int] | None
+    ) -> tuple[_Query, int] | None:
+        """Begins a step, or waits for the first one that has begun; the next step, if there is one."""
+        made: tuple[Any, ...] | Exception | None = None
+        mark, took = None, 0.0
+        try:
+            if taken is not None:
+                query, step = taken
+                since = time.perf_counter()
+                made, mark = lane.begin(query.plan.steps[step], query.slots, query.after(step, number))
+                took = time.perf_counter() - since
+            else:
+                query, step, waited = begun.popleft()
+                took = waited.wait()
+        except Exception as error:
+            made = error
+        with self._wake:  # once from step to step
+            if made is not None:
+                self._made(query, step, made, number, mark)
+            if mark is not None:
+                begun.append((query, step, mark))
+            complete = mark is None and self._ended(query, step, took, number)
+            if not complete:
+                return self._take(number) if len(begun) < lane.depth else None
+        self._answer(query, lane)
+        return self._take(number)
+
+    @staticmethod
+    def _answer(query: _Query, lane: Lane) -> None:
+        if query.answer.set_running_or_notify_cancel():
+            try:
+                query.answer.set_result(lane.result(lambda: query.model.graph.result(query.slots, query.plan)))
+            except Exception as error:
+                query.answer.set_exception(error)
+
+    def _take(self, lane: int, wait: bool = False) -> tuple[_Query, int] | None:
+        """The next step; None: the runtime is closed, or nothing can begin and the lane does not `wait`."""
         with self._wake:
             while not self._closed:
                 taken = self._backlog.take(lane, time.monotonic()) if self._free > 0 else None
+                if taken is None and not wait:
+                    return None
                 if taken is None:
                     self._idle += 1
                     self._wake.wait()
@@ -194,25 +237,36 @@ class Runtime:
                     return query, step
             return None
 
-    def _done(self, query: _Query, number: int, made: tuple[Any, ...] | Exception, took: float, lane: int) -> bool:
-        """Whether it was the query's last step. Under the lock."""
+    def _made(
+        self, query: _Query, number: int, made: tuple[Any, ...] | Exception, lane: int, mark: Mark | None
+    ) -> None:
+        """A step has given something, which is there after its mark. Under the lock."""
         if isinstance(made, Exception):
             self._fail(query, made)
+        if query.ended or isinstance(made, Exception):
+            return
+        step = query.plan.steps[number]
+        for slot, value in zip(step.outputs, made, strict=True):
+            query.slots[slot] = value
+        if mark is not None:
+            query.marks |= dict.fromkeys(step.outputs, (lane, mark))
+        self._rouse(query.follow(number, lane) - 1)  # this lane takes one itself
+
+    def _ended(self, query: _Query, number: int, took: float, lane: int) -> bool:
+        """Whether it was the query's last step. Under the lock."""
+        self._free += 1
+        self._observer.end(lane)
+        if query.ended:
             return False
         step = query.plan.steps[number]
         if query.model.learns:
             query.model.learn(step.operator, query.model.rows(query.plan, number, query.rows), took)
-        if query.ended:
-            return False
-        for slot, value in zip(step.outputs, made, strict=True):
-            query.slots[slot] = value
         for slot in step.inputs:
             query.uses[slot] -= 1
             if not query.uses[slot]:
                 query.slots[slot] = None  # its memory is free for the next
-        ready = query.finish(number, lane)
+        query.unfinished -= 1
         if query.unfinished:
-            self._rouse(ready - 1)  # this lane takes one itself
             return False
         self._leave(query, DONE)
         return True

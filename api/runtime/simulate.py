@@ -74,7 +74,8 @@ def simulate(
             free.append(lane)
             if query.ended:
                 continue
-            query.finish(step, lane)
+            query.follow(step, lane)
+            query.unfinished -= 1
             if not query.unfinished:
                 backlog.end(query)
                 ended[query.number] = now

@@ -39,10 +39,10 @@ class Observer:
         """A query was not taken."""
 
     def begin(self, query: int, step: Step, lane: int) -> None:
-        """A lane runs a step."""
+        """A lane runs a step, when those that it has begun before have ended."""
 
     def end(self, lane: int) -> None:
-        """It has ended, well or not."""
+        """The first of them has ended, well or not."""
 
     def left(self, query: int, how: str) -> None:
         """A query will begin nothing more; its running steps may end later."""
@@ -95,7 +95,7 @@ class Watch(Observer):
         self._traces = traces
         self._stays: dict[int, _Stay] = {}
         self._waiting = 0  # of these: no step runs
-        self._running: list[_Ran | None] = [None] * lanes
+        self._running = [deque[_Ran]() for _ in range(lanes)]  # the first one runs, others have begun behind it
         self._busy = [0.0] * lanes  # s not yet counted
         self._names: dict[int, str] = {}  # id of a model -> its name
         self._ran = deque[_Ran](maxlen=_REMEMBERED)
@@ -122,21 +122,17 @@ class Watch(Observer):
         self._dropped[REFUSED].inc()
 
     def begin(self, query: int, step: Step, lane: int) -> None:
-        now = time.monotonic()
-        stay = self._stays.get(query)
-        if stay is None:
-            return
+        now, stay = time.monotonic(), self._stays[query]
         if not stay.running:
             stay.waited += now - stay.idle
             self._waiting -= 1
         stay.running += 1
-        self._running[lane] = _Ran(query, stay.model, step, lane, now, now)
+        self._running[lane].append(_Ran(query, stay.model, step, lane, now, now))
 
     def end(self, lane: int) -> None:
-        now, ran = time.monotonic(), self._running[lane]
-        if ran is None:
-            return
-        self._running[lane] = None
+        now, ran = time.monotonic(), self._running[lane].popleft()
+        for behind in self._running[lane]:
+            behind.begin = now
         self._busy[lane] += now - ran.begin
         stay = self._stays.get(ran.query)
         if stay is not None:
@@ -172,7 +168,7 @@ class Watch(Observer):
         if self._traces is None or seen is None:
             return None
         now = time.monotonic()
-        running = [dataclasses.replace(one, end=now) for one in list(self._running) if one is not None]
+        running = [dataclasses.replace(one, end=now) for own in self._running for one in list(own)[:1]]
         ran = [one for one in [*self._ran.copy(), *running] if one.end >= seen.arrived]
         end = max((one.end for one in ran if one.query == seen.query), default=now)
         name = f"{time.time_ns()}-{model}-{os.getpid()}-{seen.query}{_END}"

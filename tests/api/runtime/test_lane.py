@@ -1,0 +1,225 @@
+"""What every kind of lane keeps: values are read when they are there and live until then, and errors are a query's own.
+
+Beside lanes of cores and of a GPU there are late ones here, whose steps run on a thread of their own some time after
+they have begun, as on a GPU: a value that is read too early, or by a lane that did not wait for it, is an error.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from api.runtime.graph import Step
+from api.runtime.lane import Cpu, Cuda, Device, Lane, Mark
+from api.runtime.model import Model
+from api.runtime.runtime import Runtime
+from tests.api.runtime.graphs import chain, made
+from tests.api.runtime.test_graph import captured, query
+from tests.conftest import wait_until
+
+NO_GPU = "" if torch.cuda.is_available() else "there is no GPU that torch can use"
+
+
+class _Value:
+    """What a late step will have made."""
+
+    made: Any = None
+
+
+class _LateMark:
+    def __init__(self) -> None:
+        self.ended, self.took = threading.Event(), 0.0
+        self.error: Exception | None = None
+
+    def wait(self) -> float:
+        assert self.ended.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.took
+
+
+class _LateLane:
+    depth = 2
+
+    def __init__(self) -> None:
+        self._work = queue.SimpleQueue[Callable[[], None] | None]()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        yield
+        self._work.put(None)
+        thread.join()
+
+    def _run(self) -> None:
+        while (one := self._work.get()) is not None:
+            one()
+            del one  # which holds what it has made
+
+    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
+        inputs = [weakref.ref(slots[slot]) for slot in step.inputs]  # it holds none of them
+        found, mark = tuple(_Value() for _ in step.outputs), _LateMark()
+
+        def work() -> None:
+            for one in after:
+                assert isinstance(one, _LateMark)
+                one.ended.wait(30)
+            time.sleep(random.uniform(0, 1e-3))  # as long as the step takes
+            began = time.perf_counter()
+            try:
+                given = [own() for own in inputs]
+                assert all(one is not None for one in given), "it was let go of too early"
+                read = [one.made if isinstance(one, _Value) else one for one in given]
+                assert all(one is not None for one in read), "it is read before it is there"
+                for value, one in zip(found, step.made(step.call(*read)), strict=True):
+                    value.made = one
+            except Exception as error:
+                mark.error = error
+            mark.took = time.perf_counter() - began
+            mark.ended.set()
+
+        self._work.put(work)
+        return found, mark
+
+    def result(self, call: Callable[[], Any]) -> Any:
+        return call().made
+
+
+class Late:
+    """Lanes that are ahead of what they have made."""
+
+    def lane(self) -> Lane:
+        return _LateLane()
+
+    def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
+        return inputs, None
+
+
+KINDS = [
+    pytest.param(Cpu, id="cpu"),
+    pytest.param(Late, id="late"),
+    pytest.param(Cuda, id="cuda", marks=pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)),
+]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def total(k: int, values: list[Any]) -> Tensor:
+    found: Tensor = sum(values) * 0.5 + k
+    return found
+
+
+def a_graph(seed: int) -> tuple[Model, list[list[int]]]:
+    chance = random.Random(seed)
+    waits = [sorted(chance.sample(range(k), min(k, chance.randint(0, 3)))) for k in range(12)]
+    waits.append([k for k in range(12) if not any(k in own for own in waits)])  # the last one reads what nobody has
+    return made([0.1] * 13, waits, total), waits
+
+
+@kinds
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_values_are_read_when_they_are_there(kind: type[Device], lanes: int) -> None:
+    graphs = [a_graph(seed) for seed in range(8)]
+    inputs = [torch.randn(16) for _ in range(64)]
+    with Runtime(lanes, device=kind()) as runtime:
+        answers = [runtime.submit(graphs[at % 8][0], one, rows=1) for at, one in enumerate(inputs)]
+        for at, (one, answer) in enumerate(zip(inputs, answers, strict=True)):
+            values: list[Tensor] = []
+            for k, before in enumerate(graphs[at % 8][1]):
+                values.append(total(k, [values[b] for b in before] or [one]))
+            torch.testing.assert_close(answer.result(30).cpu(), values[-1])
+        assert (len(runtime._backlog), runtime.bytes_held) == (0, 0)
+        wait_until(lambda: runtime._free == sum(kind().lane().depth for _ in range(lanes)), "all lanes are free")
+
+
+@kinds
+def test_an_error_is_its_querys_alone(kind: type[Device]) -> None:
+    def fails(k: int, values: list[Any]) -> Any:
+        if k == 1:
+            raise ValueError("no such row")
+        return total(k, values)
+
+    with Runtime(2, device=kind()) as runtime:
+        broken = [runtime.submit(made([0.1] * 4, [[], [0], [0], [1, 2]], fails), torch.ones(4)) for _ in range(8)]
+        fine = [runtime.submit(chain(0.1, 0.1, run=total), torch.ones(4)) for _ in range(8)]
+        for answer in broken:
+            with pytest.raises(ValueError, match="no such row"):
+                answer.result(30)
+        for answer in fine:
+            torch.testing.assert_close(answer.result(30).cpu(), torch.full((4,), 1.25))
+        wait_until(lambda: not len(runtime._backlog) and not runtime.bytes_held, "nothing is kept")
+
+
+@kinds
+def test_what_is_cancelled_begins_no_more_than_a_lane_is_ahead(kind: type[Device]) -> None:
+    began, ran = threading.Event(), list[int]()
+
+    def run(k: int, values: list[Any]) -> Tensor:
+        ran.append(k)
+        began.set()
+        assert gone.wait(30)
+        return total(k, values)
+
+    gone = threading.Event()
+    with Runtime(1, device=kind()) as runtime:
+        answer = runtime.submit(chain(*[0.1] * 9, run=run), torch.ones(4))
+        assert began.wait(30)
+        assert answer.cancel()
+        gone.set()
+        wait_until(lambda: not len(runtime._backlog), "it is dropped")
+        torch.testing.assert_close(
+            runtime.submit(chain(0.1, run=total), torch.ones(4)).result(30).cpu(), torch.full((4,), 0.5)
+        )
+    assert len(ran) <= kind().lane().depth
+    with pytest.raises(CancelledError):
+        answer.result(30)
+
+
+@kinds
+def test_nothing_of_a_query_is_left(kind: type[Device]) -> None:
+    held = weakref.WeakSet[Any]()
+
+    def run(k: int, values: list[Any]) -> Tensor:
+        found = total(k, values)
+        held.add(found)
+        return found
+
+    with Runtime(2, device=kind()) as runtime:
+        for _ in range(20):
+            answers = [runtime.submit(chain(0.1, 0.1, 0.1, run=run), torch.ones(4)) for _ in range(8)]
+            for answer in answers:
+                answer.result(30)
+        del answers, answer
+        wait_until(lambda: gc.collect() < 0 or not len(held), "no value is kept")
+
+
+@pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", ["wnd", "din", "dlrm", "bst"])
+def test_published_models_on_a_gpu(name: str, graphs: bool) -> None:
+    """Often enough that operators are CUDA graphs, on three streams at once."""
+    module, _ = captured(name)
+    with torch.inference_mode():
+        asked = [query(name, 2 + at % 40) for at in range(300)]
+        wanted = [module(*inputs) for inputs in asked]
+    from api.runtime.graph import capture
+
+    example = tuple(one.cuda() for one in query(name, 40))
+    model = Model(capture(module.cuda(), example, [None] * (len(example) - 1) + [0], blocks=(8,), grain_s=1e-4))
+    with Runtime(3, device=Cuda(graphs=graphs)) as runtime:
+        answers = [runtime.submit(model, *inputs) for inputs in asked]
+        for answer, own in zip(answers, wanted, strict=True):
+            torch.testing.assert_close(answer.result(60), own, atol=1e-4, rtol=1e-4)
+        assert runtime.bytes_held == 0
