@@ -32,13 +32,14 @@ class Function(nn.Module):
         """`nodes` are in the order of the graph; get_attr nodes among them are constants. Raises UnsupportedError, with
         the node."""
         super().__init__()
-        self._writer = writer = Writer(inputs, outputs)
+        self._writer = writer = Writer(nodes, inputs, outputs)
         for node in nodes:
             try:
                 _add(writer, node)
             except UnsupportedError as error:
                 raise UnsupportedError(node) from error
         self._inputs = [writer.shape(node) for node in inputs]
+        self._kinds = [(node.meta["val"].dtype, True) for node in inputs]
         self._outputs = [(writer.shape(node), node.meta["val"].dtype) for node in outputs]
         self._rows = next(
             (
@@ -58,7 +59,7 @@ class Function(nn.Module):
         del self._writer
 
     def forward(self, *values: Tensor) -> Any:
-        """Raises IndexError, and ValueError for inputs of other shapes."""
+        """Raises IndexError, and ValueError for inputs of other shapes or types."""
         rows = 1
         if self._rows is not None:
             at, dim, each = self._rows
@@ -67,6 +68,8 @@ class Function(nn.Module):
         values = tuple([value.contiguous() for value in values])
         if tuple([value.shape for value in values]) != shapes:
             raise ValueError(f"inputs have other shapes than {shapes}")
+        if [(value.dtype, value.is_cpu) for value in values] != self._kinds:
+            raise ValueError(f"inputs are not of {[dtype for dtype, _ in self._kinds]}, on the host")
         found = [torch.empty(shape, dtype=dtype) for shape, (_, dtype) in zip(made, self._outputs, strict=True)]
         if rows:
             places = [value.data_ptr() for value in (*values, *found)]

@@ -372,18 +372,14 @@ def _linear(writer: Writer, node: fx.Node, given: Any, by: Any, plus: Any = None
         return (
             found if bias is None else _combined(writer, node, [found, bias], lambda nest, a, b: nest.build.fadd(a, b))
         )
-    inside, last = [node], node
-    follower = _follower(last)
+    inside, follower = [node], _follower(writer, node)
     if follower is not None and follower.target is _ATEN.add.Tensor and not follower.kwargs:
-        (other,) = [one for one in follower.args if one is not last] or [None]
-        row = writer.value(other) if isinstance(other, fx.Node) and writer.known(other) else None
+        row = next((writer.values.get(one) for one in follower.all_input_nodes if one is not node), None)
         if row is not None and row.kind == F32 and times(row.shape) == row.shape[-1] == Size(0, columns):
             flat = writer.shaped(row, (Size(0, columns),))
-            if bias is not None:
-                flat = _plus(flat, bias)
-            bias, last = flat, follower
-            inside.append(last)
-            follower = _follower(last)
+            bias = flat if bias is None else _plus(flat, bias)
+            inside.append(follower)
+            follower = _follower(writer, follower)
     relu = follower is not None and follower.target is _ATEN.relu.default
     if relu and follower is not None:
         inside.append(follower)
@@ -402,9 +398,10 @@ def _plus(a: Value, b: Value) -> Value:
     return Value(a.shape, F32, (*a.reads, *b.reads), element, None, True)
 
 
-def _follower(node: fx.Node) -> fx.Node | None:
-    """What alone reads it."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _follower(writer: Writer, node: fx.Node) -> fx.Node | None:
+    """The operation of the same function that alone reads it."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0] in writer.nodes else None
 
 
 @_of(_ATEN.matmul.default, _ATEN.bmm.default)

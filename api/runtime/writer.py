@@ -47,7 +47,8 @@ def _is_known(node: fx.Node) -> bool:
 class Writer:
     """Values of nodes, and the calls that compute those that are in memory."""
 
-    def __init__(self, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
+    def __init__(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
+        self.nodes = set(nodes)
         self.symbol: Any = None
         self._keeps: list[Any] = []  # what the function points at
         self.values: dict[fx.Node, Value] = {}
@@ -98,9 +99,6 @@ class Writer:
         return Size(int(each), 0)
 
     # values
-
-    def known(self, node: Any) -> bool:
-        return node in self.values
 
     def value(self, one: Any) -> Value:
         """Of a node, or of a number."""

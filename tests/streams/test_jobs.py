@@ -14,7 +14,7 @@ from infra import priority, processes
 from infra.kafka.topics import ensure_topics
 from infra.settings import Settings
 from streams.heartbeat import Heartbeat, read_heartbeat
-from streams.supervisor import Jobs
+from streams.jobs import Jobs
 from streams.worker import NEEDS_REFILL
 from tests.conftest import wait_until
 

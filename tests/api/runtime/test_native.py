@@ -236,6 +236,19 @@ def test_what_no_function_is_made_of_stays_between() -> None:
     assert native.fused(group(Of(lambda x: (x + 1) * (x * 2).add_(x).relu()), floats(7, 5))) is None, "order matters"
 
 
+def test_what_follows_a_layer_elsewhere_is_not_inside_of_it() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+            odd = torch.cumsum(row, dim=1)
+            return (self.layer(x) + odd).relu(), torch.cumsum(self.layer(x * 2.0), dim=1).relu()
+
+    check(Between(), lambda n: (floats(n, 16), floats(1, 8)), whole=False)
+
+
 def test_inputs_of_another_shape_are_refused_and_views_are_taken() -> None:
     form = native.fused(group(Of(lambda x, y: (x * y).relu()), floats(7, 5), floats(1, 5)))
     assert form is not None
@@ -243,6 +256,8 @@ def test_inputs_of_another_shape_are_refused_and_views_are_taken() -> None:
         form(floats(3, 5), floats(1, 4))
     with pytest.raises(ValueError, match="other shapes"):
         form(floats(3, 6), floats(1, 5))
+    with pytest.raises(ValueError, match=r"not of \[torch.float32"):
+        form(floats(3, 5).double(), floats(1, 5))
     x, y = floats(5, 3).t(), floats(1, 10)[:, ::2]
     torch.testing.assert_close(form(x, y)[0], (x * y).relu())
     assert form(floats(0, 5), y)[0].shape == (0, 5)
