@@ -240,7 +240,7 @@ class Code:
         self.loop(rows, scale, [])
 
     def exp(self, x: Any) -> Any:
-        """e^x of a vector of numbers <= 0, within 2 units of the last place; 0 below -87. x = n log 2 + r, |r| <=
+        """e^x of a vector of numbers <= 88, within 2 units of the last place; 0 below -87. x = n log 2 + r, |r| <=
         log(2) / 2; e^r by a polynomial (Cephes' expf), 2^n by its exponent."""
         build, kind = self.build, x.type
         whole = ir.VectorType(I32, kind.count)

@@ -50,9 +50,9 @@ class Backlog:
         self._live: dict[int, Query] = {}
         self._order: list[tuple[tuple[float, ...], Query]] = []  # by urgency, in which no two are equal
         self._ordered = -math.inf
-        self._usual = self._spread = (
-            0.0  # s of work of a query, and its difference: means in which older ones count less
-        )
+        self._count = 0  # of queries so far
+        # s of work of a query, and how much others differ from it: means in which older ones count less
+        self._usual = self._spread = 0.0
 
     def __len__(self) -> int:
         return len(self._live)
@@ -73,8 +73,11 @@ class Backlog:
 
     def add(self, query: Query, now: float) -> None:
         self._live[query.number] = query
-        self._usual += (query.left - self._usual) * (_NEWEST if self._usual else 1.0)
-        self._spread += (abs(query.left - self._usual) - self._spread) * _NEWEST
+        self._count += 1
+        newest, difference = max(_NEWEST, 1 / self._count), query.left - self._usual
+        self._usual += difference * newest
+        if self._count > 1:
+            self._spread += (abs(difference) - self._spread) * newest
         insort(self._order, (self._urgency(query, now), query))
 
     def _urgency(self, query: Query, now: float) -> tuple[float, ...]:

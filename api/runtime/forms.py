@@ -4,6 +4,7 @@ the example when a model is loaded. Forms differ from the module by rounding alo
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,12 +17,40 @@ from api.runtime.lower import lowered
 
 Form = Callable[..., Any]
 _RUNS = 9  # of which the least counts
+_ERROR = 1e-3  # of rounding, at most
+LOG = logging.getLogger(__name__)
 
 
 def forms(module: fx.GraphModule, given: tuple[Any, ...]) -> list[Form]:
     """All forms, for inputs of which `given` is an example. `module` is left as it is."""
-    fused = native.fused(module)
-    return [lowered(one, given) for one in (module, fused) if one is not None]
+    plain = lowered(module, given)
+    try:
+        fused = native.fused(module)
+        form = None if fused is None else lowered(fused, given)
+    except Exception:  # what torch can run is served, whatever is wrong with what is made of it
+        LOG.exception("a group of operations stays torch's: no function can be made of it")
+        return [plain]
+    if form is None:
+        return [plain]
+    if not _alike(form(*given), plain(*given)):
+        LOG.error("a group of operations stays torch's: its function gives something else")
+        return [plain]
+    return [plain, form]
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    """Whether they differ by rounding alone."""
+    if not isinstance(wanted, Tensor):
+        same = (
+            isinstance(found, tuple | list) and len(found) == len(wanted) if isinstance(wanted, tuple | list) else False
+        )
+        return all(map(_alike, found, wanted)) if same else bool(found == wanted)
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        return False
+    if not wanted.is_floating_point() or not wanted.numel():
+        return torch.equal(found, wanted)
+    size = float(wanted.abs().nan_to_num(posinf=0.0).max())
+    return torch.allclose(found, wanted, rtol=_ERROR, atol=_ERROR * size, equal_nan=True)
 
 
 def seconds(form: Form, *calls: tuple[Any, ...]) -> float:
@@ -42,7 +71,7 @@ def clock(values: Iterable[Any]) -> Callable[[], float]:
         return time.thread_time
 
     def now() -> float:
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()  # not the device: another stream may be recorded as a graph
         return time.perf_counter()
 
     return now

@@ -130,7 +130,11 @@ class Step:
 
     def made(self, found: Any) -> tuple[Any, ...]:
         """What the call has given, by output."""
-        return (found,) if len(self.outputs) == 1 else tuple(found)
+        if len(self.outputs) == 1:
+            return (found,)
+        if len(found) != len(self.outputs):
+            raise ValueError(f"an operator gave {len(found)} values instead of {len(self.outputs)}")
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

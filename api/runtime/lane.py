@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from api.runtime.graph import Step
 
 _WARM = 3  # runs of an operator on inputs of the same shapes, after which it is a CUDA graph
-_GRAPHS = 256  # of a lane, the newest
+_GRAPHS = 64  # of an operator, on each lane: the shapes that came first
 
 
 class Mark(Protocol):
@@ -107,8 +108,8 @@ class _CudaMark:
 
 
 def _event() -> torch.cuda.Event:
-    """On the stream of this thread."""
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    """On the stream of this thread; who waits for it takes no core."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
@@ -117,8 +118,9 @@ class _CudaLane:
     depth = 2  # so that the device has the next step when one ends
 
     def __init__(self, device: torch.device, graphs: bool) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._replays = _Replays(self._stream) if graphs else None
+        self._device = device
+        self._stream, self._results = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._replays = _Replays() if graphs else None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -126,67 +128,77 @@ class _CudaLane:
         with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
-    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
+    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark], /) -> tuple[tuple[Any, ...], Mark | None]:
         for mark in after:
             assert isinstance(mark, _CudaMark)
             self._stream.wait_event(mark.end)
         inputs = [slots[slot] for slot in step.inputs]
-        start = _event()
-        found = self._replays.run(step.call, inputs) if self._replays else step.call(*inputs)
-        return step.made(found), _CudaMark(start, _event())
+        try:
+            call = self._replays.of(step.call, inputs) if self._replays else step.call
+            start = _event()
+            return step.made(call(*inputs)), _CudaMark(start, _event())
+        except Exception:
+            self._stream.synchronize()  # what it has begun reads what is now let go of
+            raise
 
     def result(self, call: Callable[[], Any]) -> Any:
-        found = call()
-        return found.cpu() if isinstance(found, Tensor) else tuple(one.cpu() for one in found)
+        with torch.cuda.stream(self._results):  # so that it waits for no step that has begun behind the query's last
+            found = call()
+            return found.cpu() if isinstance(found, Tensor) else tuple(one.cpu() for one in found)
+
+
+class _Replay:
+    """An operator as a CUDA graph, for inputs of some shapes. It reads and writes memory of its own, which its stream
+    keeps from two replays at once; inputs are copied there, results from there."""
+
+    def __init__(self, call: Callable[..., Any], inputs: Sequence[Tensor], pool: Any) -> None:
+        """Raises RuntimeError where an operation cannot be in a graph, as one that the host waits for."""
+        self._inputs, self._graph = [one.clone() for one in inputs], torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        self._graph.capture_begin(pool, "thread_local")  # others go on meanwhile
+        try:
+            self._found = call(*self._inputs)
+        finally:
+            self._graph.capture_end()
+        many = self._found if isinstance(self._found, tuple | list) else (self._found,)
+        if not all(isinstance(one, Tensor) for one in many):
+            raise RuntimeError("a graph gives tensors alone")
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value)
+        self._graph.replay()
+        found = self._found
+        return found.clone() if isinstance(found, Tensor) else tuple(one.clone() for one in found)
 
 
 class _Replays:
-    """Operators of one lane as CUDA graphs, one for each and the shapes of its inputs. A graph reads and writes memory
-    of its own, which the stream keeps from two of its replays at once; inputs are copied there, results from there."""
+    """Of one lane: they run one after the other, so all share one pool of memory. Those of an operator go with it."""
 
-    _capture = threading.Lock()  # of one lane at a time
+    _recording = threading.Lock()  # one lane at a time
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-        self._seen: dict[Any, int] = {}
-        self._made: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None] = {}
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._of: WeakKeyDictionary[Callable[..., Any], dict[Any, int | _Replay | None]] = WeakKeyDictionary()
 
-    def run(self, call: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    def of(self, call: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What gives what the call gives."""
         if not all(isinstance(one, Tensor) for one in inputs):
-            return call(*inputs)
-        key = call, tuple((one.shape, one.dtype) for one in inputs)
-        if key not in self._made:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= _WARM:
-                return call(*inputs)
-            self._note(key, self._captured(call, inputs))
-        replay = self._made[key]
-        if replay is None:
-            return call(*inputs)
-        graph, places, found = replay
-        for place, value in zip(places, inputs, strict=True):
-            place.copy_(value)
-        graph.replay()
-        return found.clone() if isinstance(found, Tensor) else tuple(one.clone() for one in found)
-
-    def _captured(
-        self, call: Callable[..., Any], inputs: Sequence[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
-        """None where an operation cannot be in a graph, as one that the host waits for."""
-        places, graph = [one.clone() for one in inputs], torch.cuda.CUDAGraph()
-        try:
-            with (
-                self._capture,
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                found = call(*places)
-        except RuntimeError:
-            return None
-        return graph, places, found
-
-    def _note(self, key: Any, replay: tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None) -> None:
-        self._made[key] = replay
-        if len(self._made) > _GRAPHS:
-            oldest = next(iter(self._made))
-            self._stream.synchronize()  # it may still be running
-            del self._made[oldest], self._seen[oldest]
+            return call
+        known = self._of.setdefault(call, {})
+        shapes = tuple((one.shape, one.dtype) for one in inputs)
+        if shapes not in known and len(known) >= _GRAPHS:
+            return call
+        found = known.get(shapes, 0)
+        if isinstance(found, int):
+            if found < _WARM:
+                known[shapes] = found + 1
+                return call
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                with self._recording:
+                    found = _Replay(call, inputs, self._pool)
+            except RuntimeError:
+                found = None
+            known[shapes] = found
+        return found or call

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from api.runtime import arena
+from api.runtime.nest import Value
 from api.runtime.operations import MAKERS
 from api.runtime.writer import UnsupportedError, Writer, attribute
 
 _ATEN = torch.ops.aten
 _SHAPES = 4_096  # numbers of rows whose shapes are kept
+_DEPTH = 32  # operations within each other that are computed where they are read
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -71,10 +73,9 @@ class Function(nn.Module):
         if [(value.dtype, value.is_cpu) for value in values] != self._kinds:
             raise ValueError(f"inputs are not of {[dtype for dtype, _ in self._kinds]}, on the host")
         found = [torch.empty(shape, dtype=dtype) for shape, (_, dtype) in zip(made, self._outputs, strict=True)]
-        if rows:
-            places = [value.data_ptr() for value in (*values, *found)]
-            if self._run(arena.scratch(self._scratch.each * rows + self._scratch.fixed), rows, *places):
-                raise IndexError("index out of range")
+        places = [value.data_ptr() for value in (*values, *found)]
+        if self._run(arena.scratch(self._scratch.each * rows + self._scratch.fixed), rows, *places):
+            raise IndexError("index out of range")
         return found[0] if len(found) == 1 else tuple(found)
 
     def _noted(self, rows: int) -> tuple[Shapes, Shapes]:
@@ -101,8 +102,20 @@ def _add(writer: Writer, node: fx.Node) -> None:
         given = inspect.signature(make).bind(writer, node, *node.args, **node.kwargs)
     except TypeError as error:  # an argument that it does not know
         raise UnsupportedError(node) from error
-    value = make(*given.args, **given.kwargs)
-    writer.values[node] = writer.placed(value) if value.works and len(node.users) > 1 else value
+    value: Value = make(*given.args, **given.kwargs)
+    if isinstance(node.meta["val"], Tensor) and value.shape != writer.shape(node):
+        raise UnsupportedError(node)
+    twice = value.works and _reads(node) > 1
+    if node not in writer.values:
+        writer.values[node] = writer.placed(value) if twice or value.depth > _DEPTH else value
+
+
+def _reads(node: fx.Node) -> int:
+    """How often others read it."""
+    found = list[fx.Node]()
+    for user in node.users:
+        fx.node.map_arg((user.args, user.kwargs), found.append)
+    return found.count(node)
 
 
 def fused(module: fx.GraphModule) -> fx.GraphModule | None:

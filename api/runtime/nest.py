@@ -92,6 +92,7 @@ class Value:
     place: Place | None = None
     works: bool = False  # computes something: not to be done twice
     lanes: int = LANES  # that it gives at most
+    depth: int = 0  # of elements within elements
 
     def view(self, shape: tuple[Size, ...], sources: Sequence[tuple[int | None, int]]) -> Value:
         """Of each of its dimensions: which one of the view it is, None for one element of it; and where it begins."""
@@ -114,7 +115,7 @@ class Value:
                     strides[dim] = stride
             else:
                 place = Place(self.place.buffer, tuple(strides), offset)
-        return Value(shape, self.kind, self.reads, element, place, self.works, self.lanes)
+        return Value(shape, self.kind, self.reads, element, place, self.works, self.lanes, self.depth)
 
 
 def stored(place: Place, shape: tuple[Size, ...]) -> Value:

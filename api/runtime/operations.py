@@ -46,8 +46,9 @@ def _combined(
     def element(nest: Nest, index: Sequence[Index], lanes: int) -> Any:
         return function(nest, *nest.alike(*(one.element(nest, index, lanes) for one in parts)))
 
-    reads = tuple(buffer for one in parts for buffer in one.reads)
-    return Value(shape, writer.kind(node), reads, element, None, works, min(one.lanes for one in parts))
+    reads = tuple(dict.fromkeys(buffer for one in parts for buffer in one.reads))
+    lanes, depth = min(one.lanes for one in parts), 1 + max(one.depth for one in parts)
+    return Value(shape, writer.kind(node), reads, element, None, works, lanes, depth)
 
 
 _ARITHMETIC: dict[Any, tuple[str, str]] = {
@@ -120,6 +121,8 @@ def _not(writer: Writer, node: fx.Node, x: Any) -> Value:
 
 @_of(_ATEN.masked_fill.Scalar)
 def _masked_fill(writer: Writer, node: fx.Node, x: Any, mask: Any, fill: float) -> Value:
+    if not isinstance(fill, int | float):
+        raise UnsupportedError(node)
     parts = writer.value(x), writer.value(mask), writer.value(float(fill))
     if writer.kind(node) != F32 or parts[1].kind != I8:
         raise UnsupportedError(node)
@@ -130,6 +133,8 @@ def _masked_fill(writer: Writer, node: fx.Node, x: Any, mask: Any, fill: float) 
 
 
 def _dim(dim: int, shape: Sequence[Size]) -> int:
+    if not shape:
+        raise UnsupportedError(shape)
     return dim % len(shape)
 
 
@@ -234,7 +239,7 @@ def _looked_up(table: Value, places: Value) -> Value:
 @_of(_ATEN.embedding.default)
 def _embedding(writer: Writer, node: fx.Node, weight: Any, x: Any, padding: int = -1) -> Value:
     table, ids = writer.placed(writer.value(weight)), writer.value(x)
-    if table.kind != F32 or ids.kind != I64:
+    if table.kind != F32 or ids.kind != I64 or table.shape[0].each:
         raise UnsupportedError(node)
     return _looked_up(table, writer.checked(ids, table.shape[0]))
 
@@ -260,7 +265,7 @@ def _embedding_bag(
     bags = writer.size(node.meta["val"][0].shape[0])
     if mode or weights is not None or last or padding is not None or not isinstance(step, int):
         raise UnsupportedError(node)
-    if ids.shape != (bags * Size(0, step),) or table.kind != F32 or ids.kind != I64:
+    if ids.shape != (bags * Size(0, step),) or table.kind != F32 or ids.kind != I64 or table.shape[0].each:
         raise UnsupportedError(node)
     places = writer.shaped(writer.checked(ids, table.shape[0]), (bags, Size(0, step)))
     return _summed(_looked_up(table, places), 1, (bags, table.shape[1]))
@@ -284,6 +289,7 @@ def _index(writer: Writer, node: fx.Node, x: Any, asked: Sequence[Any]) -> Value
     lists = {dim: attribute(asked[dim]) for dim in dims}
     sound = all(
         own.ndim == 1
+        and len(own) > 0
         and own.dtype == torch.int64
         and not value.shape[dim].each
         and int(own.min()) >= 0
@@ -360,9 +366,11 @@ def _pairs(a: Value, b: Value, shape: tuple[Size, ...], of_a: Sequence[int], of_
 def _linear(writer: Writer, node: fx.Node, given: Any, by: Any, plus: Any = None) -> Value:
     x, weight, shape = writer.value(given), writer.value(by), writer.shape(node)
     bias = None if plus is None else writer.value(plus)
-    if any(one is not None and one.kind != F32 for one in (x, weight, bias)):
+    if any(one is not None and one.kind != F32 for one in (x, weight, bias)) or len(weight.shape) != 2:
         raise UnsupportedError(node)
-    inner, columns = weight.shape[1].fixed, weight.shape[0].fixed
+    wide, columns, inner = weight.shape[0], weight.shape[0].fixed, weight.shape[1].fixed
+    if wide.each or weight.shape[1].each or (bias is not None and bias.shape != (wide,)):
+        raise UnsupportedError(node)
     if by.op != "get_attr" or not product.fits(inner, columns):
         if columns > 1 and x.works:
             x = writer.placed(x)
@@ -375,8 +383,9 @@ def _linear(writer: Writer, node: fx.Node, given: Any, by: Any, plus: Any = None
     inside, follower = [node], _follower(writer, node)
     if follower is not None and follower.target is _ATEN.add.Tensor and not follower.kwargs:
         row = next((writer.values.get(one) for one in follower.all_input_nodes if one is not node), None)
-        if row is not None and row.kind == F32 and times(row.shape) == row.shape[-1] == Size(0, columns):
-            flat = writer.shaped(row, (Size(0, columns),))
+        of_columns = row is not None and row.kind == F32 and (row.shape[-1:], times(row.shape)) == ((wide,), wide)
+        if row is not None and of_columns and writer.shape(follower) == shape:
+            flat = writer.shaped(row, (wide,))
             bias = flat if bias is None else _plus(flat, bias)
             inside.append(follower)
             follower = _follower(writer, follower)
@@ -395,7 +404,7 @@ def _plus(a: Value, b: Value) -> Value:
     def element(nest: Nest, index: Sequence[Index], lanes: int) -> Any:
         return nest.build.fadd(*nest.alike(a.element(nest, index, lanes), b.element(nest, index, lanes)))
 
-    return Value(a.shape, F32, (*a.reads, *b.reads), element, None, True)
+    return Value(a.shape, F32, (*a.reads, *b.reads), element, None, True, min(a.lanes, b.lanes))
 
 
 def _follower(writer: Writer, node: fx.Node) -> fx.Node | None:
@@ -542,7 +551,7 @@ def _layer_norm(
     epsilon: float = 1e-5,
     cudnn: bool = False,
 ) -> Value:
-    value, more = writer.value(given), [writer.value(one) for one in (weight, bias) if one is not None]
+    value, more = writer.value(given), [writer.placed(writer.value(one)) for one in (weight, bias) if one is not None]
     if len(sizes) != 1 or (bias is not None and weight is None) or any(one.kind != F32 for one in more):
         raise UnsupportedError(node)
     count = value.shape[-1].fixed

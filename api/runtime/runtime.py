@@ -95,9 +95,11 @@ class Runtime:
             self._wake.notify_all()
         for lane in self._lanes:
             lane.join()
-        for query in list(self._backlog):
-            assert isinstance(query, _Query)
-            query.answer.cancel()
+        with self._wake:
+            for query in list(self._backlog):
+                assert isinstance(query, _Query)
+                query.answer.cancel()
+                self._leave(query, CANCELLED)
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -135,13 +137,14 @@ class Runtime:
         with self._wake:
             if self._closed:
                 raise CancelledError
+            query.number = self._count  # behind all that waits
             if strict and within_s < math.inf and self._backlog.wait_of(query, len(self._lanes), now) > within_s:
                 self._observer.refused()
                 raise LateError("the deadline cannot be met with what waits already")
             if self._bytes + query.bytes > self._bytes_max:
                 self._observer.refused()
                 raise FullError(f"{query.bytes} bytes more are not free")
-            query.number, self._count = self._count, self._count + 1
+            self._count += 1
             self._bytes += query.bytes
             self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
@@ -199,9 +202,11 @@ class Runtime:
                 self._made(query, step, made, number, mark)
             if mark is not None:
                 begun.append((query, step, mark))
-            complete = mark is None and self._ended(query, step, took, number)
+            complete = mark is None and self._ended(query, step, took, number, newest=taken is not None)
             if not complete:
                 return self._take(number) if len(begun) < lane.depth else None
+            if self._idle:
+                self._wake.notify()  # for what this lane would do if it had no answer to put together
         self._answer(query, lane)
         return self._take(number)
 
@@ -227,14 +232,13 @@ class Runtime:
                     continue
                 query, step, _ = taken
                 assert isinstance(query, _Query)
-                if query.answer.cancelled():
-                    self._fail(query, None)
-                elif step < 0:
-                    self._fail(query, LateError("the deadline cannot be met any more"))
-                else:
+                if step >= 0 and not query.answer.cancelled():
                     self._free -= 1
                     self._observer.begin(query.number, query.plan.steps[step], lane)
                     return query, step
+                cancelled = query.answer.cancelled()
+                self._fail(query, None if cancelled else LateError("the deadline cannot be met any more"))
+                del query, taken  # a lane that waits holds nothing
             return None
 
     def _made(
@@ -252,10 +256,10 @@ class Runtime:
             query.marks |= dict.fromkeys(step.outputs, (lane, mark))
         self._rouse(query.follow(number, lane) - 1)  # this lane takes one itself
 
-    def _ended(self, query: _Query, number: int, took: float, lane: int) -> bool:
-        """Whether it was the query's last step. Under the lock."""
+    def _ended(self, query: _Query, number: int, took: float, lane: int, newest: bool) -> bool:
+        """Whether it was the query's last step; the `newest` of this lane, or the first one. Under the lock."""
         self._free += 1
-        self._observer.end(lane)
+        self._observer.end(lane, newest)
         if query.ended:
             return False
         step = query.plan.steps[number]
@@ -272,7 +276,7 @@ class Runtime:
         return True
 
     def _fail(self, query: _Query, error: Exception | None) -> None:
-        """Drops it; None: its caller has cancelled it. Under the lock."""
+        """Drops it; None: its caller has cancelled it. Under the lock, so what hears of the answer must not wait."""
         if not query.ended:
             self._leave(query, LATE if isinstance(error, LateError) else FAILED)
             if query.answer.set_running_or_notify_cancel():

@@ -41,8 +41,8 @@ class Observer:
     def begin(self, query: int, step: Step, lane: int) -> None:
         """A lane runs a step, when those that it has begun before have ended."""
 
-    def end(self, lane: int) -> None:
-        """The first of them has ended, well or not."""
+    def end(self, lane: int, newest: bool) -> None:
+        """The first of them has ended, well or not; or the `newest`, which could not begin."""
 
     def left(self, query: int, how: str) -> None:
         """A query will begin nothing more; its running steps may end later."""
@@ -129,10 +129,11 @@ class Watch(Observer):
         stay.running += 1
         self._running[lane].append(_Ran(query, stay.model, step, lane, now, now))
 
-    def end(self, lane: int) -> None:
-        now, ran = time.monotonic(), self._running[lane].popleft()
-        for behind in self._running[lane]:
-            behind.begin = now
+    def end(self, lane: int, newest: bool) -> None:
+        now, running = time.monotonic(), self._running[lane]
+        ran = running.pop() if newest else running.popleft()
+        if not newest and running:
+            running[0].begin = now
         self._busy[lane] += now - ran.begin
         stay = self._stays.get(ran.query)
         if stay is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from llvmlite import ir
@@ -207,20 +207,18 @@ class Writer:
         x, bias = self.dense(x), self.dense(bias)
         assert x.place is not None
         assert bias.place is not None
-        columns, inner = weight.shape
-        packed = self.constant(product.packed(weight)).place
-        assert packed is not None
-        run: Any = product.product(inner, columns, relu)
-        self._keeps.append(run)
         own, rows = Place(Buffer(F32, times(shape)), contiguous(shape)), times(x.shape[:-1])
-        places = x.place, packed, bias.place, own
-        code = self._code
+        places, code = (x.place, bias.place, own), self._code
 
         def call(where: Callable[[Buffer], Any]) -> None:
-            build, kind = code.build, ir.FunctionType(ir.VoidType(), [F32.as_pointer()] * 4 + [I64])
-            given = [build.gep(where(one.buffer), [_number(code, one.offset)]) for one in places]
-            function = build.inttoptr(I64(run.address), kind.as_pointer())
-            build.call(function, [*given, _number(code, rows)])
+            columns, inner = weight.shape
+            packed, run = product.packed(weight), cast(Any, product.product(inner, columns, relu))
+            self._keeps += [packed, run]
+            build, floats = code.build, F32.as_pointer()
+            read, plus, out = (build.gep(where(one.buffer), [_number(code, one.offset)]) for one in places)
+            function = ir.FunctionType(ir.VoidType(), [floats] * 4 + [I64]).as_pointer()
+            given = read, build.inttoptr(I64(packed.data_ptr()), floats), plus, out, _number(code, rows)
+            build.call(build.inttoptr(I64(run.address), function), given)
 
         self._tasks.append(_Task((x.place.buffer, bias.place.buffer), own.buffer, call))
         return stored(own, shape)

@@ -21,7 +21,7 @@ def made(costs: Sequence[float], waits: Sequence[Sequence[int]], run: Callable[[
             return run(k, list(values))
 
         operators.append(Operator(call, tuple(1 + before for before in waits[k]) or (0,), (1 + k,), cost))
-    return Model(Graph(1, tuple(operators), (len(costs),), single=True))
+    return Model(Graph(1, tuple(operators), (len(costs),), single=True, bytes=(8.0, 0.0)))
 
 
 def chain(*costs: float, run: Callable[[int, list[Any]], Any] = lambda k, values: (k, *values)) -> Model:

@@ -25,6 +25,7 @@ from api.runtime.graph import Step
 from api.runtime.lane import Cpu, Cuda, Device, Lane, Mark
 from api.runtime.model import Model
 from api.runtime.runtime import Runtime
+from api.runtime.watch import Observer
 from tests.api.runtime.graphs import chain, made
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
@@ -142,6 +143,46 @@ def test_values_are_read_when_they_are_there(kind: type[Device], lanes: int) -> 
             torch.testing.assert_close(answer.result(30).cpu(), values[-1])
         assert (len(runtime._backlog), runtime.bytes_held) == (0, 0)
         wait_until(lambda: runtime._free == sum(kind().lane().depth for _ in range(lanes)), "all lanes are free")
+
+
+def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
+    """As figures and timelines see it: the lane is busy with the first one until that ends."""
+
+    class Order(Observer):
+        def begin(self, query: int, step: Step, lane: int) -> None:
+            running.append(query)
+
+        def end(self, lane: int, newest: bool) -> None:
+            ended.append(running.pop() if newest else running.pop(0))
+
+    class FailsLater(_LateLane):
+        def begin(self, step: Step, *given: Any) -> tuple[tuple[Any, ...], Mark | None]:
+            if step.call is broken.graph.operators[0].run:
+                raise ValueError("cannot begin")
+            return super().begin(step, *given)
+
+    class Kind(Late):
+        def lane(self) -> Lane:
+            return FailsLater()
+
+    go, running, ended = threading.Event(), list[int](), list[int]()
+
+    def waits(k: int, values: list[Any]) -> Tensor:
+        assert go.wait(30)
+        return total(k, values)
+
+    slow, broken = chain(0.1, run=waits), chain(0.1, run=total)
+    with Runtime(1, device=Kind(), observer=Order()) as runtime:
+        first = runtime.submit(slow, torch.ones(4))
+        wait_until(lambda: running == [0], "it has begun")
+        second = runtime.submit(slow, torch.ones(4))
+        third = runtime.submit(broken, torch.ones(4))
+        go.set()
+        assert first.result(30).shape == second.result(30).shape
+        with pytest.raises(ValueError, match="cannot begin"):
+            third.result(30)
+        wait_until(lambda: not running, "all have ended")
+    assert sorted(ended) == [0, 1, 2]
 
 
 @kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
-from api.runtime import native, product
+from api.runtime import forms, native, product
 from api.runtime.native import Function
 from infra import codegen
 
@@ -68,7 +69,7 @@ class Of(nn.Module):
 
 
 def floats(*shape: int) -> Tensor:
-    return torch.randn(*shape)
+    return torch.randn(shape)
 
 
 @settings(max_examples=25, deadline=None)
@@ -131,6 +132,76 @@ def test_layers_and_what_follows_them(inner: int, columns: int, bias: bool) -> N
             return self.second(inside.sigmoid()), self.third(x).relu(), self.third(x) + self.first(x), inside
 
     check(Layers(), lambda n: (floats(n, inner), floats(1, columns)))
+
+
+def test_what_is_added_to_layers_has_many_shapes() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.number = nn.Linear(16, 8), nn.Parameter(torch.tensor(0.5))
+            self.weight = nn.Parameter(floats(8, 16))
+
+        def forward(self, x: Tensor, z: Tensor, high: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            by_number = self.one(x) + self.number
+            lazy = self.one(x) + z.sum(1)
+            normed = nn.functional.layer_norm(self.one(x), (8,), weight=z.sum(1))
+            higher = (self.one(x) + high).sum(1)
+            plain = nn.functional.linear(x, self.weight, bias)
+            return by_number, lazy, normed, higher, plain, nn.functional.linear(x, self.weight[0])
+
+    check(Odd(), lambda n: (floats(n, 16), floats(8, 5), floats(1, 1, 8), floats(8)), whole=False)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_layer_reads_no_more_of_its_bias_than_there_is(shape: tuple[int, ...]) -> None:
+    module = Of(lambda x, weight, bias: nn.functional.linear(x, weight, bias))
+    form = native.fused(group(module, floats(7, 16), floats(8, 16), floats(*shape)))
+    assert form is None, "torch's alone"
+
+
+def test_values_that_are_read_twice_by_one_operation_are_computed_once() -> None:
+    def squares(x: Tensor) -> tuple[Tensor, Tensor]:
+        value = x * 0.9
+        for _ in range(30):
+            value = value * value  # 2^30 elements if each reading computed it anew
+        return value, (x.sum(1) * 0.1) * (x.sum(1) + 1.0)
+
+    def long(x: Tensor) -> Tensor:
+        for at in range(700):
+            x = x * 0.999 + float(at % 3)
+        return x
+
+    check(Of(squares), lambda n: (torch.rand(n, 5),))
+    check(Of(long), lambda n: (torch.rand(n, 5),))
+
+
+@pytest.mark.parametrize("name", ["sub", "mul", "rsub", "div"])
+def test_whole_numbers(name: str) -> None:
+    made: dict[str, Callable[[Tensor], Tensor]] = {
+        "sub": lambda ids: ids - 3,
+        "mul": lambda ids: ids * ids,
+        "rsub": lambda ids: 1 - ids,
+        "div": lambda ids: ids / 2,
+    }
+    check(
+        Of(lambda ids, x: (made[name](ids), ids * x, (ids + 1) * 0.5)),
+        lambda n: (torch.arange(n * 4).view(n, 4), floats(4)),
+    )
+
+
+def test_views_and_sums_by_places_from_the_end() -> None:
+    def views(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (
+            x.sum(-1, keepdim=True) * 2.0,
+            x.sum(1, keepdim=True) - x,
+            (x * 2.0).permute(0, -1, 1) + 1.0,
+            x.select(-1, -2) * x[:, -1, 1:2],
+            x[:, -3:-1, 1:] * 3.0,
+            torch.cat([x, y.expand(x.shape[0], -1, -1), x[:, :1]], dim=1),
+            torch.cat([y, y * 2.0], dim=0),
+        )
+
+    check(Of(views), lambda n: (floats(n, 4, 5), floats(1, 2, 5)))
 
 
 class Tables(nn.Module):
@@ -200,6 +271,30 @@ def test_products(width: int) -> None:
     check(Of(products), lambda n: (floats(n, 4, 1, 6), floats(1, 4, 6, width), floats(3, 6)))
 
 
+@pytest.mark.parametrize("columns", [5, 33])
+def test_products_of_many_rows(columns: int) -> None:
+    def products(x: Tensor, y: Tensor, own: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return x @ y, own @ table, (own @ table) @ table.transpose(1, 2), own @ table[0]
+
+    check(
+        Of(products),
+        lambda n: (floats(n, 4, 3, 6), floats(n, 4, 6, columns), floats(n, 6), floats(5, 6, columns)),
+        rows=3,
+        whole=False,
+    )
+
+
+def test_several_threads_run_one_function() -> None:
+    module = Tables(16)
+    form = native.fused(group(module, torch.randint(0, 49, (7, 6))))
+    assert form is not None
+    asked = [torch.randint(0, 49, (1 + at % 40, 6)) for at in range(400)]
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        for ids, found in zip(asked, pool.map(form, asked), strict=True):
+            for ours, theirs in zip(found, module(ids), strict=True):
+                torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
 def test_pairs_by_constant_places() -> None:
     class Pairs(nn.Module):
         rows: Tensor
@@ -261,6 +356,29 @@ def test_inputs_of_another_shape_are_refused_and_views_are_taken() -> None:
     x, y = floats(5, 3).t(), floats(1, 10)[:, ::2]
     torch.testing.assert_close(form(x, y)[0], (x * y).relu())
     assert form(floats(0, 5), y)[0].shape == (0, 5)
+    both = native.fused(group(Of(lambda x, y: (x + 1.0, y * 2.0)), floats(7, 5), floats(1, 5)))
+    assert both is not None
+    empty, fixed = both(floats(0, 5), y)
+    assert empty.shape == (0, 5)
+    torch.testing.assert_close(fixed, y * 2.0)
+
+
+@pytest.mark.parametrize("wrong", ["raises", "another number"])
+def test_a_function_that_is_not_what_torch_computes_is_not_used(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, x = group(Of(lambda x: x.relu() * 2.0), floats(7, 5)), floats(7, 5)
+    assert len(forms.forms(module, (x,))) == 2
+
+    def broken(_: fx.GraphModule) -> fx.GraphModule:
+        if wrong == "raises":
+            raise RecursionError
+        return group(Of(lambda x: x.relu() * 2.1), floats(7, 5))
+
+    monkeypatch.setattr(native, "fused", broken)
+    (form,) = forms.forms(module, (x,))
+    torch.testing.assert_close(form(x)[0], x.relu() * 2.0)
+    assert "stays torch's" in caplog.text
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="made for x86-64")

@@ -88,6 +88,21 @@ def test_costs_are_learned_and_what_waits_decides_who_is_taken(models: dict[str,
         assert model.costs(model.graph.plan(8), 8) != before
 
 
+@pytest.mark.parametrize("policy", [Policy(), Policy(fifo=True)])
+def test_queries_that_are_alike_wait_for_each_other_so_one_that_comes_last_may_be_refused(policy: Policy) -> None:
+    gate, one = Gate(), torch.zeros(1)
+    same = chain(0.1, run=lambda k, values: k)
+    with Runtime(1, policy) as runtime:
+        blocker = runtime.submit(chain(0.1, run=gate), one)
+        assert gate.began.wait(30)
+        waiting = [runtime.submit(same, one) for _ in range(20)]
+        with pytest.raises(LateError, match="waits already"):
+            runtime.submit(same, one, within_s=1.0)
+        in_time = runtime.submit(same, one, within_s=30.0)
+        gate.go.set()
+        assert [answer.result(30) for answer in (blocker, *waiting, in_time)] == [0] * 22
+
+
 def test_a_higher_class_goes_first_and_what_is_cancelled_begins_nothing_more() -> None:
     gate, ran = Gate(), list[tuple[str, int]]()
 
