@@ -404,9 +404,11 @@ def _in_blocks(
     if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
         return None
     tried, made = [], forms.forms(module, given)
-    for size in sorted({min(size, count) for size in sizes}):
+    for size in sorted({min(size, count) for size in (*sizes, count)}):
         parts = _pieces(given, parted, size)
         whole, form = min(((forms.seconds(form, *parts), form) for form in made), key=operator.itemgetter(0))
+        if size > max(sizes) and whole > GRAIN_S:
+            break  # all rows at once, which lanes could share
         tried.append((whole + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
     most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
     return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
