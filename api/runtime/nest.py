@@ -48,6 +48,12 @@ def contiguous(shape: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(product(shape[at + 1 :]) for at in range(len(shape)))
 
 
+def aligned(own: Sequence[Size], shape: Sequence[Size]) -> list[tuple[int | None, int]]:
+    """The sources (`Value.view`) of a value that is broadcast to a shape."""
+    first = len(shape) - len(own)
+    return [(None if size == ONE and shape[first + dim] != ONE else first + dim, 0) for dim, size in enumerate(own)]
+
+
 @dataclasses.dataclass(eq=False)
 class Buffer:
     """Memory of one kind (F32, I64, I8), in whatever place native.py finds for it."""

@@ -16,7 +16,21 @@ from llvmlite import ir
 from torch import fx
 
 from api.runtime import product
-from api.runtime.nest import ONE, START, ZERO, Buffer, Index, Nest, Place, Size, Value, contiguous, pieces, stored
+from api.runtime.nest import (
+    ONE,
+    START,
+    ZERO,
+    Buffer,
+    Index,
+    Nest,
+    Place,
+    Size,
+    Value,
+    aligned,
+    contiguous,
+    pieces,
+    stored,
+)
 from api.runtime.nest import product as times
 from api.runtime.writer import UnsupportedError, Writer, attribute
 from infra.codegen import F32, I8, I64, Matrix
@@ -36,19 +50,21 @@ def _of(*targets: Any) -> Callable[[Maker], Maker]:
     return noted
 
 
-def _combined(
-    writer: Writer, node: fx.Node, parts: Sequence[Value], function: Callable[..., Any], works: bool = True
-) -> Value:
+def _combined(writer: Writer, node: fx.Node, parts: Sequence[Value], function: Callable[..., Any]) -> Value:
     """Element by element; `function(nest, *elements)` of elements that are all numbers or all vectors."""
     shape = writer.shape(node)
-    parts = [writer.broadcast(one, shape) for one in parts]
+    return _each([writer.broadcast(one, shape) for one in parts], shape, writer.kind(node), function)
+
+
+def _each(parts: Sequence[Value], shape: tuple[Size, ...], kind: Any, function: Callable[..., Any]) -> Value:
+    """The same, of values of that shape."""
 
     def element(nest: Nest, index: Sequence[Index], lanes: int) -> Any:
         return function(nest, *nest.alike(*(one.element(nest, index, lanes) for one in parts)))
 
     reads = tuple(dict.fromkeys(buffer for one in parts for buffer in one.reads))
     lanes, depth = min(one.lanes for one in parts), 1 + max(one.depth for one in parts)
-    return Value(shape, writer.kind(node), reads, element, None, works, lanes, depth)
+    return Value(shape, kind, reads, element, None, True, lanes, depth)
 
 
 _ARITHMETIC: dict[Any, tuple[str, str]] = {
@@ -377,16 +393,14 @@ def _linear(writer: Writer, node: fx.Node, given: Any, by: Any, plus: Any = None
         outer = len(shape) - 1
         pairs = _pairs(x, weight, (*shape, weight.shape[1]), [*range(outer), outer + 1], [outer, outer + 1])
         found = _summed(pairs, outer + 1, shape)
-        return (
-            found if bias is None else _combined(writer, node, [found, bias], lambda nest, a, b: nest.build.fadd(a, b))
-        )
+        return found if bias is None else _combined(writer, node, [found, bias], _plus)
     inside, follower = [node], _follower(writer, node)
     if follower is not None and follower.target is _ATEN.add.Tensor and not follower.kwargs:
         row = next((writer.values.get(one) for one in follower.all_input_nodes if one is not node), None)
         of_columns = row is not None and row.kind == F32 and (row.shape[-1:], times(row.shape)) == ((wide,), wide)
         if row is not None and of_columns and writer.shape(follower) == shape:
             flat = writer.shaped(row, (wide,))
-            bias = flat if bias is None else _plus(flat, bias)
+            bias = flat if bias is None else _each([flat, bias], (wide,), F32, _plus)
             inside.append(follower)
             follower = _follower(writer, follower)
     relu = follower is not None and follower.target is _ATEN.relu.default
@@ -400,11 +414,8 @@ def _linear(writer: Writer, node: fx.Node, given: Any, by: Any, plus: Any = None
     return found
 
 
-def _plus(a: Value, b: Value) -> Value:
-    def element(nest: Nest, index: Sequence[Index], lanes: int) -> Any:
-        return nest.build.fadd(*nest.alike(a.element(nest, index, lanes), b.element(nest, index, lanes)))
-
-    return Value(a.shape, F32, (*a.reads, *b.reads), element, None, True, min(a.lanes, b.lanes))
+def _plus(nest: Nest, a: Any, b: Any) -> Any:
+    return nest.build.fadd(a, b)
 
 
 def _follower(writer: Writer, node: fx.Node) -> fx.Node | None:
@@ -421,7 +432,10 @@ def _matmul(writer: Writer, node: fx.Node, left: Any, right: Any) -> Value:
     outer = len(shape) - 2
     a, b = (writer.placed(one) for one in (a, b))
     left, right = (
-        one.view((*shape[:outer], *one.shape[-2:]), _aligned(one.shape[:-2], shape[:outer], 2)) for one in (a, b)
+        one.view(
+            (*shape[:outer], *one.shape[-2:]), [*aligned(one.shape[:-2], shape[:outer]), (outer, 0), (outer + 1, 0)]
+        )
+        for one in (a, b)
     )
     assert left.place is not None
     assert right.place is not None
@@ -458,15 +472,6 @@ def _matmul(writer: Writer, node: fx.Node, left: Any, right: Any) -> Value:
 
     writer.nest(place.buffer, (*left.reads, *right.reads), body)
     return stored(place, shape)
-
-
-def _aligned(own: Sequence[Size], shape: Sequence[Size], more: int) -> list[tuple[int | None, int]]:
-    """Where the dimensions of a shape that is broadcast come from, and so many more behind them."""
-    first = len(shape) - len(own)
-    found: list[tuple[int | None, int]] = [
-        (None if size == ONE and shape[first + dim] != ONE else first + dim, 0) for dim, size in enumerate(own)
-    ]
-    return found + [(len(shape) + dim, 0) for dim in range(more)]
 
 
 # rows as a whole

@@ -17,7 +17,7 @@ from llvmlite import ir
 from torch import Tensor, fx
 
 from api.runtime import product
-from api.runtime.nest import ONE, ZERO, Buffer, Index, Nest, Place, Size, Value, contiguous, stored
+from api.runtime.nest import ONE, ZERO, Buffer, Index, Nest, Place, Size, Value, aligned, contiguous, stored
 from api.runtime.nest import product as times
 from infra.codegen import F32, I8, I64, Code
 
@@ -125,14 +125,9 @@ class Writer:
         """As a part of that shape; what computes something is not computed twice."""
         if value.shape == shape:
             return value
-        first = len(shape) - len(value.shape)
         if value.works and times(value.shape) != times(shape):
             value = self.placed(value)
-        sources = [
-            (None if size == ONE and shape[first + dim] != ONE else first + dim, 0)
-            for dim, size in enumerate(value.shape)
-        ]
-        return value.view(shape, sources)
+        return value.view(shape, aligned(value.shape, shape))
 
     def placed(self, value: Value) -> Value:
         """In memory."""
