@@ -68,6 +68,10 @@ class Code:
         machine = llvm.Target.from_default_triple().create_target_machine(cpu, features, opt=3)
         engine = llvm.create_mcjit_compiler(self.optimised(machine), machine)
         engine.finalize_object()
+        return self.called(engine)
+
+    def called(self, engine: Any) -> Callable[..., Any]:
+        """The same of an engine that holds it, as the one of another function of its module."""
         arguments = [ctypes.c_int64 if own.type == I64 else ctypes.c_void_p for own in self.function.args]
         address = engine.get_function_address(self.function.name)
         function = ctypes.CFUNCTYPE(ctypes.c_int64 if self._answers else None, *arguments)(address)

@@ -8,40 +8,80 @@ import math
 from bisect import insort
 from collections.abc import Iterator, Sequence
 
-from api.runtime.graph import Plan
+from api.runtime.blocks import Cursor
+from api.runtime.graph import Graph
 from api.runtime.policy import Policy, Ready, hopeless
 
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
+_JOIN_S = 100e-6  # of work left in blocks, for which another lane joins
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
 class Query:
-    """What a query still waits for. `costs`: s of each step of its plan."""
+    """What a query still waits for. `costs`: s of each operator, or of one of its blocks."""
 
     def __init__(
-        self, number: int, plan: Plan, costs: Sequence[float], priority: int, arrived: float, deadline: float
+        self,
+        number: int,
+        graph: Graph,
+        costs: Sequence[float],
+        blocks: int,
+        priority: int,
+        arrived: float,
+        deadline: float,
     ) -> None:
-        self.number, self.plan, self.costs = number, plan, costs
+        self.number, self.graph, self.costs = number, graph, costs
         self.priority, self.arrived, self.deadline = priority, arrived, deadline
         paths = self.paths = list(costs)
-        for at, then in plan.onward:
+        for at, then in graph.onward:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
-        self.left, self.path = sum(costs), max(paths, default=0.0)
+        self.path = max(paths, default=0.0)
+        self.cursor, self.done = Cursor(blocks), 0  # blocks that have begun, and ended
+        self.inside = 0  # lanes that run blocks
+        self._block_s = costs[graph.parted] if graph.parted >= 0 else 0.0
+        self._others_s = sum(costs) - self._block_s
         self.unfinished = len(costs)
         self.ended = False
         self.strict = True  # dropped when it cannot meet its deadline any more
-        self.waits = list(plan.waits)
-        self.ready = [Ready(at, paths[at], -1) for at in plan.first]
+        self.waits = list(graph.waits)
+        self.ready = [Ready(at, paths[at], -1) for at in graph.first]
 
-    def follow(self, step: int, lane: int) -> int:
-        """How many steps are ready now because what this one makes is there, or will be before they read it."""
-        before = len(self.ready)
-        for after in self.plan.steps[step].then:
+    @property
+    def left(self) -> float:
+        """s of work that has not begun."""
+        return self._others_s + self._block_s * self.cursor.left()
+
+    def follow(self, step: int, lane: int) -> None:
+        """Operators are ready now because what this one makes is there, or will be before they read it."""
+        for after in self.graph.then[step]:
             self.waits[after] -= 1
             if not self.waits[after]:
                 self.ready.append(Ready(after, self.paths[after], lane))
-        return len(self.ready) - before
+
+    def lanes(self) -> int:
+        """How many could do something for it."""
+        return sum(self.cursor.left() if one.step == self.graph.parted else 1 for one in self.ready)
+
+    def take(self, policy: Policy, lane: int) -> Ready | None:
+        """An operator that is ready and worth another lane. That which runs in blocks stays so while there are any."""
+        while self.ready:
+            at = policy.step(self.ready, lane)
+            chosen = self.ready[at]
+            if chosen.step != self.graph.parted:
+                self._others_s -= self.costs[chosen.step]
+                del self.ready[at]
+                return chosen
+            blocks = self.cursor.left()
+            if blocks:
+                return chosen if not self.inside or blocks * self._block_s > _JOIN_S else None
+            del self.ready[at]
+        return None
+
+    def ran(self, blocks: int) -> bool:
+        """Blocks have run; whether all have, and no lane reads what they do any more."""
+        self.done += blocks
+        return self.done == self.cursor.blocks and not self.inside
 
 
 class Backlog:
@@ -61,8 +101,8 @@ class Backlog:
         return iter(self._live.values())
 
     def ready(self) -> int:
-        """Steps whose inputs are there."""
-        return sum(len(one.ready) for one in self._live.values())
+        """How many lanes could do something."""
+        return sum(one.lanes() for one in self._live.values())
 
     def wait_of(self, query: Query, lanes: int, now: float) -> float:
         """How long after now the query will end, as far as what is here tells: the work that goes before its last step
@@ -90,19 +130,23 @@ class Backlog:
         if not self._live:
             self._order.clear()  # which holds their values
 
-    def take(self, lane: int, now: float) -> tuple[Query, int, int] | None:
-        """The next query for a lane, its step, and the lane that made the step's newest input. The step is -1 where the
-        query is to be dropped, for it cannot meet its deadline any more."""
+    def before(self, query: Query, other: Query, now: float) -> bool:
+        return self._urgency(query, now) < self._urgency(other, now)
+
+    def take(self, lane: int, now: float) -> tuple[Query, Ready | None] | None:
+        """The next query for a lane, and an operator of it; none where the query is to be dropped, for it cannot meet
+        its deadline any more."""
         if now - self._ordered > max(_REORDER_S, _EACH_S * len(self._live)):
             self._order = sorted((self._urgency(one, now), one) for one in self._live.values())
             self._ordered = now
         for _, query in self._order:
             if query.ended or not query.ready:
                 continue
-            chosen = query.ready.pop(self._policy.step(query.ready, lane))
+            chosen = query.take(self._policy, lane)
+            if chosen is None:
+                continue
             if query.strict and hopeless(query.deadline, chosen.path, now):
-                return query, -1, -1
-            query.left -= query.costs[chosen.step]
+                return query, None
             query.path = chosen.path
-            return query, chosen.step, chosen.lane
+            return query, chosen
         return None

@@ -4,6 +4,7 @@ the example when a model is loaded. Forms differ from the module by rounding alo
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -15,24 +16,31 @@ from torch import Tensor, fx
 from api.runtime import native
 from api.runtime.lower import lowered
 
-Form = Callable[..., Any]
 _RUNS = 9  # of which the least counts
 _ERROR = 1e-3  # of rounding, at most
 LOG = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """`alone`: the generated function, where that is all of the call."""
+
+    call: Callable[..., Any]
+    alone: native.Alone | None = None
+
+
 def forms(module: fx.GraphModule, given: tuple[Any, ...]) -> list[Form]:
     """All forms, for inputs of which `given` is an example. `module` is left as it is."""
-    plain = lowered(module, given)
+    plain = Form(lowered(module, given))
     try:
         fused = native.fused(module)
-        form = None if fused is None else lowered(fused, given)
+        form = None if fused is None else Form(lowered(fused, given), native.alone(fused))
     except Exception:  # what torch can run is served, whatever is wrong with what is made of it
         LOG.exception("a group of operations stays torch's: no function can be made of it")
         return [plain]
     if form is None:
         return [plain]
-    if not _alike(form(*given), plain(*given)):
+    if not _alike(form.call(*given), plain.call(*given)):
         LOG.error("a group of operations stays torch's: its function gives something else")
         return [plain]
     return [plain, form]
@@ -53,13 +61,12 @@ def _alike(found: Any, wanted: Any) -> bool:
     return torch.allclose(found, wanted, rtol=_ERROR, atol=_ERROR * size, equal_nan=True)
 
 
-def seconds(form: Form, *calls: tuple[Any, ...]) -> float:
-    """The time of all calls one after the other, undisturbed: whatever else runs can only add to it."""
-    took, now = [], clock([value for given in calls for value in given])
+def seconds(call: Callable[..., Any], given: tuple[Any, ...]) -> float:
+    """The time of a call, undisturbed: whatever else runs can only add to it."""
+    took, now = [], clock(given)
     for _ in range(_RUNS):
         began = now()
-        for given in calls:
-            form(*given)
+        call(*given)
         took.append(now() - began)
     return min(took)
 

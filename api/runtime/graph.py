@@ -3,10 +3,10 @@
 `torch.export` gives the module's ATen operations for any number of rows (candidates). Operations without rows are the
 user's part; most take less time than to place one, so they are grouped: in an order in which the branches of the graph
 lie one after the other, consecutive operations are one operator until they have taken `grain_s` together. Operations
-with rows are, where no row depends on another, one operator that runs once for every block of rows: its intermediate
-values stay in the core's cache, and the blocks of a query are what several lanes, and other queries in between, share.
-Where rows depend on each other they are grouped as the user's part is. Blocks depend on the number of rows alone, so
-results are the same under every schedule.
+with rows are, where no row depends on another, one operator that runs on blocks of rows (blocks.py), which several
+lanes, and other queries in between, share. A light user's part is inside of it: each lane that takes blocks computes it
+first, once. Where rows depend on each other they are grouped as the user's part is. Blocks depend on the number of rows
+alone, so results are the same under every schedule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 import math
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,20 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.split_module import split_module
 
 from api.runtime import forms
+from api.runtime.blocks import Blocked
 from api.runtime.lower import lowered
 
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
 BLOCKS = (8, 16, 32, 64, 96)
-PLACE_S = 40e-6  # what one more operator costs on lanes that are busy: to place it, and to read its weights again
-_PLANS = 256  # blocks of a query whose plan is kept; all of these take 13 MB
+TAKE_S = 30e-6  # what one more operator costs on busy lanes: the interpreter's own memory has left the cache
+ONCE_S = 100e-6  # that each lane which shares a query may take for its user's part, so that none waits for another
+PLACE_S = 10e-6  # what one more block costs where another lane reads weights too
 _TIMED = 5  # runs of an example, of which the median counts
 _SMALLER = 0.02  # what a smaller block may cost, for others wait less long for its end
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
+
+
+Chosen = dict[str, tuple[Callable[..., Any], float]]  # of each group its form, and the seconds that takes
 
 
 class GraphError(ValueError):
@@ -49,7 +54,15 @@ class Operator:
     outputs: tuple[int, ...]
     cost: float  # s
     rows: int = 0  # of which that is the cost; 0: it does not depend on them
-    blocks: bool = False  # runs once for every block of rows
+    blocks: bool = False  # runs on blocks of the rows: `run` is a Blocked
+
+    def made(self, found: Any) -> tuple[Any, ...]:
+        """What `run` has given, by output."""
+        if len(self.outputs) == 1:
+            return (found,)
+        if len(found) != len(self.outputs):
+            raise ValueError(f"an operator gave {len(found)} values instead of {len(self.outputs)}")
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +76,6 @@ class Graph:
     rows: tuple[int | None, ...] = ()  # of each input the dimension that differs from query to query
     block: int | None = None  # rows of a usual block; None: no operator runs in blocks
     bytes: tuple[float, float] = (0.0, 0.0)  # of a query's values: whatever its rows, and for each of them
-    _plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
 
     def rows_of(self, inputs: Sequence[Any]) -> int:
         """The rows of a query; 1 where the module has none. Raises GraphError where inputs disagree."""
@@ -73,132 +85,76 @@ class Graph:
         """What the values of a query may take, inputs and answer included."""
         return math.ceil(self.bytes[0] + self.bytes[1] * rows)
 
-    def plan(self, rows: int) -> Plan:
-        blocks = 1 if self.block is None else max(1, round(rows / self.block))
-        plan = self._plans.get(blocks) or _plan(self, blocks)
-        if blocks <= _PLANS:
-            self._plans[blocks] = plan
-        return plan
+    def blocks_of(self, rows: int) -> int:
+        """In which the one operator that runs in blocks, if there is one, does."""
+        return 1 if self.block is None else max(1, round(rows / self.block))
 
-    def begun(self, inputs: Sequence[Any], plan: Plan) -> list[Any]:
-        """The slots of a query before its first step."""
-        slots: list[Any] = [None] * len(plan.uses)
-        for place, value in enumerate(inputs):
-            into = plan.places[place]
-            if len(into) == 1:
-                slots[into[0]] = value
-            else:
-                at = self.rows[place]
-                assert at is not None
-                for slot, part in zip(into, value.tensor_split(plan.blocks, at), strict=True):
-                    slots[slot] = part
-        return slots
+    @functools.cached_property
+    def parted(self) -> int:
+        """The operator that runs in blocks; -1: none."""
+        return next((at for at, one in enumerate(self.operators) if one.blocks), -1)
 
-    def result(self, slots: Sequence[Any], plan: Plan) -> Any:
-        parts = [[slots[slot] for slot in plan.places[place]] for place in self.outputs]
-        found = tuple(part[0] if len(part) == 1 else torch.cat(part) for part in parts)
-        return found[0] if self.single else found
+    @functools.cached_property
+    def before(self) -> list[tuple[int, ...]]:
+        """Of each operator those that it waits for."""
+        made = {value: at for at, one in enumerate(self.operators) for value in one.outputs}
+        return [tuple(sorted({made[value] for value in one.inputs if value in made})) for one in self.operators]
 
-    def run(self, *inputs: Any) -> Any:
-        """One step after the other: what every schedule gives."""
-        return self.result(*self.run_slots(inputs))
-
-    def run_slots(self, inputs: Sequence[Any]) -> tuple[list[Any], Plan]:
-        """All values of a query."""
-        plan = self.plan(self.rows_of(inputs))
-        slots = self.begun(inputs, plan)
-        for step in plan.steps:
-            for slot, value in zip(step.outputs, step.run(slots), strict=True):
-                slots[slot] = value
-        return slots, plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """An operator of a query, on one of its blocks."""
-
-    operator: int
-    block: int
-    call: Callable[..., Any]
-    inputs: tuple[int, ...]  # slots
-    outputs: tuple[int, ...]
-    waits: tuple[int, ...]  # steps that must have run
-    then: tuple[int, ...]  # steps that wait for this one
-
-    def run(self, slots: Sequence[Any]) -> tuple[Any, ...]:
-        return self.made(self.call(*[slots[slot] for slot in self.inputs]))
-
-    def made(self, found: Any) -> tuple[Any, ...]:
-        """What the call has given, by output."""
-        if len(self.outputs) == 1:
-            return (found,)
-        if len(found) != len(self.outputs):
-            raise ValueError(f"an operator gave {len(found)} values instead of {len(self.outputs)}")
-        return tuple(found)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The steps of queries of so many blocks."""
-
-    steps: tuple[Step, ...]
-    places: tuple[tuple[int, ...], ...]  # of each value its slots: one, or one a block
-    uses: tuple[int, ...]  # of each slot: how many steps, and outputs, read it
-    blocks: int
+    @functools.cached_property
+    def then(self) -> list[list[int]]:
+        """Of each operator those that wait for it."""
+        return [[at for at, own in enumerate(self.before) if one in own] for one in range(len(self.operators))]
 
     @functools.cached_property
     def waits(self) -> list[int]:
-        """Of each step: for how many."""
-        return [len(step.waits) for step in self.steps]
+        """Of each operator: for how many."""
+        return [len(own) for own in self.before]
 
     @functools.cached_property
     def first(self) -> list[int]:
-        """Steps that wait for none."""
-        return [at for at, step in enumerate(self.steps) if not step.waits]
+        """Operators that wait for none."""
+        return [at for at, own in enumerate(self.before) if not own]
 
     @functools.cached_property
-    def onward(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Steps that others wait for, the last one first, with those."""
-        return [(at, step.then) for at, step in enumerate(self.steps) if step.then][::-1]
+    def onward(self) -> list[tuple[int, list[int]]]:
+        """Operators that others wait for, the last one first, with those."""
+        return [(at, then) for at, then in enumerate(self.then) if then][::-1]
 
-    def rows_of_block(self, block: int, rows: int) -> int:
-        """As `torch.tensor_split` parts them: sizes differ by 1 at most."""
-        return rows // self.blocks + (block < rows % self.blocks)
+    @functools.cached_property
+    def uses(self) -> list[int]:
+        """Of each value: how many operators, and outputs, read it."""
+        last = max([self.inputs - 1, *self.outputs, *(value for one in self.operators for value in one.outputs)])
+        found = [0] * (last + 1)
+        for read in (self.outputs, *(one.inputs for one in self.operators)):
+            for value in read:
+                found[value] += 1
+        return found
 
+    def begun(self, inputs: Sequence[Any], rows: int) -> list[Any]:
+        """The values of a query before its first operator runs, with memory for what is made in blocks."""
+        values = [*inputs, *[None] * (len(self.uses) - self.inputs)]
+        if self.parted >= 0:
+            own = self.operators[self.parted]
+            assert isinstance(own.run, Blocked)
+            for value, memory in zip(own.outputs, own.run.outputs(rows), strict=True):
+                values[value] = memory
+        return values
 
-def _plan(graph: Graph, blocks: int) -> Plan:
-    parted = {place for place, at in enumerate(graph.rows) if at is not None and graph.block is not None}
-    parted |= {place for one in graph.operators if one.blocks for place in one.outputs}
-    values = 1 + max([graph.inputs - 1, *(place for one in graph.operators for place in one.outputs)], default=-1)
-    places, count = [], 0
-    for place in range(values):
-        width = blocks if place in parted else 1
-        places.append(tuple(range(count, count + width)))
-        count += width
-    steps: list[Step] = []
-    made: dict[int, int] = {}  # slot -> step
-    for number, one in enumerate(graph.operators):
-        for block in range(blocks if one.blocks else 1):
+    def result(self, values: Sequence[Any]) -> Any:
+        return values[self.outputs[0]] if self.single else tuple([values[one] for one in self.outputs])
 
-            def slot(place: int, block: int = block) -> int:
-                return places[place][block if len(places[place]) > 1 else 0]
+    def run(self, *inputs: Any) -> Any:
+        """One operator after the other: what every schedule gives."""
+        return self.result(self.run_values(inputs))
 
-            inputs, outputs = tuple(map(slot, one.inputs)), tuple(map(slot, one.outputs))
-            waits = tuple(sorted({made[at] for at in inputs if at in made}))
-            made |= dict.fromkeys(outputs, len(steps))
-            steps.append(Step(number, block, one.run, inputs, outputs, waits, ()))
-    then: list[list[int]] = [[] for _ in steps]
-    uses = [0] * count
-    for at, step in enumerate(steps):
-        for before in step.waits:
-            then[before].append(at)
-        for read in step.inputs:
-            uses[read] += 1
-    for place in graph.outputs:
-        for read in places[place]:
-            uses[read] += 1
-    steps = [dataclasses.replace(step, then=tuple(after)) for step, after in zip(steps, then, strict=True)]
-    return Plan(tuple(steps), tuple(places), tuple(uses), blocks)
+    def run_values(self, inputs: Sequence[Any]) -> list[Any]:
+        """All values of a query."""
+        _rows(inputs, self.rows)
+        values = [*inputs, *[None] * (len(self.uses) - self.inputs)]
+        for one in self.operators:
+            for value, own in zip(one.outputs, one.made(one.run(*[values[at] for at in one.inputs])), strict=True):
+                values[value] = own
+        return values
 
 
 def capture(
@@ -250,25 +206,60 @@ def _captured(
     rows = tuple(_dynamic(node) for node in whole.graph.nodes if node.op == "placeholder")
     single = program.call_spec.out_spec.is_leaf()
     order = _branches(whole)
+    for node in reversed(whole.graph.nodes):
+        if node.op not in ("placeholder", "get_attr", "output") and node not in order:
+            whole.graph.erase_node(node)  # a check of what the capture has assumed
+    whole.recompile()
     with torch.inference_mode():
         costs = _costs(whole, example)
         of_rows = _with_rows(whole)
         user = [node for node in order if node.name not in of_rows]
         item = [node for node in order if node.name in of_rows]
-        groups = _grouped(user, costs, grain_s, 0)
+        groups, known = _of_user(whole, user, item, costs, grain_s, example, exact)
         first = 1 + max(groups.values(), default=-1)
-        if blocks and item and not exact and all(at in (0, None) for at in rows):
+        count = _rows(example, rows)
+        on_host = not any(one.is_cuda for one in example)  # a GPU has all rows at once
+        if blocks and item and not exact and on_host and all(at in (0, None) for at in rows):
             parted = _split(whole, groups | dict.fromkeys((node.name for node in item), first))
             found = _in_blocks(parted, first, example, blocks)
             if found is not None:
-                form, block, seconds = found
-                chosen = _chosen(parted, example, exact, {f"submod_{first}": (form, seconds)})
+                blocked, block, seconds = found
+                chosen = _chosen(parted, example, exact, known | {f"submod_{first}": (blocked, seconds)})
+                of_users = sum(own for _, own in chosen.values()) - seconds
+                if user and of_users < min(ONCE_S, grain_s):
+                    together = _split(whole, dict.fromkeys((node.name for node in (*user, *item)), 0))
+                    apart = of_users + seconds * blocked.count(count)
+                    one, size, block_s = _in_blocks(together, 0, example, blocks) or found
+                    if one.once and one is not blocked and block_s * one.count(count) < (1 + _SMALLER) * apart + TAKE_S:
+                        return _graph(together, {"submod_0": (one, block_s)}, example, rows, single, {0: size})
                 return _graph(parted, chosen, example, rows, single, {first: block})
         groups |= _grouped(item, costs, grain_s, first)
         split = _split(whole, groups)
-        count = _rows(example, rows)
         with_rows = dict.fromkeys((groups[node.name] for node in item), count)
-        return _graph(split, _chosen(split, example, exact, {}), example, rows, single, with_rows, blocks=False)
+        return _graph(split, _chosen(split, example, exact, known), example, rows, single, with_rows, blocks=False)
+
+
+def _of_user(
+    whole: fx.GraphModule,
+    user: Sequence[fx.Node],
+    item: Sequence[fx.Node],
+    costs: Mapping[str, float],
+    grain_s: float,
+    example: tuple[Tensor, ...],
+    exact: bool,
+) -> tuple[dict[str, int], Chosen]:
+    """The groups of operations without rows, and the forms that are known of these: generated functions take less than
+    torch's operations, so as one group they may take no longer than one should."""
+    groups = _grouped(user, costs, grain_s, 0)
+    if exact or not grain_s or not any(groups.values()):
+        return groups, {}
+    alone = dict.fromkeys(groups, 0)
+    split = _split(whole, alone | dict.fromkeys((node.name for node in item), 1))
+    chosen = _chosen(split, example, exact, {"submod_1": (split, 0.0)})  # of the first one alone
+    (_, seconds) = own = chosen["submod_0"]
+    if seconds <= grain_s:
+        return alone, {"submod_0": own}
+    return _grouped(user, costs, grain_s * sum(costs[node.name] for node in user) / seconds, 0), {}
 
 
 def _dynamic(node: fx.Node) -> int | None:
@@ -374,9 +365,6 @@ def _values(split: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tup
     return found
 
 
-Chosen = dict[str, tuple[Callable[..., Any], float]]
-
-
 def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, known: Chosen) -> Chosen:
     """Of each group its fastest form, and the seconds that takes."""
     found = dict(known)
@@ -384,14 +372,14 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
         if name not in found:
             module = split.get_submodule(name)
             assert isinstance(module, fx.GraphModule)
-            made = [lowered(module, given)] if exact else forms.forms(module, given)
-            found[name] = min(((form, forms.seconds(form, given)) for form in made), key=operator.itemgetter(1))
+            made = [lowered(module, given)] if exact else [form.call for form in forms.forms(module, given)]
+            found[name] = min(((call, forms.seconds(call, given)) for call in made), key=operator.itemgetter(1))
     return found
 
 
 def _in_blocks(
     split: fx.GraphModule, group: int, example: tuple[Tensor, ...], sizes: Sequence[int]
-) -> tuple[Callable[..., Any], int, float] | None:
+) -> tuple[Blocked, int, float] | None:
     """The form of that group in blocks, the smallest about as fast as any, its rows and seconds; None where rows
     are not each on their own."""
     name = f"submod_{group}"
@@ -401,36 +389,29 @@ def _in_blocks(
     count = next((len(value) for value, by_rows in zip(given, parted, strict=True) if by_rows), 0)
     module = split.get_submodule(name)
     assert isinstance(module, fx.GraphModule)
-    if count < 2 or not _separable(module, given, _pieces(given, parted, -(-count // 2)), count):
+    if count < 2 or not _separable(module, given, parted, count):
         return None
-    tried, made = [], forms.forms(module, given)
+    tried, made = [], [Blocked(form, given, parted, count) for form in forms.forms(module, given)]
     for size in sorted({min(size, count) for size in (*sizes, count)}):
-        parts = _pieces(given, parted, size)
-        whole, form = min(((forms.seconds(form, *parts), form) for form in made), key=operator.itemgetter(0))
+        sized = [blocked.sized(size) for blocked in made]
+        whole, own = min(((forms.seconds(one, given), one) for one in sized), key=operator.itemgetter(0))
         if size > max(sizes) and whole > GRAIN_S:
             break  # all rows at once, which lanes could share
-        tried.append((whole + PLACE_S * len(parts), form, size, forms.seconds(form, parts[0])))
+        blocks = own.count(count)
+        tried.append((whole + PLACE_S * blocks, own, size, whole / blocks))
     most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
-    return next((form, size, block) for seconds, form, size, block in tried if seconds <= most)
+    return next((own, size, block) for seconds, own, size, block in tried if seconds <= most)
 
 
-def _pieces(given: tuple[Any, ...], parted: Sequence[bool], size: int) -> list[tuple[Any, ...]]:
-    """The calls that take so many rows each of the inputs that are parted."""
-    number = max(1, round(next(len(value) for value, by_rows in zip(given, parted, strict=True) if by_rows) / size))
-    parts = [value.tensor_split(number) if by_rows else None for value, by_rows in zip(given, parted, strict=True)]
-    return [
-        tuple(value if part is None else part[at] for value, part in zip(given, parts, strict=True))
-        for at in range(number)
-    ]
-
-
-def _separable(module: nn.Module, given: tuple[Any, ...], parts: Iterable[tuple[Any, ...]], count: int) -> bool:
+def _separable(module: nn.Module, given: tuple[Any, ...], parted: Sequence[bool], count: int) -> bool:
     """Whether rows computed among fewer others are the same."""
 
     def many(value: Any) -> tuple[Any, ...]:
         return tuple(value) if isinstance(value, tuple | list) else (value,)
 
     whole = many(module(*given))
+    halves = [value.tensor_split(2) if by_rows else (value,) * 2 for value, by_rows in zip(given, parted, strict=True)]
+    parts = [[half[at] for half in halves] for at in range(2)]
     if not all(isinstance(value, Tensor) and value.ndim and len(value) == count for value in whole):
         return False
     joined = [torch.cat(part) for part in zip(*(many(module(*part)) for part in parts), strict=True)]
@@ -485,12 +466,10 @@ def _rows(inputs: Sequence[Any], rows: Sequence[int | None]) -> int:
 
 def _bytes(graph: Graph, example: tuple[Tensor, ...]) -> tuple[float, float]:
     """Of inputs, of what operators give, and of the answer."""
-    slots, plan = graph.run_slots(example)
     by_rows = {place for place, at in enumerate(graph.rows) if at is not None}
     by_rows |= {place for one in graph.operators if one.rows for place in one.outputs}
     fixed = each = 0.0
-    for place, own in enumerate(plan.places):
-        size = sum(slots[slot].nbytes for slot in own if isinstance(slots[slot], Tensor))
-        size *= 2 if place in graph.outputs else 1  # joined
+    for place, value in enumerate(graph.run_values(example)):
+        size = value.nbytes if isinstance(value, Tensor) else 0
         fixed, each = (fixed, each + size) if place in by_rows else (fixed + size, each)
     return fixed, each / graph.rows_of(example)

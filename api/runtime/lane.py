@@ -1,10 +1,10 @@
-"""What steps run on: a lane begins one step after the other, and says when each has ended.
+"""What operators run on: a lane begins one after the other, and says when each has ended.
 
-On a CPU a step has ended when it returns. On a GPU it is only begun: a lane is a stream, so that its own steps follow
-each other, and a step that reads what another lane's step makes waits for that one's event, on the device, without the
-host. The host waits for a step's end before it counts what the step took and lets go of what it read; so memory is
-given back to the stream that it came from when nobody reads it any more, and `record_stream` is not needed. A lane is
-at most `depth` steps ahead, for what has begun no policy can put behind another query.
+On a CPU an operator has ended when it returns. On a GPU it is only begun: a lane is a stream, so that its own operators
+follow each other, and one that reads what another lane's makes waits for that one's event, on the device, without the
+host. The host waits for an operator's end before it counts what it took and lets go of what it read; so memory is given
+back to the stream that it came from when nobody reads it any more, and `record_stream` is not needed. A lane is at most
+`depth` operators ahead, for what has begun no policy can put behind another query.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from api.runtime.graph import Step
+from api.runtime.graph import Operator
 
 _WARM = 3  # runs of an operator on inputs of the same shapes, after which it is a CUDA graph
 _GRAPHS = 64  # of an operator, on each lane: the shapes that came first
 
 
 class Mark(Protocol):
-    """Of a step that has begun."""
+    """Of an operator that has begun."""
 
     def wait(self) -> float:
         """Until its end: the seconds that it took. Raises what it has raised."""
 
 
 class Lane(Protocol):
-    depth: int  # steps that may have begun before the first of them has ended
+    depth: int  # operators that may have begun before the first of them has ended
 
     def entered(self) -> AbstractContextManager[None]:
         """Of the one thread that drives it."""
 
-    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark], /) -> tuple[tuple[Any, ...], Mark | None]:
-        """What the step gives, which others may read after its mark; None: it has ended. `after`: of other lanes' steps
-        that made what it reads."""
+    def begin(
+        self, one: Operator, values: Sequence[Any], after: Sequence[Mark], /
+    ) -> tuple[tuple[Any, ...], Mark | None]:
+        """What the operator gives, which others may read after its mark; None: it has ended. `after`: of other lanes'
+        operators that made what it reads."""
 
     def result(self, call: Callable[[], Any]) -> Any:
-        """What it gives, of values whose steps have ended, for whoever has asked."""
+        """What it gives, of values whose operators have ended, for whoever has asked."""
 
 
 class Device(Protocol):
@@ -50,7 +52,7 @@ class Device(Protocol):
         """A new one."""
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
-        """A query's inputs as its steps read them, and the mark after which they are there."""
+        """A query's inputs as its operators read them, and the mark after which they are there."""
 
 
 class Cpu:
@@ -70,8 +72,8 @@ class Cpu:
         with torch.inference_mode():
             yield
 
-    def begin(self, step: Step, slots: Sequence[Any], _: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
-        return step.run(slots), None
+    def begin(self, one: Operator, values: Sequence[Any], _: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
+        return one.made(one.run(*[values[at] for at in one.inputs])), None
 
     def result(self, call: Callable[[], Any]) -> Any:
         return call()
@@ -115,7 +117,7 @@ def _event() -> torch.cuda.Event:
 
 
 class _CudaLane:
-    depth = 2  # so that the device has the next step when one ends
+    depth = 2  # so that the device has the next operator when one ends
 
     def __init__(self, device: torch.device, graphs: bool) -> None:
         self._device = device
@@ -128,21 +130,25 @@ class _CudaLane:
         with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
-    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark], /) -> tuple[tuple[Any, ...], Mark | None]:
+    def begin(
+        self, one: Operator, values: Sequence[Any], after: Sequence[Mark], /
+    ) -> tuple[tuple[Any, ...], Mark | None]:
         for mark in after:
             assert isinstance(mark, _CudaMark)
             self._stream.wait_event(mark.end)
-        inputs = [slots[slot] for slot in step.inputs]
+        inputs = [values[at] for at in one.inputs]
         try:
-            call = self._replays.of(step.call, inputs) if self._replays else step.call
+            call = self._replays.of(one.run, inputs) if self._replays else one.run
             start = _event()
-            return step.made(call(*inputs)), _CudaMark(start, _event())
+            return one.made(call(*inputs)), _CudaMark(start, _event())
         except Exception:
             self._stream.synchronize()  # what it has begun reads what is now let go of
             raise
 
     def result(self, call: Callable[[], Any]) -> Any:
-        with torch.cuda.stream(self._results):  # so that it waits for no step that has begun behind the query's last
+        with torch.cuda.stream(
+            self._results
+        ):  # so that it waits for no operator that has begun behind the query's last
             found = call()
             return found.cpu() if isinstance(found, Tensor) else tuple(one.cpu() for one in found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from api.runtime.graph import Graph, Operator, Plan
+from api.runtime.graph import Graph, Operator
 
 _NEWEST = 0.05  # the share of the newest time in what is learned of an operator
 
@@ -24,23 +24,22 @@ class Model:
         one = Operator(run, tuple(range(inputs)), (inputs,), cost_s, rows)
         return cls(Graph(inputs, (one,), (inputs,), single=True), learns)
 
-    def rows(self, plan: Plan, step: int, rows: int) -> int:
-        """Of a step, in a query of so many; 0 where its cost does not depend on them."""
-        one = self.graph.operators[plan.steps[step].operator]
+    def rows(self, operator: int, rows: int) -> int:
+        """Of a run of an operator, of a usual block where it runs in blocks, in a query of so many; 0 where its cost
+        does not depend on them."""
+        one = self.graph.operators[operator]
         if one.blocks:
-            return plan.rows_of_block(plan.steps[step].block, rows)
+            return -(-rows // self.graph.blocks_of(rows))
         return rows if one.rows else 0
 
-    def costs(self, plan: Plan, rows: int) -> list[float]:
-        """s of each step."""
-        found: dict[tuple[int, int], float] = {}  # blocks of two sizes at most
-        costs = []
-        for at, step in enumerate(plan.steps):
-            own = step.operator, self.rows(plan, at, rows)
-            if own not in found:
-                found[own] = self._cost(*own)
-            costs.append(found[own])
-        return costs
+    def costs(self, rows: int) -> list[float]:
+        """s of each operator, or of one of its blocks."""
+        return [self._cost(at, self.rows(at, rows)) for at in range(len(self.graph.operators))]
+
+    def work(self, rows: int) -> float:
+        """s of all of a query."""
+        costs, parted = self.costs(rows), self.graph.parted
+        return sum(costs) + (self.graph.blocks_of(rows) - 1) * (costs[parted] if parted >= 0 else 0.0)
 
     def _cost(self, operator: int, rows: int) -> float:
         learned = self._learned.get((operator, rows.bit_length()))

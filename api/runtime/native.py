@@ -6,6 +6,7 @@ read there. Operations that no function can be made of (operations.py) stay as t
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,11 +58,32 @@ class Function(nn.Module):
         self._shapes: dict[int, tuple[Shapes, Shapes]] = {}
 
     def compile(self) -> None:
-        self._run, self._scratch = self._writer.function()
+        self._run, self._run_some, self._scratch = self._writer.functions()
         del self._writer
 
     def forward(self, *values: Tensor) -> Any:
         """Raises IndexError, and ValueError for inputs of other shapes or types."""
+        rows, values, made = self._checked(values)
+        found = [torch.empty(shape, dtype=dtype) for shape, (_, dtype) in zip(made, self._outputs, strict=True)]
+        if self._run(self._memory(rows), rows, *[value.data_ptr() for value in (*values, *found)]):
+            raise IndexError("index out of range")
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def some(
+        self, values: Sequence[Tensor], outputs: Sequence[Tensor], blocks: int, most: int, following: int, stop: int
+    ) -> int:
+        """`forward` on up to `most` of a query's blocks, into their rows of `outputs`: how many that were. `following`:
+        address of the number of the next block, which others draw from too; `stop`: of what stops it, when it is not
+        0, after a block."""
+        rows, values, _ = self._checked(tuple(values))
+        places = [value.data_ptr() for value in (*values, *outputs)]
+        done: int = self._run_some(self._memory(-(-rows // blocks)), rows, blocks, most, following, stop, *places)
+        if done < 0:
+            raise IndexError("index out of range")
+        return done
+
+    def _checked(self, values: tuple[Tensor, ...]) -> tuple[int, tuple[Tensor, ...], Shapes]:
+        """Rows, the inputs as they are read, and shapes of outputs."""
         rows = 1
         if self._rows is not None:
             at, dim, each = self._rows
@@ -72,11 +94,10 @@ class Function(nn.Module):
             raise ValueError(f"inputs have other shapes than {shapes}")
         if [(value.dtype, value.is_cpu) for value in values] != self._kinds:
             raise ValueError(f"inputs are not of {[dtype for dtype, _ in self._kinds]}, on the host")
-        found = [torch.empty(shape, dtype=dtype) for shape, (_, dtype) in zip(made, self._outputs, strict=True)]
-        places = [value.data_ptr() for value in (*values, *found)]
-        if self._run(arena.scratch(self._scratch.each * rows + self._scratch.fixed), rows, *places):
-            raise IndexError("index out of range")
-        return found[0] if len(found) == 1 else tuple(found)
+        return rows, values, made
+
+    def _memory(self, rows: int) -> int:
+        return arena.scratch(self._scratch.each * rows + self._scratch.fixed)
 
     def _noted(self, rows: int) -> tuple[Shapes, Shapes]:
         """Shapes of inputs and outputs."""
@@ -215,3 +236,32 @@ def _rewritten(
     made.graph.eliminate_dead_code()
     made.recompile()
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """A function that is all of a group. `takes`, `gives`: which of the group's inputs and outputs are its own."""
+
+    function: Function
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+
+    def some(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *how: int) -> int:
+        """`Function.some` of the group's inputs and outputs."""
+        return self.function.some([inputs[at] for at in self.takes], [outputs[at] for at in self.gives], *how)
+
+
+def alone(module: fx.GraphModule) -> Alone | None:
+    """The one function that `fused` has made of all of a group."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    calls = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+    (result,) = next(node for node in module.graph.nodes if node.op == "output").args
+    outputs = list(result) if isinstance(result, tuple | list) else [result]
+    call, *parts = calls or [None]
+    if call is None or call.op != "call_module" or not all(one.target is operator.getitem for one in parts):
+        return None
+    function = module.get_submodule(str(call.target))
+    made = sorted(parts, key=lambda one: int(one.args[1])) or [call]
+    if not isinstance(function, Function) or sorted(map(str, made)) != sorted(map(str, outputs)):
+        return None
+    return Alone(function, tuple(inputs.index(one) for one in call.args), tuple(outputs.index(one) for one in made))

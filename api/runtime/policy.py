@@ -25,8 +25,11 @@ class Waiting(Protocol):
     priority: int  # the class; 0 is the highest
     arrived: float
     deadline: float  # infinite without one
-    left: float  # work that has not begun
     path: float  # the longest chain of work that has not begun
+
+    @property
+    def left(self) -> float:
+        """Work that has not begun."""
 
 
 class Ready(NamedTuple):

@@ -62,7 +62,7 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
     chunks = _ceiling(code, rows, max(most, _CHUNK // (4 * (inner + columns))))
 
     def chunk(number: Any, _: list[Any]) -> list[Any]:
-        begun, height = _part(code, rows, chunks, number)
+        begun, height = part(code, rows, chunks, number)
         blocks = _ceiling(code, height, most)
 
         def panel(begin: Any, wide: int, first: int) -> None:
@@ -72,7 +72,7 @@ def product(inner: int, columns: int, relu: bool) -> Callable[..., None]:
 
             def block(number: Any, _: list[Any]) -> list[Any]:
                 build = code.build
-                within, size = _part(code, height, blocks, number)
+                within, size = part(code, height, blocks, number)
                 start = build.add(begun, within)
                 after = code.function.append_basic_block()
                 choice = build.switch(size, after)
@@ -107,7 +107,7 @@ def _ceiling(code: Code, number: Any, size: int) -> Any:
     return code.build.udiv(code.build.add(number, I64(size - 1)), I64(size))
 
 
-def _part(code: Code, rows: Any, parts: Any, number: Any) -> tuple[Any, Any]:
+def part(code: Code, rows: Any, parts: Any, number: Any) -> tuple[Any, Any]:
     """First row and rows of a part: sizes differ by 1 at most, the larger ones first."""
     build = code.build
     size, larger = build.udiv(rows, parts), build.urem(rows, parts)

@@ -1,9 +1,11 @@
 """Queries of any models on a few lanes, operator by operator.
 
-A lane (lane.py: a core, or a stream of a GPU) is driven by a thread that has it run one step after the other; between
-two steps it asks the backlog what is next, of all queries. So a short query waits for a step and not for a whole other
-query, one that is cancelled or late takes no lane after its current step, and the cores have no more threads than there
-are lanes. Results do not depend on the schedule: the same operators run on the same inputs, whatever the order.
+A lane (lane.py: a core, or a stream of a GPU) is driven by a thread that has it run one operator after the other;
+between two it asks the backlog what is next, of all queries. An operator that runs in blocks (blocks.py) is shared by
+as many lanes as are free, and let go of after a block when a query comes that goes before it. So a short query waits
+for a block and not for a whole other query, one that is cancelled or late takes no lane after its current operator,
+and the cores have no more threads than there are lanes. Results do not depend on the schedule: the same operators run
+on the same blocks, whatever the order.
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from api.runtime.backlog import Backlog, Query
+from api.runtime.blocks import Blocked, Word
+from api.runtime.graph import Operator
 from api.runtime.lane import Cpu, Device, Lane, Mark
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.watch import CANCELLED, DONE, FAILED, LATE, Observer
+
+SHARE_S = 10e-3  # for how long a lane runs blocks without asking whether there is something better
 
 
 class RefusedError(Exception):
@@ -35,30 +41,53 @@ class FullError(RefusedError):
     """Its values would go beyond the limit of bytes."""
 
 
+class _Answer(Future[Any]):
+    """Stops lanes that run blocks of its query when it is cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: dict[int, Word] = {}  # by lane
+
+    def cancel(self) -> bool:
+        found = super().cancel()
+        if found:
+            for stop in list(self.inside.values()):
+                stop.value = 1
+        return found
+
+
 class _Query(Query):
     """With its values and its answer."""
 
     def __init__(
         self, number: int, model: Model, inputs: Sequence[Any], rows: int, priority: int, now: float, deadline: float
     ) -> None:
-        plan = model.graph.plan(rows)
-        super().__init__(number, plan, model.costs(plan, rows), priority, now, deadline)
+        graph = model.graph
+        super().__init__(number, graph, model.costs(rows), graph.blocks_of(rows), priority, now, deadline)
         self.model, self.rows = model, rows
-        self.marks: dict[int, tuple[int, Mark]] = {}  # of slots that may not be there yet: whose lane makes them
-        self.answer: Future[Any] = Future()
-        self.slots = model.graph.begun(inputs, plan)
-        self.uses = list(plan.uses)
-        self.bytes = model.graph.bytes_of(rows)
+        self.marks: dict[int, tuple[int, Mark]] = {}  # of values that may not be there yet: whose lane makes them
+        self.answer = _Answer()
+        self.values = graph.begun(inputs, rows)
+        self.uses = list(graph.uses)
+        self.bytes = graph.bytes_of(rows)
 
     def after(self, step: int, lane: int) -> Sequence[Mark]:
-        """Marks of what a step reads that is not made by this lane: one of each other step."""
+        """Marks of what an operator reads that is not made by this lane: one of each other operator."""
         if not self.marks:
             return ()
-        found = [self.marks[slot] for slot in self.plan.steps[step].inputs if slot in self.marks]
+        found = [self.marks[value] for value in self.graph.operators[step].inputs if value in self.marks]
         return list(dict.fromkeys(mark for number, mark in found if number != lane))
 
+    def some(self, one: Operator, stop: Word) -> int:
+        """Runs some of its blocks: how many."""
+        assert isinstance(one.run, Blocked)
+        seconds = min(SHARE_S, self.deadline - time.monotonic()) if self.strict else SHARE_S
+        most = max(1, int(seconds / max(self.costs[self.graph.parted], 1e-9)))
+        inputs, outputs = ([self.values[value] for value in values] for values in (one.inputs, one.outputs))
+        return one.run.run(inputs, outputs, self.rows, self.cursor, stop, most)
 
-_Begun = tuple[_Query, int, Mark]  # a step that has not ended
+
+_Begun = tuple[_Query, int, Mark]  # an operator that has not ended
 
 
 class Runtime:
@@ -77,8 +106,10 @@ class Runtime:
         self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
         self._count, self._closed, self._idle = 0, False, 0
         self._bytes, self._bytes_max = 0, bytes_max
+        self._shared: dict[int, _Query] = {}  # of which a lane runs blocks
+        self._stops = [Word() for _ in range(lanes)]  # 1: the lane asks for other work after its current block
         made = [self._device.lane() for _ in range(lanes)]
-        self._free = sum(lane.depth for lane in made)  # steps that may begin, on lanes that are not lent
+        self._free = sum(lane.depth for lane in made)  # operators that may begin, on lanes that are not lent
         self._lanes = [
             threading.Thread(target=self._drive, args=(number, lane), name=f"lane-{number}")
             for number, lane in enumerate(made)
@@ -89,7 +120,7 @@ class Runtime:
             lane.start()
 
     def close(self) -> None:
-        """Ends the lanes after their current steps; what has not ended is cancelled."""
+        """Ends the lanes after their current operators; what has not ended is cancelled."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -132,8 +163,7 @@ class Runtime:
         query = _Query(-1, model, given, rows, priority, now, now + within_s)
         query.strict = strict
         if mark is not None:
-            slots = [slot for places in query.plan.places[: model.graph.inputs] for slot in places]
-            query.marks = dict.fromkeys(slots, (-1, mark))
+            query.marks = dict.fromkeys(range(model.graph.inputs), (-1, mark))
         with self._wake:
             if self._closed:
                 raise CancelledError
@@ -148,7 +178,12 @@ class Runtime:
             self._bytes += query.bytes
             self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
-            self._rouse(len(query.ready))
+            if self._idle:
+                self._rouse(query.lanes())
+            else:
+                for lane, other in self._shared.items():
+                    if self._backlog.before(query, other, now):
+                        self._stops[lane].value = 1
         return query.answer
 
     def borrow(self) -> bool:
@@ -162,7 +197,7 @@ class Runtime:
     def give_back(self) -> None:
         with self._wake:
             self._free += 1
-            self._rouse(self._backlog.ready())
+            self._rouse(self._backlog.ready() if self._idle else 0)
 
     def idle(self) -> bool:
         """Whether nothing waits for a lane."""
@@ -177,52 +212,57 @@ class Runtime:
         begun = deque[_Begun]()
         taken: tuple[_Query, int] | None = None
         with lane.entered():
-            while taken or begun or (taken := self._take(number, wait=True)):
+            while taken or begun or (taken := self._take(number, lane, wait=True)):
                 taken = self._go_on(number, lane, begun, taken)
 
     def _go_on(
         self, number: int, lane: Lane, begun: deque[_Begun], taken: tuple[_Query, int] | None
     ) -> tuple[_Query, int] | None:
-        """Begins a step, or waits for the first one that has begun; the next step, if there is one."""
+        """Begins an operator or some of its blocks, or waits for the first one that has begun; what is next, if there
+        is anything."""
         made: tuple[Any, ...] | Exception | None = None
-        mark, took = None, 0.0
+        mark, took, blocks = None, 0.0, 0
         try:
             if taken is not None:
                 query, step = taken
+                one = query.graph.operators[step]
                 since = time.perf_counter()
-                made, mark = lane.begin(query.plan.steps[step], query.slots, query.after(step, number))
+                if one.blocks and lane.depth == 1:
+                    blocks = query.some(one, self._stops[number])
+                else:
+                    made, mark = lane.begin(one, query.values, query.after(step, number))
                 took = time.perf_counter() - since
             else:
                 query, step, waited = begun.popleft()
                 took = waited.wait()
         except Exception as error:
             made = error
-        with self._wake:  # once from step to step
+        with self._wake:  # once from operator to operator
             if made is not None:
                 self._made(query, step, made, number, mark)
             if mark is not None:
                 begun.append((query, step, mark))
-            complete = mark is None and self._ended(query, step, took, number, newest=taken is not None)
+            complete = mark is None and self._ended(query, step, took, blocks, number, newest=taken is not None)
             if not complete:
-                return self._take(number) if len(begun) < lane.depth else None
+                return self._take(number, lane) if len(begun) < lane.depth else None
             if self._idle:
                 self._wake.notify()  # for what this lane would do if it had no answer to put together
         self._answer(query, lane)
-        return self._take(number)
+        return self._take(number, lane)
 
     @staticmethod
     def _answer(query: _Query, lane: Lane) -> None:
         if query.answer.set_running_or_notify_cancel():
             try:
-                query.answer.set_result(lane.result(lambda: query.model.graph.result(query.slots, query.plan)))
+                query.answer.set_result(lane.result(lambda: query.graph.result(query.values)))
             except Exception as error:
                 query.answer.set_exception(error)
 
-    def _take(self, lane: int, wait: bool = False) -> tuple[_Query, int] | None:
-        """The next step; None: the runtime is closed, or nothing can begin and the lane does not `wait`."""
+    def _take(self, number: int, lane: Lane, wait: bool = False) -> tuple[_Query, int] | None:
+        """What is next; None: the runtime is closed, or nothing can begin and the lane does not `wait`."""
         with self._wake:
             while not self._closed:
-                taken = self._backlog.take(lane, time.monotonic()) if self._free > 0 else None
+                taken = self._backlog.take(number, time.monotonic()) if self._free > 0 else None
                 if taken is None and not wait:
                     return None
                 if taken is None:
@@ -230,45 +270,73 @@ class Runtime:
                     self._wake.wait()
                     self._idle -= 1
                     continue
-                query, step, _ = taken
+                query, ready = taken
                 assert isinstance(query, _Query)
-                if step >= 0 and not query.answer.cancelled():
+                if ready is not None and ready.step == query.graph.parted:
+                    self._enter(number, lane, query)
+                if ready is not None and not query.answer.cancelled():
                     self._free -= 1
-                    self._observer.begin(query.number, query.plan.steps[step], lane)
-                    return query, step
+                    self._observer.begin(query.number, ready.step, number)
+                    return query, ready.step
+                self._shared.pop(number, None)
                 cancelled = query.answer.cancelled()
                 self._fail(query, None if cancelled else LateError("the deadline cannot be met any more"))
                 del query, taken  # a lane that waits holds nothing
             return None
 
+    def _enter(self, number: int, lane: Lane, query: _Query) -> None:
+        """A lane is to run blocks. Under the lock."""
+        if lane.depth > 1:
+            query.cursor.next.value = query.cursor.blocks  # all at once
+            return
+        self._stops[number].value = 0
+        query.answer.inside[number] = self._stops[number]
+        self._shared[number] = query
+        query.inside += 1
+
     def _made(
         self, query: _Query, number: int, made: tuple[Any, ...] | Exception, lane: int, mark: Mark | None
     ) -> None:
-        """A step has given something, which is there after its mark. Under the lock."""
+        """An operator has given something, which is there after its mark. Under the lock."""
         if isinstance(made, Exception):
             self._fail(query, made)
         if query.ended or isinstance(made, Exception):
             return
-        step = query.plan.steps[number]
-        for slot, value in zip(step.outputs, made, strict=True):
-            query.slots[slot] = value
+        one = query.graph.operators[number]
+        for value, own in zip(one.outputs, made, strict=True):
+            query.values[value] = own
         if mark is not None:
-            query.marks |= dict.fromkeys(step.outputs, (lane, mark))
-        self._rouse(query.follow(number, lane) - 1)  # this lane takes one itself
+            query.marks |= dict.fromkeys(one.outputs, (lane, mark))
+        self._follow(query, number, lane)
 
-    def _ended(self, query: _Query, number: int, took: float, lane: int, newest: bool) -> bool:
-        """Whether it was the query's last step; the `newest` of this lane, or the first one. Under the lock."""
+    def _follow(self, query: _Query, number: int, lane: int) -> None:
+        query.follow(number, lane)
+        if self._idle:
+            self._rouse(query.lanes() - 1)  # this lane takes one itself
+
+    def _ended(self, query: _Query, number: int, took: float, blocks: int, lane: int, newest: bool) -> bool:
+        """Whether it was the query's last operator; the `newest` of this lane, or the first one. `blocks`: how many of
+        it have run, where this lane did not run all of it. Under the lock."""
         self._free += 1
-        self._observer.end(lane, newest)
+        self._observer.end(lane, newest, blocks)
+        one = query.graph.operators[number]
+        shared = self._shared.pop(lane, None) is not None
+        if shared:
+            query.inside -= 1
+            del query.answer.inside[lane]
         if query.ended:
             return False
-        step = query.plan.steps[number]
-        if query.model.learns:
-            query.model.learn(step.operator, query.model.rows(query.plan, number, query.rows), took)
-        for slot in step.inputs:
-            query.uses[slot] -= 1
-            if not query.uses[slot]:
-                query.slots[slot] = None  # its memory is free for the next
+        if query.model.learns and (blocks or not shared):
+            query.model.learn(number, query.model.rows(number, query.rows), took / (blocks or 1))
+        if shared:
+            if not query.ran(blocks):
+                self._rouse(query.lanes())
+                return False
+            self._follow(query, number, lane)
+        for value in one.inputs:
+            query.uses[value] -= 1
+            if not query.uses[value]:
+                query.values[value] = None  # its memory is free for the next
         query.unfinished -= 1
         if query.unfinished:
             return False

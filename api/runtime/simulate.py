@@ -1,7 +1,8 @@
 """The same policy and backlog in simulated time: many lanes and queries without a machine of that size, and tests
 without threads.
 
-A step takes its cost, a lane is never interrupted, placing a step takes `place_s`.
+An operator, or a block of it, takes its cost; after each a lane asks what is next, and where that is something else it
+takes `place_s` more.
 """
 
 from __future__ import annotations
@@ -43,19 +44,25 @@ def simulate(
     ended = [math.nan] * len(arrivals)
     backlog = Backlog(policy)
     free = list(range(lanes))
-    running: list[tuple[float, int, Query, int]] = []  # end, lane, query, step
+    running: list[tuple[float, int, Query, int]] = []  # end, lane, query, operator
+    last: list[tuple[Query, int] | None] = [None] * lanes
     busy, moves, coming, now = 0.0, 0, 0, 0.0
     while True:
         while free and (taken := backlog.take(free[0], now)) is not None:
-            query, step, came_from = taken
-            if step < 0:
+            query, ready = taken
+            if ready is None:
                 backlog.end(query)
                 continue
             lane = free.pop(0)
-            moves += came_from not in (-1, lane)
-            took = query.costs[step] + place_s
+            moves += ready.lane not in (-1, lane)
+            took = query.costs[ready.step]
+            if ready.step == query.graph.parted:
+                query.cursor.take()
+            if last[lane] != (query, ready.step):
+                took += place_s
+            last[lane] = query, ready.step
             busy += took
-            heapq.heappush(running, (now + took, lane, query, step))
+            heapq.heappush(running, (now + took, lane, query, ready.step))
         following = [running[0][0]] if running else []
         if coming < len(arrivals):
             following.append(arrivals[coming].at)
@@ -64,15 +71,15 @@ def simulate(
         now = max(now, min(following))
         while coming < len(arrivals) and arrivals[coming].at <= now:
             one = arrivals[coming]
-            plan = one.model.graph.plan(one.rows)
-            query = Query(coming, plan, one.model.costs(plan, one.rows), one.priority, one.at, one.at + one.within_s)
+            costs, blocks = one.model.costs(one.rows), one.model.graph.blocks_of(one.rows)
+            query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s)
             if not refuse or backlog.wait_of(query, lanes, now) <= one.within_s:
                 backlog.add(query, now)
             coming += 1
         while running and running[0][0] <= now:
             _, lane, query, step = heapq.heappop(running)
             free.append(lane)
-            if query.ended:
+            if query.ended or (step == query.graph.parted and not query.ran(1)):
                 continue
             query.follow(step, lane)
             query.unfinished -= 1

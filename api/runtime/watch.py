@@ -1,8 +1,8 @@
 """What happens on the lanes: figures for Prometheus, and timelines of single queries for Perfetto.
 
-The runtime calls an `Observer` at every step, under its own lock, so that no two calls meet. `Watch` counts, and with a
-folder for traces it remembers the newest steps of all queries: the timeline of one query shows what ran meanwhile,
-so also what it waited for.
+The runtime calls an `Observer` at every operator, under its own lock, so that no two calls meet. `Watch` counts, and
+with a folder for traces it remembers the newest operators of all queries: the timeline of one query shows what ran
+meanwhile, so also what it waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from api.runtime.graph import Step
 from infra import telemetry
 
 DONE, LATE, CANCELLED, FAILED = "done", "late", "cancelled", "failed"  # how a query ends
@@ -38,11 +37,12 @@ class Observer:
     def refused(self) -> None:
         """A query was not taken."""
 
-    def begin(self, query: int, step: Step, lane: int) -> None:
-        """A lane runs a step, when those that it has begun before have ended."""
+    def begin(self, query: int, operator: int, lane: int) -> None:
+        """A lane runs an operator, or blocks of it, when those that it has begun before have ended."""
 
-    def end(self, lane: int, newest: bool) -> None:
-        """The first of them has ended, well or not; or the `newest`, which could not begin."""
+    def end(self, lane: int, newest: bool, blocks: int) -> None:
+        """The first of them has ended, well or not, after so many blocks, if it runs in blocks; or the `newest`, which
+        could not begin."""
 
     def left(self, query: int, how: str) -> None:
         """A query will begin nothing more; its running steps may end later."""
@@ -62,14 +62,15 @@ class _Stay:
 
 @dataclasses.dataclass(slots=True)
 class _Ran:
-    """A step on a lane; while it runs, `end` is its begin."""
+    """An operator on a lane; while it runs, `end` is its begin."""
 
     query: int
     model: str
-    step: Step
+    operator: int
     lane: int
     begin: float
     end: float
+    blocks: int = 0  # that it has run, of an operator that runs in blocks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,15 +122,15 @@ class Watch(Observer):
     def refused(self) -> None:
         self._dropped[REFUSED].inc()
 
-    def begin(self, query: int, step: Step, lane: int) -> None:
+    def begin(self, query: int, operator: int, lane: int) -> None:
         now, stay = time.monotonic(), self._stays[query]
         if not stay.running:
             stay.waited += now - stay.idle
             self._waiting -= 1
         stay.running += 1
-        self._running[lane].append(_Ran(query, stay.model, step, lane, now, now))
+        self._running[lane].append(_Ran(query, stay.model, operator, lane, now, now))
 
-    def end(self, lane: int, newest: bool) -> None:
+    def end(self, lane: int, newest: bool, blocks: int) -> None:
         now, running = time.monotonic(), self._running[lane]
         ran = running.pop() if newest else running.popleft()
         if not newest and running:
@@ -142,7 +143,7 @@ class Watch(Observer):
                 stay.idle = now
                 self._waiting += 1
         if self._traces is not None:
-            ran.end = now
+            ran.end, ran.blocks = now, blocks
             self._ran.append(ran)
 
     def left(self, query: int, how: str) -> None:
@@ -194,10 +195,10 @@ def _events(seen: _Seen, ran: list[_Ran], end: float, model: str, id: str) -> di
     made.append({"name": model, "cat": "query", **_span(pid, 0, seen.arrived, end), "args": whole})
     made += [
         {
-            "name": f"{one.model} {one.step.operator}",
+            "name": f"{one.model} {one.operator}",
             "cat": "this" if one.query == seen.query else "other",
             **_span(pid, 1 + one.lane, one.begin, one.end),
-            "args": {"query": one.query, "operator": one.step.operator, "block": one.step.block},
+            "args": {"query": one.query, "operator": one.operator, "blocks": one.blocks},
         }
         for one in ran
     ]

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from api.runtime import product
 from api.runtime.nest import ONE, ZERO, Buffer, Index, Nest, Place, Size, Value, aligned, contiguous, stored
 from api.runtime.nest import product as times
+from api.runtime.product import part
 from infra.codegen import F32, I8, I64, Code
 
 KINDS = {torch.float32: F32, torch.int64: I64, torch.bool: I8}
@@ -36,7 +37,7 @@ class _Task:
 
     reads: tuple[Buffer, ...]
     writes: Buffer
-    call: Callable[[Callable[[Buffer], Any]], None]  # given where buffers are
+    call: Callable[[Code, Callable[[Buffer], Any]], None]  # given the function, and where buffers are
 
 
 def _is_known(node: fx.Node) -> bool:
@@ -58,12 +59,13 @@ class Writer:
         self._outputs = list(outputs)
         self._flag = Buffer(I64, ONE)
         kinds = [self.kind(node) for node in (*inputs, *outputs)]
-        self._code = Code("group", [I8.as_pointer(), I64, *(kind.as_pointer() for kind in kinds)], answers=True)
-        self._ports: dict[Buffer, Any] = {}
-        for node, argument in zip(inputs, self._code.function.args[2:], strict=False):
+        self._arguments = [I8.as_pointer(), I64, *(kind.as_pointer() for kind in kinds)]
+        self._code = Code("group", self._arguments, answers=True)
+        self._ports: dict[Buffer, int] = {}  # inputs and outputs, in the order of arguments
+        for place, node in enumerate(inputs):
             shape = self.shape(node)
             buffer = Buffer(self.kind(node), times(shape))
-            self._ports[buffer] = argument
+            self._ports[buffer] = place
             self.values[node] = stored(Place(buffer, contiguous(shape)), shape)
 
     # what nodes are like
@@ -170,8 +172,8 @@ class Writer:
         body(nest)
         nest.build.ret_void()
 
-        def call(where: Callable[[Buffer], Any]) -> None:
-            self._code.build.call(nest.function, [*map(where, nest.buffers), self._code.function.args[1]])
+        def call(code: Code, where: Callable[[Buffer], Any]) -> None:
+            code.build.call(nest.function, [*map(where, nest.buffers), code.function.args[1]])
 
         self._tasks.append(_Task(reads, writes, call))
 
@@ -203,9 +205,9 @@ class Writer:
         assert x.place is not None
         assert bias.place is not None
         own, rows = Place(Buffer(F32, times(shape)), contiguous(shape)), times(x.shape[:-1])
-        places, code = (x.place, bias.place, own), self._code
+        places = x.place, bias.place, own
 
-        def call(where: Callable[[Buffer], Any]) -> None:
+        def call(code: Code, where: Callable[[Buffer], Any]) -> None:
             columns, inner = weight.shape
             packed, run = product.packed(weight), cast(Any, product.product(inner, columns, relu))
             self._keeps += [packed, run]
@@ -220,24 +222,55 @@ class Writer:
 
     # the function
 
-    def function(self) -> tuple[Callable[..., int], Size]:
-        """int(scratch, rows, inputs, outputs): whether an index was outside of its table; and the bytes of scratch."""
-        results = dict(zip(self._outputs, self._code.function.args[2 + len(self._ports) :], strict=True))
-        for node, argument in results.items():
-            value, shape = self.values[node], self.shape(node)
-            place = value.place
+    def functions(self) -> tuple[Callable[..., int], Callable[..., int], Size]:
+        """int(scratch, rows, inputs, outputs): whether an index was outside of its table; the same for some blocks of
+        the rows (`_some`); and the bytes of scratch, by rows of a call or block."""
+        count = len(self._ports)
+        for place, node in enumerate(self._outputs, count):
+            own, shape = self.values[node].place, self.shape(node)
             if (
-                place is None
-                or place.buffer in self._ports
-                or place.buffer in self._constants
-                or not place.is_contiguous(shape)
-                or place.buffer.size != times(shape)
+                own is None
+                or own.buffer in self._ports
+                or own.buffer in self._constants
+                or not own.is_contiguous(shape)
+                or own.buffer.size != times(shape)
             ):
-                place = self.placed(dataclasses.replace(value, place=None)).place
-                assert place is not None
-            self._ports[place.buffer] = argument
-        slots, size = self._slots()
+                own = self.placed(dataclasses.replace(self.values[node], place=None)).place
+                assert own is not None
+            self._ports[own.buffer] = place
+        fixed = self._fixed()
+        parts = (
+            [task for task in self._tasks if task.writes in fixed],
+            [task for task in self._tasks if task.writes not in fixed],
+        )
+        slots, size = self._slots(*parts)
+        once, each = (self._part(name, tasks, slots, size) for name, tasks in zip(("once", "each"), parts, strict=True))
         code = self._code
+        wrong = [code.build.call(one.function, code.function.args) for one in (once, each)]
+        code.build.ret(code.build.or_(*wrong))
+        some = self._some(once, each)
+        run: Any = code.compiled()
+        run.keeps = self._keeps
+        return (
+            run,
+            some.called(run.engine),
+            Size(sum(one.each for one in size), sum(one.fixed + 2 * _LINE for one in size)),
+        )
+
+    def _fixed(self) -> set[Buffer]:
+        """Buffers in memory that do not depend on what differs from row to row."""
+        found = {one for one in (*self._ports, *self._constants) if not one.size.each}
+        found |= {task.writes for task in self._tasks if not task.writes.size.each}
+        while True:
+            other = {task.writes for task in self._tasks if not found.issuperset(task.reads)} & found
+            if not other:
+                return found
+            found -= other
+
+    def _part(self, name: str, tasks: Sequence[_Task], slots: dict[Buffer, int], size: Sequence[Size]) -> Code:
+        """A function of the same arguments that does some of the tasks."""
+        code = Code(name, self._arguments, self._code, answers=True)
+        code.function.attributes.add("noinline")
         build, starts, begin = code.build, [], I64(0)
         for slot in size:
             starts.append(begin)
@@ -253,24 +286,64 @@ class Writer:
             if buffer in self._constants:
                 return build.inttoptr(I64(self._constants[buffer]), kind)
             if buffer in self._ports:
-                return self._ports[buffer]
+                return code.function.args[2 + self._ports[buffer]]
             return build.bitcast(build.gep(code.function.args[0], [starts[slots[buffer]]]), kind)
 
-        for task in self._tasks:
-            task.call(where)
+        for task in tasks:
+            task.call(code, where)
         build.ret(build.load(flag))
-        run = code.compiled()
-        run.keeps = self._keeps  # type: ignore[attr-defined]
-        return run, Size(sum(one.each for one in size), sum(one.fixed + 2 * _LINE for one in size))
+        return code
 
-    def _slots(self) -> tuple[dict[Buffer, int], list[Size]]:
+    def _some(self, once: Code, each: Code) -> Code:
+        """int(scratch, rows, blocks, most, following, stop, inputs, outputs), that runs `once`, then `each` on blocks
+        until there are no more, `most` have run, or the word at `stop` is not 0: how many it has run; -1 where an index
+        was outside of its table. `following`: the address of the number of the next block."""
+        memory, _, *kinds = self._arguments
+        code = Code("some", [memory, *[I64] * 5, *kinds], self._code, answers=True)
+        code.function.linkage = "external"
+        scratch, rows, blocks, most, following, stop, *ports = code.function.args
+        build, word = code.build, I64.as_pointer()
+        draw, block, failed, after, end = (code.function.append_basic_block() for _ in range(5))
+        wrong = build.call(once.function, [scratch, rows, *ports])
+        begin = build.block
+        build.cbranch(build.icmp_unsigned("==", wrong, I64(0)), draw, failed)
+        build.position_at_end(draw)
+        done = build.phi(I64)
+        number = build.atomic_rmw("add", build.inttoptr(following, word), I64(1), "monotonic")
+        build.cbranch(build.icmp_unsigned("<", number, blocks), block, end)
+        build.position_at_end(block)
+        first, height = part(code, rows, blocks, number)
+        moved = list(ports)
+        for buffer, place in self._ports.items():
+            moved[place] = build.gep(ports[place], [build.mul(first, I64(buffer.size.each))])
+        wrong = build.call(each.function, [scratch, height, *moved])
+        build.cbranch(build.icmp_unsigned("==", wrong, I64(0)), after, failed)
+        build.position_at_end(after)
+        more = build.add(done, I64(1))
+        told = build.load_atomic(build.inttoptr(stop, word), "monotonic", 8)
+        goes_on = build.and_(build.icmp_unsigned("==", told, I64(0)), build.icmp_unsigned("<", more, most))
+        build.cbranch(goes_on, draw, end)
+        done.add_incoming(I64(0), begin)
+        done.add_incoming(more, after)
+        build.position_at_end(end)
+        found = build.phi(I64)
+        found.add_incoming(done, draw)
+        found.add_incoming(more, after)
+        build.ret(found)
+        build.position_at_end(failed)
+        build.ret(I64(-1))
+        return code
+
+    def _slots(self, once: Sequence[_Task], each: Sequence[_Task]) -> tuple[dict[Buffer, int], list[Size]]:
         """Of each buffer its place in the scratch memory, and the bytes of each: one that is read no more is the next
-        one's."""
+        one's. What is made once comes first and stays."""
         last = dict[Buffer, int]()
-        for at, task in enumerate(self._tasks):
+        for at, task in enumerate([*once, *each]):
             last |= dict.fromkeys((*task.reads, task.writes), at)
         found, size, until = dict[Buffer, int](), list[Size](), list[int]()
-        for at, task in enumerate(self._tasks):
+        for at, task in enumerate([*once, *each]):
+            if at == len(once):
+                until = [len(last) + len(once) + len(each)] * len(size)
             own = task.writes
             if own in found or own in self._ports:
                 continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from api.runtime.blocks import Blocked
 from api.runtime.graph import Graph, Operator
 from api.runtime.model import Model
 
@@ -26,6 +28,18 @@ def made(costs: Sequence[float], waits: Sequence[Sequence[int]], run: Callable[[
 
 def chain(*costs: float, run: Callable[[int, list[Any]], Any] = lambda k, values: (k, *values)) -> Model:
     return made(costs, [[k - 1] if k else [] for k in range(len(costs))], run)
+
+
+def in_blocks(graph: Graph, rows: int) -> Graph:
+    """The same with blocks of so many rows, however light they are."""
+    return dataclasses.replace(
+        graph,
+        block=rows,
+        operators=tuple(
+            dataclasses.replace(one, run=one.run.sized(rows)) if isinstance(one.run, Blocked) else one
+            for one in graph.operators
+        ),
+    )
 
 
 class Gate:

@@ -67,15 +67,12 @@ def test_operators_give_what_the_module_gives(name: str, blocks: tuple[int, ...]
             kept = found.clone()
             graph.run(*query(name, rows))
             assert torch.equal(found, kept), "what a lane uses again is not what it has given away"
-        steps = graph.plan(rows).steps
-        assert sum(graph.operators[step.operator].blocks for step in steps) == (
-            max(1, round(rows / graph.block)) if graph.block else 0
-        )
-        for at, step in enumerate(steps):
-            assert all(before < at for before in step.waits)
-            assert all(at in steps[before].then for before in step.waits)
-        slots, plan = graph.run_slots(given)
-        held = sum(slots[slot].nbytes for own in plan.places for slot in own if isinstance(slots[slot], Tensor))
+        blocks = graph.blocks_of(rows)
+        assert blocks == (max(1, round(rows / graph.block)) if graph.block else 1)
+        for at, before in enumerate(graph.before):
+            assert all(one < at for one in before)
+            assert all(at in graph.then[one] for one in before)
+        held = sum(value.nbytes for value in graph.run_values(given) if isinstance(value, Tensor))
         assert held <= graph.bytes_of(rows) + 1, "what its values take is known before"
     assert (len(graph.operators) > 5) == (grain_s == 0.0)
 
@@ -117,9 +114,8 @@ def test_branches_wait_for_what_they_need_alone() -> None:
             return left + right, left
 
     graph = capture(Two(), (torch.ones(3), torch.ones(3)), grain_s=0.0)
-    steps = graph.plan(1).steps
-    assert len([one for one in steps if not one.waits]) == 2
-    assert max(len(one.waits) for one in steps) == 2
+    assert len(graph.first) == 2
+    assert max(graph.waits) == 2
     total, left = graph.run(torch.zeros(3), torch.zeros(3))
     assert torch.equal(left, torch.zeros(3).sin().cos())
     assert torch.equal(total, left + torch.zeros(3).exp().log1p())

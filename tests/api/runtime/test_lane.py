@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from api.runtime.graph import Step
+from api.runtime.graph import Operator
 from api.runtime.lane import Cpu, Cuda, Device, Lane, Mark
 from api.runtime.model import Model
 from api.runtime.runtime import Runtime
@@ -70,23 +70,23 @@ class _LateLane:
             one()
             del one  # which holds what it has made
 
-    def begin(self, step: Step, slots: Sequence[Any], after: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
-        inputs = [weakref.ref(slots[slot]) for slot in step.inputs]  # it holds none of them
-        found, mark = tuple(_Value() for _ in step.outputs), _LateMark()
+    def begin(self, one: Operator, values: Sequence[Any], after: Sequence[Mark]) -> tuple[tuple[Any, ...], Mark | None]:
+        inputs = [weakref.ref(values[at]) for at in one.inputs]  # it holds none of them
+        found, mark = tuple(_Value() for _ in one.outputs), _LateMark()
 
         def work() -> None:
-            for one in after:
-                assert isinstance(one, _LateMark)
-                one.ended.wait(30)
-            time.sleep(random.uniform(0, 1e-3))  # as long as the step takes
+            for before in after:
+                assert isinstance(before, _LateMark)
+                before.ended.wait(30)
+            time.sleep(random.uniform(0, 1e-3))  # as long as it takes
             began = time.perf_counter()
             try:
-                given = [own() for own in inputs]
-                assert all(one is not None for one in given), "it was let go of too early"
-                read = [one.made if isinstance(one, _Value) else one for one in given]
-                assert all(one is not None for one in read), "it is read before it is there"
-                for value, one in zip(found, step.made(step.call(*read)), strict=True):
-                    value.made = one
+                given = [held() for held in inputs]
+                assert all(own is not None for own in given), "it was let go of too early"
+                read = [own.made if isinstance(own, _Value) else own for own in given]
+                assert all(own is not None for own in read), "it is read before it is there"
+                for value, own in zip(found, one.made(one.run(*read)), strict=True):
+                    value.made = own
             except Exception as error:
                 mark.error = error
             mark.took = time.perf_counter() - began
@@ -149,17 +149,17 @@ def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
     """As figures and timelines see it: the lane is busy with the first one until that ends."""
 
     class Order(Observer):
-        def begin(self, query: int, step: Step, lane: int) -> None:
+        def begin(self, query: int, operator: int, lane: int) -> None:
             running.append(query)
 
-        def end(self, lane: int, newest: bool) -> None:
+        def end(self, lane: int, newest: bool, blocks: int) -> None:
             ended.append(running.pop() if newest else running.pop(0))
 
     class FailsLater(_LateLane):
-        def begin(self, step: Step, *given: Any) -> tuple[tuple[Any, ...], Mark | None]:
-            if step.call is broken.graph.operators[0].run:
+        def begin(self, one: Operator, *given: Any) -> tuple[tuple[Any, ...], Mark | None]:
+            if one is broken.graph.operators[0]:
                 raise ValueError("cannot begin")
-            return super().begin(step, *given)
+            return super().begin(one, *given)
 
     class Kind(Late):
         def lane(self) -> Lane:

@@ -14,7 +14,7 @@ import torch
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.runtime import FullError, LateError, Runtime
-from tests.api.runtime.graphs import Gate, chain, made
+from tests.api.runtime.graphs import Gate, chain, in_blocks, made
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
 
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
-    return {name: Model(captured(name, grain_s=1e-5, blocks=(8,))[1]) for name in ("wnd", "din", "dlrm", "bst")}
+    return {name: Model(in_blocks(captured(name, grain_s=1e-5)[1], 8)) for name in ("wnd", "din", "dlrm", "bst")}
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])
@@ -81,11 +81,11 @@ def test_costs_are_learned_and_what_waits_decides_who_is_taken(models: dict[str,
         assert blocker.result(30) == 0
         assert passed.result(30) is not None
         assert urgent.result(30) is not None
-        assert slow.costs(slow.graph.plan(1), 1)[0] < 1.0, "what it took, not what was guessed"
+        assert slow.costs(1)[0] < 1.0, "what it took, not what was guessed"
         model = models["dlrm"]
-        before = model.costs(model.graph.plan(8), 8)
+        before = model.costs(8)
         runtime.submit(model, *query("dlrm", 8)).result(30)
-        assert model.costs(model.graph.plan(8), 8) != before
+        assert model.costs(8) != before
 
 
 @pytest.mark.parametrize("policy", [Policy(), Policy(fifo=True)])

@@ -222,10 +222,9 @@ def _models(costs: dict[str, Any]) -> dict[str, Model]:
         )
         graph = Graph(one["inputs"], operators, tuple(one["outputs"]), True, tuple(one["rows"]), one["block"])
         found[name] = Model(graph)
-        for rows, steps in one["queries"]:
-            plan = graph.plan(rows)
-            for at, seconds in enumerate(steps):
-                found[name].learn(plan.steps[at].operator, found[name].rows(plan, at, rows), seconds)
+        for rows, seen in one["queries"]:
+            for at, seconds in enumerate(seen):
+                found[name].learn(at, found[name].rows(at, rows), seconds)
     return found
 
 
@@ -256,9 +255,9 @@ def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: flo
 
 
 def _place_s(arrivals: Sequence[Arrival], saturation: float) -> float:
-    """What a step takes of two lanes beside its cost, by how many queries a second they answer at most."""
-    steps = [one.model.costs(one.model.graph.plan(one.rows), one.rows) for one in arrivals]
-    work, count = sum(map(sum, steps)), sum(map(len, steps))
+    """What an operator takes of two lanes beside its cost, by how many queries a second they answer at most."""
+    work = sum(one.model.work(one.rows) for one in arrivals)
+    count = sum(len(one.model.graph.operators) for one in arrivals)
     return max(0.0, (2 * len(arrivals) / saturation - work) / count)
 
 

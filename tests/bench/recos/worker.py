@@ -146,7 +146,7 @@ def errors(kernels: Kernels, queries: dict[str, list[Query]], seed: int) -> dict
 
 
 def costs(kernels: Kernels, queries: dict[str, list[Query]]) -> dict[str, Any]:
-    """What the simulation needs of each model: its operators, and what the steps of its queries are seen to cost, s."""
+    """What the simulation needs of each model: its operators, and what they are seen to cost in its queries, s."""
     found: dict[str, Any] = {}
     for name, model in kernels.models.items():
         graph = model.graph
@@ -156,7 +156,7 @@ def costs(kernels: Kernels, queries: dict[str, list[Query]]) -> dict[str, Any]:
             "outputs": graph.outputs,
             "rows": graph.rows,
             "block": graph.block,
-            "queries": [[one.rows, model.costs(graph.plan(one.rows), one.rows)] for one in queries[name]],
+            "queries": [[one.rows, model.costs(one.rows)] for one in queries[name]],
         }
     return found
 

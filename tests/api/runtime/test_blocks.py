@@ -1,0 +1,253 @@
+"""Blocks of a query on several lanes: each once, whoever runs it; a lane that is wanted lets go after one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from api.runtime import runtime as runtimes
+from api.runtime.blocks import Blocked, Cursor, Word
+from api.runtime.forms import Form
+from api.runtime.graph import Graph, Operator, capture
+from api.runtime.model import Model
+from api.runtime.runtime import LateError, Runtime
+from tests.api.runtime.graphs import chain, in_blocks
+from tests.api.runtime.test_graph import captured, query
+from tests.conftest import wait_until
+
+ROWS, SIZE = 40, 10
+
+
+def parted(call: Callable[[Tensor], Tensor], cost: float = 1e-3) -> Model:
+    """A model of blocks that are given to `call`, as wide as the input."""
+    blocked = Blocked(Form(call), (torch.zeros(2, 3),), (True,), SIZE)
+    one = Operator(blocked, (0,), (1,), cost, SIZE, blocks=True)
+    return Model(Graph(1, (one,), (1,), single=True, rows=(0,), block=SIZE), learns=False)
+
+
+def numbered(rows: int) -> Tensor:
+    return torch.arange(rows * 3.0).reshape(rows, 3)
+
+
+class Steps:
+    """Blocks that wait to be let go one by one. Each is known by its first number."""
+
+    def __init__(self) -> None:
+        self.began, self._go = list[float](), threading.Semaphore(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > 2:  # no example
+            self.began.append(float(x[0, 0]) / 3)
+            assert self._go.acquire(timeout=30)
+        return x + 1.0
+
+    def go(self, blocks: int = 1) -> None:
+        self._go.release(blocks)
+
+
+class _Scores(nn.Module):
+    """Has a user's part, a layer, and a look-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(3, 16), nn.Embedding(50, 16)
+
+    def forward(self, user: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        found: Tensor = self.layer(x) * user.sigmoid().sum(1, keepdim=True) + self.table(ids)
+        return found
+
+
+def asked(rows: int) -> tuple[Tensor, ...]:
+    return torch.linspace(-1, 1, 4)[None], numbered(rows) / 7, torch.arange(rows) % 50
+
+
+MODULE = _Scores().eval()
+GRAPH = capture(MODULE, asked(8), (None, 0, 0))
+(ONE,) = GRAPH.operators
+FORMS = {
+    "generated": ONE.run._form,
+    "plain": Form(lambda *given: MODULE(*(given[ONE.inputs.index(at)] for at in range(3)))),
+}
+
+
+def taken(rows: int) -> list[Tensor]:
+    return [asked(rows)[at] for at in ONE.inputs]
+
+
+def formed(form: str, size: int) -> Blocked:
+    return Blocked(FORMS[form], taken(2), [GRAPH.rows[at] == 0 for at in ONE.inputs], size)
+
+
+@given(
+    st.integers(1, 60),
+    st.sampled_from([1, 3, 8]),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 99]),
+    st.sampled_from(list(FORMS)),
+)
+def test_blocks_are_the_whole_whoever_runs_them(rows: int, size: int, lanes: int, most: int, form: str) -> None:
+    blocked = formed(form, size)
+    inputs = taken(rows)
+    outputs, cursor, stop = blocked.outputs(rows), Cursor(blocked.count(rows)), Word()
+
+    def lane(_: int) -> int:
+        done = 0
+        with torch.inference_mode():
+            while cursor.left():
+                own = blocked.run(inputs, outputs, rows, cursor, stop, most)
+                assert own <= most
+                done += own
+        return done
+
+    with torch.inference_mode(), ThreadPoolExecutor(lanes) as pool:
+        assert sum(pool.map(lane, range(lanes))) == cursor.blocks
+        assert torch.equal(outputs[0], blocked(*inputs))
+        torch.testing.assert_close(outputs[0], MODULE(*asked(rows)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_light_users_part_is_computed_with_the_blocks() -> None:
+    assert set(ONE.inputs) == {0, 1, 2}
+    assert ONE.run.once
+    _, graph = captured("bst", grain_s=1e-9)
+    assert len(graph.operators) > 1, "where one operation is more than an operator should be, it is not"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_who_is_told_to_stop_has_run_one_block(form: str) -> None:
+    blocked = formed(form, 10)
+    inputs, outputs = taken(40), blocked.outputs(40)
+    cursor, stop = Cursor(4), Word()
+    stop.value = 1
+    with torch.inference_mode():
+        for left in (3, 2, 1, 0):
+            assert blocked.run(inputs, outputs, 40, cursor, stop, 99) == 1
+            assert cursor.left() == left
+        assert blocked.run(inputs, outputs, 40, cursor, stop, 99) == 0
+
+
+def test_an_index_outside_of_its_table_is_an_error_of_its_block() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(50, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x).sigmoid()
+
+    graph = capture(Looks().eval(), (torch.zeros(90, 1, dtype=torch.int64),), (0,), blocks=(8,))
+    model, ids = Model(graph), torch.arange(40)[:, None]
+    with Runtime(2) as runtime:
+        wrong = [runtime.submit(model, torch.where(ids == at, torch.tensor(99), ids)) for at in (0, 17, 39)]
+        fine = [runtime.submit(model, ids) for _ in range(4)]
+        for answer in wrong:
+            with pytest.raises(IndexError):
+                answer.result(30)
+        assert all(answer.result(30).shape == (40, 1, 16) for answer in fine)
+        wait_until(lambda: not len(runtime._backlog) and not runtime._shared, "nothing is kept")
+
+
+def test_lanes_share_a_query() -> None:
+    both = threading.Barrier(2)
+
+    def call(x: Tensor) -> Tensor:
+        if len(x) > 2:
+            both.wait(30)  # two at once, or none goes on
+        return x * 2.0
+
+    with Runtime(2) as runtime:
+        assert torch.equal(runtime.submit(parted(call), numbered(ROWS)).result(30), numbered(ROWS) * 2.0)
+
+
+def test_a_query_that_goes_first_waits_for_one_block() -> None:
+    steps, ran = Steps(), list[str]()
+
+    def noted(k: int, values: list[Any]) -> Any:
+        ran.append(f"urgent after {len(steps.began)}")
+        return k
+
+    with Runtime(1) as runtime:
+        long = runtime.submit(parted(steps), numbered(ROWS), priority=1)
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        urgent = runtime.submit(chain(1e-3, run=noted), torch.zeros(1), rows=1)
+        steps.go()
+        assert urgent.result(30) == 0
+        steps.go(3)
+        assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
+    assert ran == ["urgent after 1"]
+    assert steps.began == [0.0, 10.0, 20.0, 30.0]
+
+
+def test_a_query_that_goes_last_stops_nobody() -> None:
+    steps, after = Steps(), list[int]()
+    with Runtime(1) as runtime:
+        long = runtime.submit(parted(steps), numbered(ROWS))
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        low = runtime.submit(
+            chain(1e-3, run=lambda k, values: after.append(len(steps.began))), torch.zeros(1), priority=1, rows=1
+        )
+        steps.go(4)
+        assert long.result(30).shape == (ROWS, 3)
+        assert low.result(30) is None
+    assert after == [4]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_cancelled_or_late_ends_after_a_block(late: bool) -> None:
+    steps = Steps()
+    with Runtime(1) as runtime:
+        answer = runtime.submit(parted(steps, cost=0.02), numbered(ROWS), within_s=0.085 if late else 30.0)
+        wait_until(lambda: len(steps.began) == 1, "the first block runs")
+        if late:
+            threading.Event().wait(0.085)  # its deadline passes
+        else:
+            assert answer.cancel()
+        steps.go(4)
+        with pytest.raises(LateError if late else CancelledError):
+            answer.result(30)
+        wait_until(lambda: not len(runtime._backlog), "it has left")
+        assert runtime.submit(chain(1e-3), torch.zeros(1), rows=1).result(30) is not None
+    assert len(steps.began) == 1
+
+
+def test_the_last_blocks_are_run_though_nobody_joins_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that is told to stop leaves blocks behind that are not worth another lane while it is at them."""
+    steps = Steps()
+    gate = threading.Event()
+    with Runtime(2) as runtime:
+        long = runtime.submit(parted(steps, cost=1e-9), numbered(ROWS), priority=1)
+        wait_until(lambda: len(steps.began) == 1, "one lane runs a block")
+        held = [
+            runtime.submit(chain(1.0, run=lambda k, values: gate.wait(30)), torch.zeros(1), rows=1) for _ in range(2)
+        ]
+        steps.go()
+        wait_until(lambda: runtime._free == 0, "both lanes are at what goes first")
+        assert len(steps.began) < 4
+        steps.go(3)
+        gate.set()
+        assert all(answer.result(30) for answer in held)
+        assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
+
+
+@pytest.mark.parametrize("share_s", [1e-9, 1.0])
+def test_published_models_in_blocks_of_few_rows(share_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes that ask after each block, and lanes that never do."""
+    monkeypatch.setattr(runtimes, "SHARE_S", share_s)
+    models = {name: Model(in_blocks(captured(name)[1], 8)) for name in ("wnd", "dlrm")}
+    with Runtime(3) as runtime:
+        queries = []
+        for at in range(80):
+            name = ("wnd", "dlrm")[at % 2]
+            inputs = query(name, 2 + 7 * (at % 12))
+            queries.append((models[name], inputs, runtime.submit(models[name], *inputs, priority=at % 3)))
+        for model, inputs, answer in queries:
+            with torch.inference_mode():
+                assert torch.equal(answer.result(60), model.graph.run(*inputs))
+        assert (len(runtime._backlog), runtime.bytes_held, runtime._shared) == (0, 0, {})
