@@ -33,7 +33,7 @@ class Waiting(Protocol):
 
 
 class Ready(NamedTuple):
-    """A step whose inputs are there."""
+    """An operator whose inputs are there, a step of its query."""
 
     step: int
     path: float  # s, the longest chain of work from it on
