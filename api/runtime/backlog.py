@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from api.runtime.blocks import Cursor
-from api.runtime.graph import Graph
+from api.runtime.graph import ONCE_S, Graph
 from api.runtime.policy import Policy, Ready, hopeless
 
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
-_JOIN_S = 100e-6  # of work left in blocks, for which another lane joins
+_JOIN_S = 2 * ONCE_S  # of work left in blocks, for which another lane joins
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
@@ -38,6 +38,7 @@ class Query:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
         self.path = max(paths, default=0.0)
         self.cursor, self.done = Cursor(blocks), 0  # blocks that have begun, and ended
+        self.through = False  # all have
         self.inside = 0  # lanes that run blocks
         self._block_s = costs[graph.parted] if graph.parted >= 0 else 0.0
         self._others_s = sum(costs) - self._block_s
@@ -61,27 +62,33 @@ class Query:
 
     def lanes(self) -> int:
         """How many could do something for it."""
-        return sum(self.cursor.left() if one.step == self.graph.parted else 1 for one in self.ready)
+        return sum(self._blocks() if one.step == self.graph.parted else 1 for one in self.ready)
+
+    def _blocks(self) -> int:
+        """That are left, as far as they are worth one more lane."""
+        left = self.cursor.left()
+        return left if not self.inside or left * self._block_s > _JOIN_S else 0
 
     def take(self, policy: Policy, lane: int) -> Ready | None:
         """An operator that is ready and worth another lane. That which runs in blocks stays so while there are any."""
-        while self.ready:
-            at = policy.step(self.ready, lane)
-            chosen = self.ready[at]
-            if chosen.step != self.graph.parted:
-                self._others_s -= self.costs[chosen.step]
-                del self.ready[at]
-                return chosen
-            blocks = self.cursor.left()
-            if blocks:
-                return chosen if not self.inside or blocks * self._block_s > _JOIN_S else None
-            del self.ready[at]
-        return None
+        parted = self.graph.parted
+        ready = self.ready if self._blocks() else [one for one in self.ready if one.step != parted]
+        if not ready:
+            return None
+        chosen = ready[policy.step(ready, lane)]
+        if chosen.step != parted:
+            self._others_s -= self.costs[chosen.step]
+            self.ready.remove(chosen)
+        return chosen
 
     def ran(self, blocks: int) -> bool:
-        """Blocks have run; whether all have, and no lane reads what they do any more."""
+        """Blocks have run; whether these were the last ones."""
         self.done += blocks
-        return self.done == self.cursor.blocks and not self.inside
+        if self.through or self.done < self.cursor.blocks:
+            return False
+        self.through = True
+        self.ready = [one for one in self.ready if one.step != self.graph.parted]
+        return True
 
 
 class Backlog:
@@ -130,8 +137,11 @@ class Backlog:
         if not self._live:
             self._order.clear()  # which holds their values
 
-    def before(self, query: Query, other: Query, now: float) -> bool:
-        return self._urgency(query, now) < self._urgency(other, now)
+    def behind(self, query: Query, lanes: Mapping[int, Query], now: float) -> list[int]:
+        """The lanes whose queries go after this one, the last ones first."""
+        own = self._urgency(query, now)
+        found = sorted(((self._urgency(other, now), lane) for lane, other in lanes.items()), reverse=True)
+        return [lane for urgency, lane in found if urgency > own]
 
     def take(self, lane: int, now: float) -> tuple[Query, Ready | None] | None:
         """The next query for a lane, and an operator of it; none where the query is to be dropped, for it cannot meet

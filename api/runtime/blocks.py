@@ -64,6 +64,7 @@ class Blocked:
     def __init__(self, form: Form, given: Sequence[Any], parted: Sequence[bool], size: int) -> None:
         """`given`: an example of its inputs; those `parted` have a row for each candidate, as all outputs do."""
         self._form, self._parted, self._size = form, parted, size
+        self.once_s = 0.0  # of a run, whatever its blocks: for the user's part
         found = form.call(*given)
         self._single = isinstance(found, Tensor)
         self._kinds = [(one.shape[1:], one.dtype) for one in self._many(found)]

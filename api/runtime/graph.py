@@ -136,6 +136,9 @@ class Graph:
         if self.parted >= 0:
             own = self.operators[self.parted]
             assert isinstance(own.run, Blocked)
+            for value in own.inputs:
+                if value < self.inputs:
+                    values[value] = values[value].contiguous()  # once, not by each lane
             for value, memory in zip(own.outputs, own.run.outputs(rows), strict=True):
                 values[value] = memory
         return values
@@ -208,6 +211,8 @@ def _captured(
     order = _branches(whole)
     for node in reversed(whole.graph.nodes):
         if node.op not in ("placeholder", "get_attr", "output") and node not in order:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                raise GraphError("the module changes a value by a view of it; make it functional (run_decompositions)")
             whole.graph.erase_node(node)  # a check of what the capture has assumed
     whole.recompile()
     with torch.inference_mode():
@@ -231,6 +236,8 @@ def _captured(
                     apart = of_users + seconds * blocked.count(count)
                     one, size, block_s = _in_blocks(together, 0, example, blocks) or found
                     if one.once and one is not blocked and block_s * one.count(count) < (1 + _SMALLER) * apart + TAKE_S:
+                        one.once_s = of_users
+                        block_s = max(block_s - of_users / one.count(count), block_s / 10)
                         return _graph(together, {"submod_0": (one, block_s)}, example, rows, single, {0: size})
                 return _graph(parted, chosen, example, rows, single, {first: block})
         groups |= _grouped(item, costs, grain_s, first)

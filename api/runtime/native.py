@@ -75,7 +75,9 @@ class Function(nn.Module):
         """`forward` on up to `most` of a query's blocks, into their rows of `outputs`: how many that were. `following`:
         address of the number of the next block, which others draw from too; `stop`: of what stops it, when it is not
         0, after a block."""
-        rows, values, _ = self._checked(tuple(values))
+        rows, values, made = self._checked(tuple(values))
+        if tuple([value.shape for value in outputs]) != made:
+            raise ValueError(f"outputs have other shapes than {made}")
         places = [value.data_ptr() for value in (*values, *outputs)]
         done: int = self._run_some(self._memory(-(-rows // blocks)), rows, blocks, most, following, stop, *places)
         if done < 0:

@@ -67,7 +67,8 @@ class _Query(Query):
         self.model, self.rows = model, rows
         self.marks: dict[int, tuple[int, Mark]] = {}  # of values that may not be there yet: whose lane makes them
         self.answer = _Answer()
-        self.values = graph.begun(inputs, rows)
+        self.inputs, self.values = inputs, list[Any]()
+        self.shared: tuple[list[Any], list[Any]] = ([], [])  # what blocks read and write
         self.uses = list(graph.uses)
         self.bytes = graph.bytes_of(rows)
 
@@ -83,8 +84,13 @@ class _Query(Query):
         assert isinstance(one.run, Blocked)
         seconds = min(SHARE_S, self.deadline - time.monotonic()) if self.strict else SHARE_S
         most = max(1, int(seconds / max(self.costs[self.graph.parted], 1e-9)))
-        inputs, outputs = ([self.values[value] for value in values] for values in (one.inputs, one.outputs))
-        return one.run.run(inputs, outputs, self.rows, self.cursor, stop, most)
+        return one.run.run(*self.shared, self.rows, self.cursor, stop, most)
+
+    def begin(self) -> None:
+        """It is admitted, and takes memory."""
+        self.values = self.graph.begun(self.inputs, self.rows)
+        if self.graph.parted >= 0:
+            self.shared[1].extend(self.values[value] for value in self.graph.operators[self.graph.parted].outputs)
 
 
 _Begun = tuple[_Query, int, Mark]  # an operator that has not ended
@@ -104,7 +110,8 @@ class Runtime:
         """`device`: of which the lanes are; None: cores."""
         self._observer, self._device = observer or Observer(), device or Cpu()
         self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
-        self._count, self._closed, self._idle = 0, False, 0
+        self._count, self._closed = 0, False
+        self._idle = self._roused = 0  # lanes that wait, and those that wait no more and have not come yet
         self._bytes, self._bytes_max = 0, bytes_max
         self._shared: dict[int, _Query] = {}  # of which a lane runs blocks
         self._stops = [Word() for _ in range(lanes)]  # 1: the lane asks for other work after its current block
@@ -123,6 +130,8 @@ class Runtime:
         """Ends the lanes after their current operators; what has not ended is cancelled."""
         with self._wake:
             self._closed = True
+            for stop in self._stops:
+                stop.value = 1
             self._wake.notify_all()
         for lane in self._lanes:
             lane.join()
@@ -157,7 +166,7 @@ class Runtime:
         no tensors. Raises LateError where by what waits already the deadline cannot be met, FullError; the future
         raises LateError where it could not be met after all. Not `strict`: the deadline orders and drops nothing.
         """
-        rows = model.graph.rows_of(inputs) if rows is None else rows
+        rows = model.graph.rows_of(inputs) if rows is None or model.graph.parted >= 0 else rows
         now = time.monotonic()
         given, mark = self._device.given(inputs)
         query = _Query(-1, model, given, rows, priority, now, now + within_s)
@@ -174,16 +183,15 @@ class Runtime:
             if self._bytes + query.bytes > self._bytes_max:
                 self._observer.refused()
                 raise FullError(f"{query.bytes} bytes more are not free")
+            query.begin()
             self._count += 1
             self._bytes += query.bytes
             self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
-            if self._idle:
-                self._rouse(query.lanes())
-            else:
-                for lane, other in self._shared.items():
-                    if self._backlog.before(query, other, now):
-                        self._stops[lane].value = 1
+            wanted = query.lanes() - self._rouse(query.lanes())
+            if wanted and self._shared:
+                for lane in self._backlog.behind(query, self._shared, now)[:wanted]:
+                    self._stops[lane].value = 1
         return query.answer
 
     def borrow(self) -> bool:
@@ -204,9 +212,14 @@ class Runtime:
         with self._wake:
             return not self._backlog.ready()
 
-    def _rouse(self, steps: int) -> None:
-        if self._idle and steps > 0:
-            self._wake.notify(steps)
+    def _rouse(self, lanes: int) -> int:
+        """So many idle lanes, or as many as there are and may begin something: how many."""
+        count = max(0, min(lanes, self._idle, self._free - self._roused))
+        if count:
+            self._idle -= count
+            self._roused += count
+            self._wake.notify(count)
+        return count
 
     def _drive(self, number: int, lane: Lane) -> None:
         begun = deque[_Begun]()
@@ -245,8 +258,7 @@ class Runtime:
             complete = mark is None and self._ended(query, step, took, blocks, number, newest=taken is not None)
             if not complete:
                 return self._take(number, lane) if len(begun) < lane.depth else None
-            if self._idle:
-                self._wake.notify()  # for what this lane would do if it had no answer to put together
+            self._rouse(1)  # for what this lane would do if it had no answer to put together
         self._answer(query, lane)
         return self._take(number, lane)
 
@@ -268,7 +280,7 @@ class Runtime:
                 if taken is None:
                     self._idle += 1
                     self._wake.wait()
-                    self._idle -= 1
+                    self._roused -= 1
                     continue
                 query, ready = taken
                 assert isinstance(query, _Query)
@@ -278,7 +290,8 @@ class Runtime:
                     self._free -= 1
                     self._observer.begin(query.number, ready.step, number)
                     return query, ready.step
-                self._shared.pop(number, None)
+                if self._shared.pop(number, None) is not None:
+                    del query.answer.inside[number]
                 cancelled = query.answer.cancelled()
                 self._fail(query, None if cancelled else LateError("the deadline cannot be met any more"))
                 del query, taken  # a lane that waits holds nothing
@@ -289,6 +302,8 @@ class Runtime:
         if lane.depth > 1:
             query.cursor.next.value = query.cursor.blocks  # all at once
             return
+        if not query.shared[0]:
+            query.shared[0].extend(query.values[value] for value in query.graph.operators[query.graph.parted].inputs)
         self._stops[number].value = 0
         query.answer.inside[number] = self._stops[number]
         self._shared[number] = query
@@ -327,7 +342,10 @@ class Runtime:
         if query.ended:
             return False
         if query.model.learns and (blocks or not shared):
-            query.model.learn(number, query.model.rows(number, query.rows), took / (blocks or 1))
+            if one.blocks:
+                assert isinstance(one.run, Blocked)
+                took = max(took - one.run.once_s, took / 10) / (blocks or query.cursor.blocks)
+            query.model.learn(number, query.model.rows(number, query.rows), took)
         if shared:
             if not query.ran(blocks):
                 self._rouse(query.lanes())
@@ -351,6 +369,8 @@ class Runtime:
                 query.answer.set_exception(error or CancelledError())
 
     def _leave(self, query: _Query, how: str) -> None:
+        for stop in list(query.answer.inside.values()):
+            stop.value = 1
         self._backlog.end(query)
         self._bytes -= query.bytes
         self._observer.left(query.number, CANCELLED if query.answer.cancelled() else how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from api.runtime import runtime as runtimes
 from api.runtime.blocks import Blocked, Cursor, Word
 from api.runtime.forms import Form
-from api.runtime.graph import Graph, Operator, capture
+from api.runtime.graph import Graph, GraphError, Operator, capture
 from api.runtime.model import Model
-from api.runtime.runtime import LateError, Runtime
+from api.runtime.runtime import FullError, LateError, Runtime
 from tests.api.runtime.graphs import chain, in_blocks
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
@@ -234,6 +235,100 @@ def test_the_last_blocks_are_run_though_nobody_joins_for_them(monkeypatch: pytes
         gate.set()
         assert all(answer.result(30) for answer in held)
         assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_what_goes_first_waits_for_a_block_though_a_lane_seems_to_be_idle(lent: bool) -> None:
+    """It is lent, or has been told of another query a moment ago."""
+    steps, gate, after = Steps(), threading.Event(), list[int]()
+
+    def noted(k: int, values: list[Any]) -> Any:
+        after.append(len(steps.began))
+        return gate.wait(30)
+
+    with Runtime(2) as runtime:
+        assert not lent or runtime.borrow()
+        long = runtime.submit(parted(steps, cost=1e-6), numbered(ROWS), priority=1)
+        wait_until(lambda: len(steps.began) == 1, "one lane runs a block")
+        with runtime._wake:  # so that no lane comes between them
+            urgent = [runtime.submit(chain(1.0, run=noted), torch.zeros(1), rows=1) for _ in range(2 - lent)]
+        steps.go()
+        wait_until(lambda: len(after) == 2 - lent, "all that goes first runs")
+        steps.go(3)
+        gate.set()
+        assert all(answer.result(30) for answer in urgent)
+        assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
+        if lent:
+            runtime.give_back()
+    assert max(after) == 1
+
+
+def test_a_runtime_that_is_closed_ends_after_a_block() -> None:
+    steps = Steps()
+    with Runtime(1) as runtime:
+        answer = runtime.submit(parted(steps), numbered(ROWS))
+        wait_until(lambda: len(steps.began) == 1, "the first block runs")
+        closing = threading.Thread(target=runtime.close)
+        closing.start()
+        wait_until(lambda: runtime._closed, "it is told")
+        steps.go(4)
+        closing.join(30)
+    assert answer.cancelled()
+    assert len(steps.began) == 1
+
+
+def test_an_error_stops_all_lanes_of_its_query() -> None:
+    steps, both = Steps(), threading.Barrier(2)
+
+    def call(x: Tensor) -> Tensor:
+        if len(x) > 2 and not len(steps.began):
+            if not float(x[0, 0]):
+                both.wait(30)
+                raise ValueError("no such row")
+            both.wait(30)
+        return steps(x)
+
+    with Runtime(2) as runtime:
+        answer = runtime.submit(parted(call), numbered(ROWS))
+        with pytest.raises(ValueError, match="no such row"):
+            answer.result(30)
+        steps.go(9)
+        wait_until(lambda: runtime._free == 2, "all lanes are free")
+    assert len(steps.began) <= 1
+
+
+def test_what_is_refused_takes_no_memory_and_rows_are_those_of_the_inputs() -> None:
+    with Runtime(1, bytes_max=1e6) as runtime:
+        wide = torch.zeros(1, 3).expand(10**11, 3)  # its scores would take more than there is
+        with pytest.raises(FullError):
+            runtime.submit(Model(dataclasses.replace(parted(torch.exp).graph, bytes=(0.0, 12.0))), wide)
+        assert runtime.submit(parted(lambda x: x + 1.0), numbered(ROWS), rows=4).result(30).shape == (ROWS, 3)
+
+
+def test_another_operator_runs_beside_blocks_that_nobody_joins_for() -> None:
+    steps, ran = Steps(), threading.Event()
+    blocked = Operator(parted(steps).graph.operators[0].run, (0,), (1,), 1e-9, SIZE, blocks=True)
+    other = Operator(lambda x: ran.set(), (0,), (2,), 1e-9)
+    graph = Graph(1, (blocked, other), (1, 2), single=False, rows=(0,), block=SIZE)
+    with Runtime(2) as runtime:
+        answer = runtime.submit(Model(graph), numbered(ROWS))
+        assert ran.wait(30)
+        wait_until(lambda: runtime.idle(), "nothing is left that another lane would join for")
+        assert runtime.borrow()
+        runtime.give_back()
+        steps.go(4)
+        assert torch.equal(answer.result(30)[0], numbered(ROWS) + 1.0)
+
+
+def test_a_changed_view_is_refused() -> None:
+    class Changes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = x * 2.0
+            out[:, 0] = x[:, 1]
+            return out
+
+    with pytest.raises(GraphError, match="view"):
+        capture(Changes(), (torch.ones(8, 3),), (0,))
 
 
 @pytest.mark.parametrize("share_s", [1e-9, 1.0])
