@@ -188,9 +188,10 @@ class Runtime:
             self._bytes += query.bytes
             self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
-            wanted = query.lanes() - self._rouse(query.lanes())
-            if wanted and self._shared:
-                for lane in self._backlog.behind(query, self._shared, now)[:wanted]:
+            lanes = query.lanes()
+            lanes -= self._rouse(lanes)
+            if lanes and self._shared:
+                for lane in self._backlog.behind(query, self._shared, now)[:lanes]:
                     self._stops[lane].value = 1
         return query.answer
 

@@ -68,7 +68,8 @@ def chosen(model: str, count: int, seed: int) -> list[tuple[str, int]]:
     """Model and place in the pool of each of so many queries; `mix` takes all models equally often."""
     random = np.random.default_rng(seed)
     names = MODELS if model == "mix" else (model,)
-    return [(names[int(random.integers(len(names)))], int(random.integers(POOL))) for _ in range(count)]
+    which, places = random.integers(len(names), size=count), random.integers(POOL, size=count)
+    return [(names[at], place) for at, place in zip(which.tolist(), places.tolist(), strict=True)]
 
 
 SHAPES: dict[str, Callable[[float], float]] = {  # of the peak's rate, at a share of the time
