@@ -19,6 +19,11 @@ from torch import Tensor
 from api.runtime.forms import Form
 
 
+def count(rows: int, size: int) -> int:
+    """Blocks of about `size` rows."""
+    return max(1, round(rows / size))
+
+
 class Word:
     """A whole number that generated code reads and changes too."""
 
@@ -84,7 +89,7 @@ class Blocked:
         return self._form.alone is not None
 
     def count(self, rows: int) -> int:
-        return max(1, round(rows / self._size))
+        return count(rows, self._size)
 
     def outputs(self, rows: int) -> tuple[Tensor, ...]:
         """Memory for what it gives."""

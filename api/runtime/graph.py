@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.split_module import split_module
 
-from api.runtime import forms
+from api.runtime import blocks, forms
 from api.runtime.blocks import Blocked
 from api.runtime.lower import lowered
 
@@ -87,7 +87,7 @@ class Graph:
 
     def blocks_of(self, rows: int) -> int:
         """In which the one operator that runs in blocks, if there is one, does."""
-        return 1 if self.block is None else max(1, round(rows / self.block))
+        return 1 if self.block is None else blocks.count(rows, self.block)
 
     @functools.cached_property
     def parted(self) -> int:

@@ -51,23 +51,24 @@ class _Answer(Future[Any]):
     def cancel(self) -> bool:
         found = super().cancel()
         if found:
-            for stop in list(self.inside.values()):
-                stop.value = 1
+            self.stop()
         return found
+
+    def stop(self) -> None:
+        for word in list(self.inside.values()):
+            word.value = 1
 
 
 class _Query(Query):
     """With its values and its answer."""
 
-    def __init__(
-        self, number: int, model: Model, inputs: Sequence[Any], rows: int, priority: int, now: float, deadline: float
-    ) -> None:
+    def __init__(self, number: int, model: Model, rows: int, priority: int, now: float, deadline: float) -> None:
         graph = model.graph
         super().__init__(number, graph, model.costs(rows), graph.blocks_of(rows), priority, now, deadline)
         self.model, self.rows = model, rows
         self.marks: dict[int, tuple[int, Mark]] = {}  # of values that may not be there yet: whose lane makes them
         self.answer = _Answer()
-        self.inputs, self.values = inputs, list[Any]()
+        self.values: list[Any] = []
         self.shared: tuple[list[Any], list[Any]] = ([], [])  # what blocks read and write
         self.uses = list(graph.uses)
         self.bytes = graph.bytes_of(rows)
@@ -86,9 +87,9 @@ class _Query(Query):
         most = max(1, int(seconds / max(self.costs[self.graph.parted], 1e-9)))
         return one.run.run(*self.shared, self.rows, self.cursor, stop, most)
 
-    def begin(self) -> None:
+    def begin(self, inputs: Sequence[Any]) -> None:
         """It is admitted, and takes memory."""
-        self.values = self.graph.begun(self.inputs, self.rows)
+        self.values = self.graph.begun(inputs, self.rows)
         if self.graph.parted >= 0:
             self.shared[1].extend(self.values[value] for value in self.graph.operators[self.graph.parted].outputs)
 
@@ -169,7 +170,7 @@ class Runtime:
         rows = model.graph.rows_of(inputs) if rows is None or model.graph.parted >= 0 else rows
         now = time.monotonic()
         given, mark = self._device.given(inputs)
-        query = _Query(-1, model, given, rows, priority, now, now + within_s)
+        query = _Query(-1, model, rows, priority, now, now + within_s)
         query.strict = strict
         if mark is not None:
             query.marks = dict.fromkeys(range(model.graph.inputs), (-1, mark))
@@ -183,7 +184,7 @@ class Runtime:
             if self._bytes + query.bytes > self._bytes_max:
                 self._observer.refused()
                 raise FullError(f"{query.bytes} bytes more are not free")
-            query.begin()
+            query.begin(given)
             self._count += 1
             self._bytes += query.bytes
             self._backlog.add(query, now)
@@ -370,8 +371,7 @@ class Runtime:
                 query.answer.set_exception(error or CancelledError())
 
     def _leave(self, query: _Query, how: str) -> None:
-        for stop in list(query.answer.inside.values()):
-            stop.value = 1
+        query.answer.stop()
         self._backlog.end(query)
         self._bytes -= query.bytes
         self._observer.left(query.number, CANCELLED if query.answer.cancelled() else how)
