@@ -12,6 +12,8 @@ from tests.bench.world import World
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+RATE = 50.0  # requests a second: leaves two slow cores time for jobs, which yield to requests and start again all along
+
 
 @pytest.mark.timeout(900)
 def test_switches_and_kills_under_load_mix_nothing_and_fail_nothing() -> None:
@@ -19,10 +21,10 @@ def test_switches_and_kills_under_load_mix_nothing_and_fail_nothing() -> None:
     with BenchStack(**SETTINGS) as stack:
         loaded = bundles(stack.folder, 3)
         outcome = switch_under_load(
-            stack, world, loaded, seconds=60.0, every_s=5.0, kill_every_s=10.0, rate=200.0, seed=3, one_of=50
+            stack, world, loaded, seconds=60.0, every_s=5.0, kill_every_s=10.0, rate=RATE, seed=3, one_of=20
         )
     answers = outcome.load.answers
-    assert len(answers) >= 200 * 60 * 0.95
+    assert len(answers) >= RATE * 60 * 0.95
     assert [failure.why for failure in outcome.failures] == []
     assert {step.action for step in outcome.steps} == {"stage", "activate", "rollback"}
     assert any(name.startswith("api") for name in outcome.killed)
