@@ -14,7 +14,8 @@ from api.runtime.policy import Policy, Ready, hopeless
 
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
-_JOIN_S = 2 * ONCE_S  # of work left in blocks, for which another lane joins
+_JOIN_S = 2 * ONCE_S  # of work left in blocks, for which another lane joins ...
+_CROWDED = 1.5  # ... unless more queries are here for each lane: then one of its own costs less
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
@@ -60,19 +61,21 @@ class Query:
             if not self.waits[after]:
                 self.ready.append(Ready(after, self.paths[after], lane))
 
-    def lanes(self) -> int:
-        """How many could do something for it."""
-        return sum(self._blocks() if one.step == self.graph.parted else 1 for one in self.ready)
+    def lanes(self, join: bool) -> int:
+        """How many could do something for it; `join`: together."""
+        return sum(self._blocks(join) if one.step == self.graph.parted else 1 for one in self.ready)
 
-    def _blocks(self) -> int:
+    def _blocks(self, join: bool) -> int:
         """That are left, as far as they are worth one more lane."""
         left = self.cursor.left()
+        if not join:
+            return 0 if self.inside else min(1, left)
         return left if not self.inside or left * self._block_s > _JOIN_S else 0
 
-    def take(self, policy: Policy, lane: int) -> Ready | None:
+    def take(self, policy: Policy, lane: int, join: bool) -> Ready | None:
         """An operator that is ready and worth another lane. That which runs in blocks stays so while there are any."""
         parted = self.graph.parted
-        ready = self.ready if self._blocks() else [one for one in self.ready if one.step != parted]
+        ready = self.ready if self._blocks(join) else [one for one in self.ready if one.step != parted]
         if not ready:
             return None
         chosen = ready[policy.step(ready, lane)]
@@ -92,8 +95,8 @@ class Query:
 
 
 class Backlog:
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, lanes: int) -> None:
+        self._policy, self._lanes = policy, lanes
         self._live: dict[int, Query] = {}
         self._order: list[tuple[tuple[float, ...], Query]] = []  # by urgency, in which no two are equal
         self._ordered = -math.inf
@@ -109,14 +112,22 @@ class Backlog:
 
     def ready(self) -> int:
         """How many lanes could do something."""
-        return sum(one.lanes() for one in self._live.values())
+        return sum(map(self.lanes_of, self._live.values()))
 
-    def wait_of(self, query: Query, lanes: int, now: float) -> float:
+    def lanes_of(self, query: Query) -> int:
+        """How many could do something for it."""
+        return query.lanes(self._join())
+
+    def _join(self) -> bool:
+        """Whether lanes share a query."""
+        return len(self._live) <= _CROWDED * self._lanes
+
+    def wait_of(self, query: Query, now: float) -> float:
         """How long after now the query will end, as far as what is here tells: the work that goes before its last step
         is shared by the lanes."""
         own = self._urgency(query, now)
         ahead = sum(one.left for one in self._live.values() if self._urgency(one, now) < own)
-        return max(query.path, (ahead + query.left) / lanes)
+        return max(query.path, (ahead + query.left) / self._lanes)
 
     def add(self, query: Query, now: float) -> None:
         self._live[query.number] = query
@@ -149,10 +160,11 @@ class Backlog:
         if now - self._ordered > max(_REORDER_S, _EACH_S * len(self._live)):
             self._order = sorted((self._urgency(one, now), one) for one in self._live.values())
             self._ordered = now
+        join = self._join()
         for _, query in self._order:
             if query.ended or not query.ready:
                 continue
-            chosen = query.take(self._policy, lane)
+            chosen = query.take(self._policy, lane, join)
             if chosen is None:
                 continue
             if query.strict and hopeless(query.deadline, chosen.path, now):

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +62,16 @@ def _alike(found: Any, wanted: Any) -> bool:
     return torch.allclose(found, wanted, rtol=_ERROR, atol=_ERROR * size, equal_nan=True)
 
 
-def seconds(call: Callable[..., Any], given: tuple[Any, ...]) -> float:
-    """The time of a call, undisturbed: whatever else runs can only add to it."""
-    took, now = [], clock(given)
+def seconds(calls: Sequence[Callable[..., Any]], given: tuple[Any, ...]) -> list[float]:
+    """The time of each call, undisturbed: whatever else runs can only add to it. In turns, for a machine's speed
+    drifts."""
+    took, now = [math.inf] * len(calls), clock(given)
     for _ in range(_RUNS):
-        began = now()
-        call(*given)
-        took.append(now() - began)
-    return min(took)
+        for at, call in enumerate(calls):
+            began = now()
+            call(*given)
+            took[at] = min(took[at], now() - began)
+    return took
 
 
 def clock(values: Iterable[Any]) -> Callable[[], float]:

@@ -31,10 +31,11 @@ from api.runtime.lower import lowered
 GRAIN_S = 300e-6  # some twenty times what placing an operator costs
 BLOCKS = (8, 16, 32, 64, 96)
 TAKE_S = 30e-6  # what one more operator costs on busy lanes: the interpreter's own memory has left the cache
-ONCE_S = 100e-6  # that each lane which shares a query may take for its user's part, so that none waits for another
+ONCE_S = 200e-6  # that each lane which shares a query may take for its user's part, so that none waits for another
 PLACE_S = 10e-6  # what one more block costs where another lane reads weights too
 _TIMED = 5  # runs of an example, of which the median counts
 _SMALLER = 0.02  # what a smaller block may cost, for others wait less long for its end
+_SLOWER = 1.2  # by how much two measurements of the same may differ, one after the other
 _ROW_ERROR = 1e-4  # between a row computed alone and among others
 
 
@@ -235,7 +236,7 @@ def _captured(
                     together = _split(whole, dict.fromkeys((node.name for node in (*user, *item)), 0))
                     apart = of_users + seconds * blocked.count(count)
                     one, size, block_s = _in_blocks(together, 0, example, blocks) or found
-                    if one.once and one is not blocked and block_s * one.count(count) < (1 + _SMALLER) * apart + TAKE_S:
+                    if one.once and one is not blocked and block_s * one.count(count) < _SLOWER * (apart + TAKE_S):
                         one.once_s = of_users
                         block_s = max(block_s - of_users / one.count(count), block_s / 10)
                         return _graph(together, {"submod_0": (one, block_s)}, example, rows, single, {0: size})
@@ -380,7 +381,7 @@ def _chosen(split: fx.GraphModule, example: tuple[Tensor, ...], exact: bool, kno
             module = split.get_submodule(name)
             assert isinstance(module, fx.GraphModule)
             made = [lowered(module, given)] if exact else [form.call for form in forms.forms(module, given)]
-            found[name] = min(((call, forms.seconds(call, given)) for call in made), key=operator.itemgetter(1))
+            found[name] = min(zip(made, forms.seconds(made, given), strict=True), key=operator.itemgetter(1))
     return found
 
 
@@ -399,15 +400,15 @@ def _in_blocks(
     if count < 2 or not _separable(module, given, parted, count):
         return None
     tried, made = [], [Blocked(form, given, parted, count) for form in forms.forms(module, given)]
-    for size in sorted({min(size, count) for size in (*sizes, count)}):
-        sized = [blocked.sized(size) for blocked in made]
-        whole, own = min(((forms.seconds(one, given), one) for one in sized), key=operator.itemgetter(0))
-        if size > max(sizes) and whole > GRAIN_S:
-            break  # all rows at once, which lanes could share
-        blocks = own.count(count)
-        tried.append((whole + PLACE_S * blocks, own, size, whole / blocks))
-    most = (1 + _SMALLER) * min(seconds for seconds, *_ in tried)
-    return next((own, size, block) for seconds, own, size, block in tried if seconds <= most)
+    every = sorted({min(size, count) for size in (*sizes, count)})
+    sized = [(blocked.sized(size), size) for size in every for blocked in made]
+    for whole, (own, size) in zip(forms.seconds([own for own, _ in sized], given), sized, strict=True):
+        if size <= max(sizes) or whole <= GRAIN_S:  # more at once is what lanes could share
+            blocks = own.count(count)
+            tried.append((size, whole + PLACE_S * blocks, own, whole / blocks))
+    tried.sort(key=operator.itemgetter(0, 1))
+    most = (1 + _SMALLER) * min(seconds for _, seconds, *_ in tried)
+    return next((own, size, block) for size, seconds, own, block in tried if seconds <= most)
 
 
 def _separable(module: nn.Module, given: tuple[Any, ...], parted: Sequence[bool], count: int) -> bool:

@@ -110,7 +110,7 @@ class Runtime:
     ) -> None:
         """`device`: of which the lanes are; None: cores."""
         self._observer, self._device = observer or Observer(), device or Cpu()
-        self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy())
+        self._wake, self._backlog = threading.Condition(), Backlog(policy or Policy(), lanes)
         self._count, self._closed = 0, False
         self._idle = self._roused = 0  # lanes that wait, and those that wait no more and have not come yet
         self._bytes, self._bytes_max = 0, bytes_max
@@ -178,7 +178,7 @@ class Runtime:
             if self._closed:
                 raise CancelledError
             query.number = self._count  # behind all that waits
-            if strict and within_s < math.inf and self._backlog.wait_of(query, len(self._lanes), now) > within_s:
+            if strict and within_s < math.inf and self._backlog.wait_of(query, now) > within_s:
                 self._observer.refused()
                 raise LateError("the deadline cannot be met with what waits already")
             if self._bytes + query.bytes > self._bytes_max:
@@ -189,7 +189,7 @@ class Runtime:
             self._bytes += query.bytes
             self._backlog.add(query, now)
             self._observer.arrived(query.number, model, priority, query.answer)
-            lanes = query.lanes()
+            lanes = self._backlog.lanes_of(query)
             lanes -= self._rouse(lanes)
             if lanes and self._shared:
                 for lane in self._backlog.behind(query, self._shared, now)[:lanes]:
@@ -329,7 +329,7 @@ class Runtime:
     def _follow(self, query: _Query, number: int, lane: int) -> None:
         query.follow(number, lane)
         if self._idle:
-            self._rouse(query.lanes() - 1)  # this lane takes one itself
+            self._rouse(self._backlog.lanes_of(query) - 1)  # this lane takes one itself
 
     def _ended(self, query: _Query, number: int, took: float, blocks: int, lane: int, newest: bool) -> bool:
         """Whether it was the query's last operator; the `newest` of this lane, or the first one. `blocks`: how many of
@@ -350,7 +350,7 @@ class Runtime:
             query.model.learn(number, query.model.rows(number, query.rows), took)
         if shared:
             if not query.ran(blocks):
-                self._rouse(query.lanes())
+                self._rouse(self._backlog.lanes_of(query))
                 return False
             self._follow(query, number, lane)
         for value in one.inputs:

@@ -42,7 +42,7 @@ def simulate(
 ) -> Outcome:
     """`refuse`: what cannot meet its deadline with what waits already is not taken, as the runtime has it."""
     ended = [math.nan] * len(arrivals)
-    backlog = Backlog(policy)
+    backlog = Backlog(policy, lanes)
     free = list(range(lanes))
     running: list[tuple[float, int, Query, int]] = []  # end, lane, query, operator
     last: list[tuple[Query, int] | None] = [None] * lanes
@@ -58,6 +58,7 @@ def simulate(
             took = query.costs[ready.step]
             if ready.step == query.graph.parted:
                 query.cursor.take()
+                query.inside += 1
             if last[lane] != (query, ready.step):
                 took += place_s
             last[lane] = query, ready.step
@@ -73,13 +74,15 @@ def simulate(
             one = arrivals[coming]
             costs, blocks = one.model.costs(one.rows), one.model.graph.blocks_of(one.rows)
             query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s)
-            if not refuse or backlog.wait_of(query, lanes, now) <= one.within_s:
+            if not refuse or backlog.wait_of(query, now) <= one.within_s:
                 backlog.add(query, now)
             coming += 1
         while running and running[0][0] <= now:
             _, lane, query, step = heapq.heappop(running)
             free.append(lane)
-            if query.ended or (step == query.graph.parted and not query.ran(1)):
+            shared = step == query.graph.parted
+            query.inside -= shared
+            if query.ended or (shared and not query.ran(1)):
                 continue
             query.follow(step, lane)
             query.unfinished -= 1

@@ -19,7 +19,9 @@ from api.runtime.blocks import Blocked, Cursor, Word
 from api.runtime.forms import Form
 from api.runtime.graph import Graph, GraphError, Operator, capture
 from api.runtime.model import Model
+from api.runtime.policy import Policy
 from api.runtime.runtime import FullError, LateError, Runtime
+from api.runtime.simulate import Arrival, simulate
 from tests.api.runtime.graphs import chain, in_blocks
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
@@ -165,6 +167,13 @@ def test_lanes_share_a_query() -> None:
 
     with Runtime(2) as runtime:
         assert torch.equal(runtime.submit(parted(call), numbered(ROWS)).result(30), numbered(ROWS) * 2.0)
+
+
+def test_lanes_share_no_query_while_others_wait() -> None:
+    model = parted(torch.clone)  # four blocks of 1 ms
+    one, many = (simulate([Arrival(0.0, model, ROWS)] * count, 2, Policy()).ended for count in (1, 6))
+    assert one == pytest.approx((2e-3,))
+    assert many == pytest.approx((4e-3, 4e-3, 8e-3, 8e-3, 10e-3, 12e-3))
 
 
 def test_a_query_that_goes_first_waits_for_one_block() -> None:

@@ -44,12 +44,12 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
         blocker = runtime.submit(chain(1e-6, 1e-6, run=gate), ONE, priority=7)
         assert gate.began.wait(30)
         low = runtime.submit(short, ONE, priority=8)
-        came = time.monotonic()
         answers = [
             runtime.submit(short, ONE, priority=9, within_s=1e-3),
             runtime.submit(short, ONE, priority=9),
             runtime.submit(made([0.1], [[]], fails), ONE, priority=9),
         ]
+        came = time.monotonic()
         assert value("query_queue") == 4
         assert answers[1].cancel()
         while time.monotonic() < came + 2e-3:
