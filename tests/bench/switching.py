@@ -39,7 +39,7 @@ TOLERANCE = 1e-5  # of fp32 bundles
 CLIENTS = 16
 _ONCE = ("verify", "retrieval")  # killed once per generation: a stage waits for the end of what they began
 SETTINGS = {"api_processes": 2, "prefetch_bytes": Settings.prefetch_bytes, "retrieval_interval_s": 10.0}
-_STEP_S = 450.0  # jobs that the step needs are killed meanwhile, and start again up to 30 s later
+_STEP_S = 300.0  # jobs that the step needs are killed meanwhile, and start again up to 30 s later
 
 
 @dataclasses.dataclass(frozen=True)
