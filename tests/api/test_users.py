@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,7 +43,8 @@ def test_a_history_row_is_never_of_two_versions(own_host: Callable[..., Host]) -
     np.testing.assert_array_equal(wanted[0], wanted[2])
     assert np.abs(wanted[0] - wanted[1]).max() > 1e-4
 
-    stop, written, arena = threading.Event(), 0, host._writers["g1"]._arena
+    fork = multiprocessing.get_context("fork")  # the writer is a process of its own, as in a deployment
+    written, arena = fork.RawValue("q", 0), host._writers["g1"]._arena
     rows = []
     for form in wanted[:2]:  # the rows as they are stored, to publish them at full speed
         host.write("g1", [dataclasses.replace(forms[len(rows)], version=10 + len(rows))])
@@ -51,27 +52,26 @@ def test_a_history_row_is_never_of_two_versions(own_host: Callable[..., Host]) -
         np.testing.assert_array_equal(infer(generation, source).block.D, form)
 
     def change() -> None:
-        nonlocal written
-        while not stop.is_set():
-            arena.apply(keys, np.ones(1, np.uint8), *rows[written % 2])
-            written += 1
+        while True:
+            arena.apply(keys, np.ones(1, np.uint8), *rows[written.value % 2])
+            written.value += 1
 
-    thread, interval = threading.Thread(target=change), sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # as the API does
-    thread.start()
+    writer = fork.Process(target=change, daemon=True)
+    writer.start()
     seen = [0, 0, 0]
     try:
+        wait_until(lambda: written.value > 300, "the row changes")
         for _ in range(300):
             side = infer(generation, source)
             which = [side.used == 1 and np.array_equal(side.block.D, form) for form in wanted[:2]]
             seen[which.index(True) if any(which) else 2] += side.used
+        assert writer.is_alive()
     finally:
-        stop.set()
-        thread.join()
-        sys.setswitchinterval(interval)
+        writer.kill()
+        writer.join()
     assert seen[2] == 0, seen
     assert min(seen[:2]) > 20, seen
-    assert written > 300
+    assert written.value > 1_000
 
 
 # ---- shared blocks

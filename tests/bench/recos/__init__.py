@@ -30,7 +30,7 @@ from tests.bench.report import Report
 
 Round = dict[str, Any]  # what one round has found
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
-Cells = dict[tuple[str, ...], dict[str, list[dict[str, float]]]]  # of a load, by runner, one a round
+Cells = dict[tuple[str, ...], dict[str, list[dict[str, float]]]]  # of a load, by runner, its turns
 
 KERNELS = {
     "eager": ("p0", "p1", "p2", "p4", "p5"),
@@ -45,6 +45,8 @@ PEAKS = (0.6, 0.9, 1.2)
 DEADLINES = 8  # of an open loop's queries: so many times what a query of the mix takes alone
 _MORE = 1.3  # times what eight clients are answered: more than can be
 HIGH = 20.0  # queries a second of the higher class, in the cell of classes
+NEAR = ("near", "steady", "0.9")  # the cell of the order's own figures: so near saturation a turn decides little, ...
+TURNS = 4  # ... so that a round has several, each with arrivals and a saturation of its own
 
 
 def run(seed: int, quick: bool) -> None:
@@ -66,25 +68,25 @@ def run(seed: int, quick: bool) -> None:
     cells: Cells = defaultdict(lambda: defaultdict(list))
     for one in done:
         for cell, runners in one["cells"].items():
-            for runner, found in runners.items():
-                cells[tuple(cell.split())][runner].append(found)
-    saturation = [peak / float(cell.split()[2]) for one in done for cell, peak in one["peaks"].items()]
-    report.figure("saturation_queries_per_s", saturation, "1/s")
+            for runner, turns in runners.items():
+                cells[tuple(cell.split())][runner] += turns
+    peaks = [(float(cell.split()[2]), peak) for one in done for cell, own in one["peaks"].items() for peak in own]
+    report.figure("saturation_queries_per_s", [peak / share for share, peak in peaks], "1/s")
     report.figure("alone_mean_ms", done[0]["alone_mean_ms"], "ms")
     report.figure("growth_mib_over_100000_queries", done[0]["growth_mib"], "MiB")
     errors = [max(one["errors"].values()) for one in done]
     report.figure("oracle_max_abs_error", errors, "score", max(errors))
     _tables(report, cells)
     _figures(report, cells)
-    _simulated(report, cells, done, 2 * seconds, seed)
+    _simulated(report, done, 2 * seconds, seed)
     report.finish(lambda canvas: _draw(canvas, cells))
     if len(done) < count:
         print(f"{len(done)} of {count} rounds; run it again for the others.")
 
 
 def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, before: Sequence[Round]) -> Round:
-    """Every cell once. Saturation is measured before each open loop, for a shared machine's speed drifts by the minute;
-    what a query takes alone is what the first round has measured.
+    """Every cell once, and NEAR several times. Saturation is measured before each open loop, for a shared machine's
+    speed drifts by the minute; what a query takes alone is what the first round has measured.
     """
 
     def ask(runner: str, **cell: Any) -> dict[str, Any]:
@@ -97,26 +99,32 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
         more = _MORE * several("queries_per_s", clients=8)
         return several("queries_per_s", shape="steady", peak=more, grace_s=0.0)
 
-    first, peaks = before[0] if before else None, {}
+    first, peaks = before[0] if before else None, defaultdict[str, list[float]](list)
     alone: float = first["alone_mean_ms"] if first else several("mean", clients=1)
-    cells: dict[str, dict[str, Any]] = defaultdict(dict)
+    cells: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for model in ("mix",) if quick else (*load.MODELS, "mix"):
         for clients in (1, 8, 30) if quick else CLIENTS:
             for runner in KERNELS_OF:
                 found = ask(runner, model=model, clients=clients, seconds=seconds)
-                cells[f"closed {model} {clients}"][runner] = found
+                cells[f"closed {model} {clients}"][runner].append(found)
     for shape in ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal"):
         for peak in PEAKS:
             cell = f"open {shape} {peak}"
-            peaks[cell] = peak * saturation()
+            peaks[cell].append(peak * saturation())
             for runner in KERNELS_OF:
-                own = {"shape": shape, "peak": peaks[cell], "seconds": 2 * seconds}
+                own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds}
                 own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
-                cells[cell][runner] = ask(runner, **own)
+                cells[cell][runner].append(ask(runner, **own))
+    cell, (_, shape, share) = " ".join(NEAR), NEAR
+    for turn in range(TURNS):
+        peaks[cell].append(float(share) * saturation())
+        own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds, "seed": _seed(seed, turn)}
+        for runner in KERNELS["ours"][:: -1 if turn % 2 else 1]:
+            cells[cell][runner].append(ask(runner, **own))
     own = {"shape": "steady", "peak": HIGH, "seconds": 4 * seconds, "of_class": 0}
     for runner in ("recos", "same-p2"):
-        cells["classes alone"][runner] = ask(runner, **own)
-        cells["classes beside"][runner] = ask(runner, **own, clients=8)
+        cells["classes alone"][runner].append(ask(runner, **own))
+        cells["classes beside"][runner].append(ask(runner, **own, clients=8))
     grown = {} if first else workers["ours"]({"runner": "growth", "count": 10_000 if quick else 100_000})
     return {
         "peaks": peaks,
@@ -127,6 +135,11 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
         "growth_mib": first["growth_mib"] if first else grown["mib"],
         "seed": seed,
     }
+
+
+def _seed(seed: int, turn: int) -> int:
+    """Of a round's turn."""
+    return seed + 1_000 * turn
 
 
 def _code() -> str:
@@ -200,16 +213,18 @@ def _figures(report: Report, cells: Cells) -> None:
         _worst(report, f"worst_p99_over_{over}", cells, loads, "p99", over)
     many = [cell for cell in closed if int(cell[2]) >= 8]
     _worst(report, "worst_mean_over_p0_from_8_clients", cells, many, "mean", "p0")
-    steady = ("open", "steady", "0.9")
-    report.figure("same_kernels_p50_over_p2", _ratios(cells, steady, "p50", "same-p2"), "x")
-    report.figure("same_kernels_p99_over_p2", _ratios(cells, steady, "p99", "same-p2"), "x")
+    for name in ("p50", "p99"):
+        report.figure(f"same_kernels_{name}_over_p2", _ratios(cells, NEAR, name, "same-p2"), "x")
     report.figure("overload_goodput_over_p4", _ratios(cells, ("open", "steady", "1.2"), "goodput", "p4"), "x")
     beside, alone = cells["classes", "beside"]["recos"], cells["classes", "alone"]["recos"]
     pairs = zip(beside, alone, strict=True)
     report.figure("high_priority_p99_over_unloaded", [one["p99"] / other["p99"] for one, other in pairs], "x")
-    for share, over in (("order", "recos-fifo"), ("kernels_and_blocks", "recos-exact")):
-        report.figure(f"share_{share}_p50", _ratios(cells, steady, "p50", over), "x")
-        report.figure(f"share_{share}_p99", _ratios(cells, steady, "p99", over), "x")
+    for share, cell, over in (
+        ("order", NEAR, "recos-fifo"),
+        ("kernels_and_blocks", ("open", "steady", "0.9"), "recos-exact"),
+    ):
+        for name in ("p50", "p99"):
+            report.figure(f"share_{share}_{name}", _ratios(cells, cell, name, over), "x")
 
 
 def _models(costs: dict[str, Any]) -> dict[str, Model]:
@@ -228,8 +243,8 @@ def _models(costs: dict[str, Any]) -> dict[str, Model]:
     return found
 
 
-def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: float, seed: int) -> None:
-    """The two-lane run at 0.9 of saturation against the same arrivals in simulated time; then 64 lanes."""
+def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int) -> None:
+    """The two-lane runs near saturation against the same arrivals in simulated time; then 64 lanes."""
 
     def arrived(one: Round, peak: float, own_seed: int, length: float) -> list[Arrival]:
         models = _models(one["costs"])
@@ -239,11 +254,12 @@ def _simulated(report: Report, cells: Cells, done: Sequence[Round], seconds: flo
         return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
 
     wrong, places = list[float](), list[float]()
-    for one, real in zip(done, cells["open", "steady", "0.9"]["recos"], strict=True):
-        peak = one["peaks"]["open steady 0.9"]
-        arrivals = arrived(one, peak, one["seed"], seconds)
-        places.append(_place_s(arrivals, peak / 0.9))
-        wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
+    cell = " ".join(NEAR)
+    for one in done:
+        for turn, (peak, real) in enumerate(zip(one["peaks"][cell], one["cells"][cell]["recos"], strict=True)):
+            arrivals = arrived(one, peak, _seed(one["seed"], turn), seconds)
+            places.append(_place_s(arrivals, peak / float(NEAR[-1])))
+            wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
     report.figure("simulation_error", wrong, "of p50")
     report.figure("place_us", [1e6 * one for one in places], "us")
     table: list[dict[str, object]] = []
