@@ -116,7 +116,7 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
                 own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
                 cells[cell][runner].append(ask(runner, **own))
     cell, (_, shape, share) = " ".join(NEAR), NEAR
-    for turn in range(TURNS):
+    for turn in range(1 if quick else TURNS):
         peaks[cell].append(float(share) * saturation())
         own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds, "seed": _seed(seed, turn)}
         for runner in KERNELS["ours"][:: -1 if turn % 2 else 1]:
@@ -244,7 +244,7 @@ def _models(costs: dict[str, Any]) -> dict[str, Model]:
 
 
 def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int) -> None:
-    """The two-lane runs near saturation against the same arrivals in simulated time; then 64 lanes."""
+    """Two-lane runs, near saturation and below it, against the same arrivals in simulated time; then 64 lanes."""
 
     def arrived(one: Round, peak: float, own_seed: int, length: float) -> list[Arrival]:
         models = _models(one["costs"])
@@ -253,14 +253,15 @@ def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int)
         rows = {name: [number for number, _ in own["queries"]] for name, own in one["costs"].items()}
         return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
 
-    wrong, places = list[float](), list[float]()
-    cell = " ".join(NEAR)
-    for one in done:
-        for turn, (peak, real) in enumerate(zip(one["peaks"][cell], one["cells"][cell]["recos"], strict=True)):
-            arrivals = arrived(one, peak, _seed(one["seed"], turn), seconds)
-            places.append(_place_s(arrivals, peak / float(NEAR[-1])))
-            wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
-    report.figure("simulation_error", wrong, "of p50")
+    places = list[float]()
+    for name, cell in {"simulation_error": NEAR, "simulation_error_at_0.6": ("open", "steady", "0.6")}.items():
+        wrong, key = list[float](), " ".join(cell)
+        for one in done:
+            for turn, (peak, real) in enumerate(zip(one["peaks"][key], one["cells"][key]["recos"], strict=True)):
+                arrivals = arrived(one, peak, _seed(one["seed"], turn), seconds)
+                places.append(_place_s(arrivals, peak / float(cell[-1])))
+                wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
+        report.figure(name, wrong, "of p50")
     report.figure("place_us", [1e6 * one for one in places], "us")
     table: list[dict[str, object]] = []
     arrivals = arrived(done[0], 10_000, seed, 1.0)
