@@ -26,6 +26,7 @@ from api.prerank import Merger
 from api.recording import Recorder
 from api.rights import Rights
 from api.runtime.folder import Folder
+from api.runtime.lane import Cpu
 from api.runtime.runtime import Runtime
 from api.runtime.watch import Watch
 from api.schemas import InlineUser
@@ -53,7 +54,7 @@ class Service:
         self.bodies = Bodies(settings)
         lanes = lanes_of(settings)
         self.watch = Watch(lanes, Path(settings.traces) if settings.traces else None)
-        self.runtime = Runtime(lanes, observer=self.watch)
+        self.runtime = Runtime(lanes, observer=self.watch, device=Cpu(pinned=False))
         self.lanes = Lanes(self.runtime)
         for step, model in self.lanes.models.items():
             self.watch.name(model, step.name.lower())

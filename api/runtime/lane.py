@@ -9,6 +9,7 @@ back to the stream that it came from when nobody reads it any more, and `record_
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -48,26 +49,41 @@ class Lane(Protocol):
 
 
 class Device(Protocol):
-    def lane(self) -> Lane:
-        """A new one."""
+    def lanes(self, count: int) -> Sequence[Lane]:
+        """New ones."""
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
         """A query's inputs as its operators read them, and the mark after which they are there."""
 
 
 class Cpu:
-    """A lane is its thread, with one thread inside of operations: as many lanes as cores use each of them once."""
+    """Cores. `pinned`: where there are as many lanes as this process has cores, each keeps to its own, whose caches
+    have what it used last; not where others work in the place of lanes (`Runtime.borrow`), for those may be on any.
+    """
 
-    depth = 1
+    def __init__(self, pinned: bool = True) -> None:
+        self._pinned = pinned
 
-    def lane(self) -> Lane:
-        return self
+    def lanes(self, count: int) -> Sequence[Lane]:
+        cores = sorted(os.sched_getaffinity(0))
+        return [_CpuLane(core) for core in (cores if self._pinned and len(cores) == count else [None] * count)]
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
         return inputs, None
 
+
+class _CpuLane:
+    """A thread, with one thread inside of operations: as many lanes as cores use each of them once."""
+
+    depth = 1
+
+    def __init__(self, core: int | None) -> None:
+        self._core = core
+
     @contextmanager
     def entered(self) -> Iterator[None]:
+        if self._core is not None:
+            os.sched_setaffinity(0, {self._core})  # of this thread
         torch.set_num_threads(1)
         with torch.inference_mode():
             yield
@@ -88,8 +104,8 @@ class Cuda:
     def __init__(self, device: torch.device | str = "cuda", graphs: bool = True) -> None:
         self._device, self._graphs = torch.device(device), graphs
 
-    def lane(self) -> Lane:
-        return _CudaLane(self._device, self._graphs)
+    def lanes(self, count: int) -> Sequence[Lane]:
+        return [_CudaLane(self._device, self._graphs) for _ in range(count)]
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
         with torch.cuda.device(self._device):

@@ -116,7 +116,7 @@ class Runtime:
         self._bytes, self._bytes_max = 0, bytes_max
         self._shared: dict[int, _Query] = {}  # of which a lane runs blocks
         self._stops = [Word() for _ in range(lanes)]  # 1: the lane asks for other work after its current block
-        made = [self._device.lane() for _ in range(lanes)]
+        made = self._device.lanes(lanes)
         self._free = sum(lane.depth for lane in made)  # operators that may begin, on lanes that are not lent
         self._lanes = [
             threading.Thread(target=self._drive, args=(number, lane), name=f"lane-{number}")

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from api.generations import load
 from api.lanes import Lanes
+from api.runtime.lane import Cpu
 from api.runtime.runtime import Runtime
 from encoders.baselines import COLD, DSSM
 from encoders.bundle import load_bundle, seeded_bundle
@@ -83,7 +84,7 @@ def run(seed: int, quick: bool) -> None:
     items, users, repetitions = (15_000, 8, 25) if quick else (60_000, 32, 200)
     plan = Plan((3, 3), (5_000, 5_000), 2, 3) if quick else Plan((20, 20, 20), (20_000,) * 5, 15, 20)
     world = World(items, seed)
-    with one_thread(), BenchStack() as stack, Runtime(2) as runtime:
+    with one_thread(), BenchStack() as stack, Runtime(2, device=Cpu(pinned=False)) as runtime:
         bundle = stack.folder / "bundle"
         seeded_bundle(bundle, config, seed)
         nearline = costs_nearline.measure(stack, world, bundle, users, LENGTH, plan)

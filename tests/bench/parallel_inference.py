@@ -26,6 +26,7 @@ import numpy as np
 from api.generations import Generation, Generations, load
 from api.lanes import Lanes, Step
 from api.prerank import Candidates, Merger, Retrieved
+from api.runtime.lane import Cpu
 from api.runtime.runtime import Runtime
 from api.schemas import ScoreOptions, Stages
 from api.users import Users
@@ -65,7 +66,10 @@ def run(seed: int, quick: bool) -> None:
     report = Report("parallel_inference", seed, quick)
     repetitions = 12 if quick else 60
     sys.setswitchinterval(1e-4)  # as the API does
-    with tempfile.TemporaryDirectory(prefix="forerank-bench-") as folder, Runtime(2) as runtime:
+    with (
+        tempfile.TemporaryDirectory(prefix="forerank-bench-") as folder,
+        Runtime(2, device=Cpu(pinned=False)) as runtime,
+    ):
         host = _host(Path(folder), seed)
         generation = load(host.settings, GENERATION, host.bundles[GENERATION].sha256)
         kernels.warm_up(generation.layout, generation.head_tables)

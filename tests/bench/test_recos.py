@@ -12,6 +12,7 @@ from tests.bench.recos import load
 from tests.bench.recos.runners import RUNNERS, Kernels
 
 SEED = 3
+KINDS = ("eager", "ours", "repeated")
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +25,17 @@ def queries() -> list[load.Query]:
 def kernels() -> Iterator[dict[str, Kernels]]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {name: Kernels(name, SEED) for name in ("eager", "ours")}
+    yield {name: Kernels(name, SEED) for name in KINDS}
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", [name for name, (kind, _) in RUNNERS.items() if kind in ("eager", "ours")])
+@pytest.mark.parametrize("name", [name for name, (kind, _) in RUNNERS.items() if kind in KINDS])
 def test_every_way_gives_the_modules_scores(name: str, queries: list[load.Query], kernels: dict[str, Kernels]) -> None:
     kind, made = RUNNERS[name]
     own, runner = load.modules(SEED), made(kernels[kind])
     try:
-        asked = [(one, runner.submit(one, 0, math.inf)) for one in queries * 2]
+        given = load.repeated if kind == "repeated" else lambda one: one
+        asked = [(one, runner.submit(given(one), 0, math.inf)) for one in queries * 2]
         for one, answer in asked:
             with torch.inference_mode():
                 expected = own[one.model](*one.inputs)

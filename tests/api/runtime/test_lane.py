@@ -7,6 +7,7 @@ they have begun, as on a GPU: a value that is read too early, or by a lane that 
 from __future__ import annotations
 
 import gc
+import os
 import queue
 import random
 import threading
@@ -102,8 +103,8 @@ class _LateLane:
 class Late:
     """Lanes that are ahead of what they have made."""
 
-    def lane(self) -> Lane:
-        return _LateLane()
+    def lanes(self, count: int) -> Sequence[Lane]:
+        return [_LateLane() for _ in range(count)]
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
         return inputs, None
@@ -142,7 +143,7 @@ def test_values_are_read_when_they_are_there(kind: type[Device], lanes: int) -> 
                 values.append(total(k, [values[b] for b in before] or [one]))
             torch.testing.assert_close(answer.result(30).cpu(), values[-1])
         assert (len(runtime._backlog), runtime.bytes_held) == (0, 0)
-        wait_until(lambda: runtime._free == sum(kind().lane().depth for _ in range(lanes)), "all lanes are free")
+        wait_until(lambda: runtime._free == sum(lane.depth for lane in kind().lanes(lanes)), "all lanes are free")
 
 
 def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
@@ -162,8 +163,8 @@ def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
             return super().begin(one, *given)
 
     class Kind(Late):
-        def lane(self) -> Lane:
-            return FailsLater()
+        def lanes(self, count: int) -> Sequence[Lane]:
+            return [FailsLater() for _ in range(count)]
 
     go, running, ended = threading.Event(), list[int](), list[int]()
 
@@ -183,6 +184,25 @@ def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
             third.result(30)
         wait_until(lambda: not running, "all have ended")
     assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_as_many_lanes_as_cores_keep_to_one_each(pinned: bool) -> None:
+    cores = os.sched_getaffinity(0)
+    for count in (len(cores), len(cores) + 1):
+        meet, found = threading.Barrier(count), list[frozenset[int]]()
+
+        def run(k: int, values: list[Any], meet: Any = meet, found: list[frozenset[int]] = found) -> Tensor:
+            meet.wait(30)  # so that each lane has one
+            found.append(frozenset(os.sched_getaffinity(0)))
+            return total(k, values)
+
+        with Runtime(count, device=Cpu(pinned)) as runtime:
+            for answer in [runtime.submit(chain(0.1, run=run), torch.ones(4)) for _ in range(count)]:
+                answer.result(30)
+        apart = pinned and count == len(cores)
+        assert sorted(found, key=sorted) == ([frozenset({one}) for one in sorted(cores)] if apart else [cores] * count)
+    assert os.sched_getaffinity(0) == cores
 
 
 @kinds
@@ -223,7 +243,7 @@ def test_what_is_cancelled_begins_no_more_than_a_lane_is_ahead(kind: type[Device
         torch.testing.assert_close(
             runtime.submit(chain(0.1, run=total), torch.ones(4)).result(30).cpu(), torch.full((4,), 0.5)
         )
-    assert len(ran) <= kind().lane().depth
+    assert len(ran) <= kind().lanes(1)[0].depth
     with pytest.raises(CancelledError):
         answer.result(30)
 

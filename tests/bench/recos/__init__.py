@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from api.runtime.graph import Graph, Operator
 from api.runtime.model import Model
 from api.runtime.policy import Policy
@@ -37,8 +39,10 @@ KERNELS = {
     "onnx": ("p3",),
     "ours": ("recos", "same-p2", "recos-fifo"),
     "exact": ("recos-exact",),
+    "repeated": ("recos-repeated",),
 }
 KERNELS_OF = {runner: kernels for kernels, runners in KERNELS.items() for runner in runners}
+WAYS = ("p0", "p1", "p2", "p3", "p4", "p5", "same-p2", "recos")  # in every cell of clients and arrivals
 TRIALS = ROOT / ".local" / "state" / "trials"
 CLIENTS = (1, 8, 15, 22, 30)
 PEAKS = (0.6, 0.9, 1.2)
@@ -47,6 +51,8 @@ _MORE = 1.3  # times what eight clients are answered: more than can be
 HIGH = 20.0  # queries a second of the higher class, in the cell of classes
 NEAR = ("near", "steady", "0.9")  # the cell of the order's own figures: so near saturation a turn decides little, ...
 TURNS = 4  # ... so that a round has several, each with arrivals and a saturation of its own
+PARTS = {"order": "recos-fifo", "kernels_and_blocks": "recos-exact", "less_work": "recos-repeated"}  # switched off
+PULSE = ("open", "pulse", "0.9")  # the cell of the timeline
 
 
 def run(seed: int, quick: bool) -> None:
@@ -104,22 +110,22 @@ def _round(workers: dict[str, Ask], seed: int, seconds: float, quick: bool, befo
     cells: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for model in ("mix",) if quick else (*load.MODELS, "mix"):
         for clients in (1, 8, 30) if quick else CLIENTS:
-            for runner in KERNELS_OF:
+            for runner in WAYS:
                 found = ask(runner, model=model, clients=clients, seconds=seconds)
                 cells[f"closed {model} {clients}"][runner].append(found)
     for shape in ("steady",) if quick else ("steady", "pulse", "unimodal", "bimodal"):
         for peak in PEAKS:
             cell = f"open {shape} {peak}"
             peaks[cell].append(peak * saturation())
-            for runner in KERNELS_OF:
-                own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds}
+            for runner in WAYS:
+                own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds, "timeline": shape == "pulse"}
                 own |= {"within_s": DEADLINES * alone / 1e3} if peak > 1 else {}
                 cells[cell][runner].append(ask(runner, **own))
     cell, (_, shape, share) = " ".join(NEAR), NEAR
     for turn in range(1 if quick else TURNS):
         peaks[cell].append(float(share) * saturation())
         own = {"shape": shape, "peak": peaks[cell][-1], "seconds": 2 * seconds, "seed": _seed(seed, turn)}
-        for runner in KERNELS["ours"][:: -1 if turn % 2 else 1]:
+        for runner in ("recos", "same-p2", *PARTS.values())[:: -1 if turn % 2 else 1]:
             cells[cell][runner].append(ask(runner, **own))
     own = {"shape": "steady", "peak": HIGH, "seconds": 4 * seconds, "of_class": 0}
     for runner in ("recos", "same-p2"):
@@ -219,12 +225,9 @@ def _figures(report: Report, cells: Cells) -> None:
     beside, alone = cells["classes", "beside"]["recos"], cells["classes", "alone"]["recos"]
     pairs = zip(beside, alone, strict=True)
     report.figure("high_priority_p99_over_unloaded", [one["p99"] / other["p99"] for one, other in pairs], "x")
-    for share, cell, over in (
-        ("order", NEAR, "recos-fifo"),
-        ("kernels_and_blocks", ("open", "steady", "0.9"), "recos-exact"),
-    ):
-        for name in ("p50", "p99"):
-            report.figure(f"share_{share}_{name}", _ratios(cells, cell, name, over), "x")
+    for part, over in PARTS.items():
+        for name in ("p50", "p99", "cpu_ms"):
+            report.figure(f"share_{part}_{name}", _ratios(cells, NEAR, name, over), "x")
 
 
 def _models(costs: dict[str, Any]) -> dict[str, Model]:
@@ -287,12 +290,13 @@ def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: floa
 
 def _draw(canvas: Any, cells: Cells) -> None:
     models = list(dict.fromkeys(cell[1] for cell in cells if cell[0] == "closed"))
-    canvas.set_size_inches(4 * len(models), 7)
-    axes = canvas.subplots(2, len(models), squeeze=False)
+    canvas.set_size_inches(4 * len(models), 10)
+    clients, pulse = canvas.subfigures(2, 1, height_ratios=(2, 1))
+    axes = clients.subplots(2, len(models), squeeze=False)
     for row, name in enumerate(("mean", "p99")):
         for axis, model in zip(axes[row], models, strict=True):
             counts = [int(cell[2]) for cell in cells if cell[:2] == ("closed", model)]
-            for runner in KERNELS_OF:
+            for runner in WAYS:
                 values = [
                     statistics.median(turn[name] for turn in cells["closed", model, str(count)][runner])
                     for count in counts
@@ -300,3 +304,18 @@ def _draw(canvas: Any, cells: Cells) -> None:
                 axis.plot(counts, values, marker="o", label=runner, linewidth=2.5 if runner == "recos" else 1)
             axis.set(title=f"{model}: {name}, ms", xlabel="clients", yscale="log")
     axes[0][0].legend(fontsize=7)
+    if PULSE in cells:
+        _draw_timeline(pulse.subplots(), cells[PULSE])
+
+
+def _draw_timeline(axis: Any, runners: dict[str, list[dict[str, Any]]]) -> None:
+    """Of all rounds, the median of each moment; behind it the rate of arrivals."""
+    for runner in ("p2", "p3", "p4", "same-p2", "recos"):
+        lines = np.array([turn["timeline"] for turn in runners[runner]])
+        at = (np.arange(lines.shape[1]) + 0.5) / lines.shape[1]
+        axis.plot(at, np.nanmedian(lines, axis=0), label=runner, linewidth=2.5 if runner == "recos" else 1)
+    share = np.linspace(0, 1, 1_000)
+    rate = [load.SHAPES[PULSE[1]](one) for one in share]
+    axis.fill_between(share, 0, rate, alpha=0.15, step="mid", transform=axis.get_xaxis_transform(), label="arrivals")
+    axis.set(title="mix, pulses of 0.9: mean latency by arrival, ms", xlabel="share of the turn", yscale="log")
+    axis.legend(fontsize=7, ncols=6)

@@ -32,6 +32,11 @@ class Query:
         return len(self.inputs[-1])
 
 
+def repeated(one: Query) -> Query:
+    """The same with the user's inputs once for each candidate."""
+    return Query(one.model, (*(value.expand(one.rows, *value.shape[1:]) for value in one.inputs[:-1]), one.inputs[-1]))
+
+
 def modules(seed: int) -> dict[str, nn.Module]:
     torch.manual_seed(seed)
     made = (WideAndDeep(WideAndDeepConfig()), DIN(DINConfig()), DLRM(DLRMConfig()), BST(BSTConfig()))

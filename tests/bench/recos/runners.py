@@ -16,7 +16,7 @@ from api.runtime.graph import capture
 from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.runtime import Runtime
-from tests.bench.recos.load import MODELS, USUAL, Query, modules, query
+from tests.bench.recos.load import MODELS, USUAL, Query, modules, query, repeated
 
 LANES = 2
 _SPLIT = 64  # candidates of a part, P5
@@ -58,11 +58,13 @@ def onnx(own: Mapping[str, nn.Module], seed: int) -> Run:
     return run
 
 
-def captured(own: Mapping[str, nn.Module], seed: int, **options: Any) -> dict[str, Model]:
+def captured(own: Mapping[str, nn.Module], seed: int, repeats: bool = False, **options: Any) -> dict[str, Model]:
+    """`repeats`: for queries with the user's inputs once for each candidate."""
     found = {}
     for name, module in own.items():
-        example = query(name, USUAL, torch.Generator().manual_seed(seed)).inputs
-        found[name] = Model(capture(module, example, [None] * (len(example) - 1) + [0], **options))
+        example = query(name, USUAL, torch.Generator().manual_seed(seed))
+        rows = [0 if repeats else None] * (len(example.inputs) - 1) + [0]
+        found[name] = Model(capture(module, (repeated(example) if repeats else example).inputs, rows, **options))
     return found
 
 
@@ -191,16 +193,12 @@ class Batcher:
             if len(queries) == 1:
                 scores = self._run(queries[0])
             else:
-                columns = zip(*(self._repeated(one) for one in queries), strict=True)
+                columns = zip(*(repeated(one).inputs for one in queries), strict=True)
                 scores = self._run(Query(queries[0].model, tuple(torch.cat(column) for column in columns)))
             for part, (_, answer) in zip(torch.split(scores, [one.rows for one in queries]), batch, strict=True):
                 answer.set_result(part)
         finally:
             self._free.release()
-
-    @staticmethod
-    def _repeated(one: Query) -> tuple[Tensor, ...]:
-        return (*(value.expand(one.rows, *value.shape[1:]) for value in one.inputs[:-1]), one.inputs[-1])
 
 
 class RecOS:
@@ -237,7 +235,7 @@ class Kernels:
         elif name == "eager":
             self.run = eager(own)
         else:
-            self.models = captured(own, seed, exact=name == "exact")
+            self.models = captured(own, seed, repeats=name == "repeated", exact=name == "exact")
             self.run = whole(self.models)
 
 
@@ -252,4 +250,5 @@ RUNNERS: dict[str, tuple[str, Callable[[Kernels], Runner]]] = {  # whose kernels
     "same-p2": ("ours", lambda kernels: Lanes(kernels.run)),
     "recos-fifo": ("ours", lambda kernels: RecOS(kernels.models, Policy(fifo=True))),
     "recos-exact": ("exact", lambda kernels: RecOS(kernels.models, Policy())),
+    "recos-repeated": ("repeated", lambda kernels: RecOS(kernels.models, Policy())),
 }

@@ -1,8 +1,8 @@
 """`python -m tests.bench.recos.worker KERNELS SEED`: runs cells in a process of its own, one a line of standard input.
 
-A cell is JSON: {"runner", "model", "seconds", "seed", "clients", "peak", "shape", "within_s", "of_class", "grace_s"};
-its answer is one line of JSON. Latencies are from the moment that a query was to come, and queries that have not ended
-count at their age.
+A cell is JSON: {"runner", "model", "seconds", "seed", "clients", "peak", "shape", "within_s", "of_class", "grace_s",
+"timeline"}; its answer is one line of JSON. Latencies are from the moment that a query was to come, and queries that
+have not ended count at their age.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 from api.runtime.runtime import RefusedError
-from tests.bench.recos.load import MODELS, Query, arrivals, chosen, modules, pool
+from tests.bench.recos.load import MODELS, Query, arrivals, chosen, modules, pool, repeated
 from tests.bench.recos.runners import RUNNERS, Kernels, Runner
 
 _WARM_S = 0.15
 _GRACE_S = 0.5  # after the last arrival of an open loop
+_BINS = 40  # of a timeline
 
 
 @dataclasses.dataclass
@@ -36,7 +37,9 @@ class Asked:
     """What became of queries. Times in s."""
 
     began: dict[int, tuple[float, int, int]] = dataclasses.field(default_factory=dict)  # when due, class, rows
-    took: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)  # latency, class, rows
+    took: list[tuple[float, float, int, int]] = dataclasses.field(
+        default_factory=list
+    )  # when due, latency, class, rows
     refused: int = 0
     count: int = 0
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
@@ -57,7 +60,7 @@ class Asked:
                     self.refused += 1
                 else:
                     future.result()
-                    self.took.append((now - due, priority, one.rows))
+                    self.took.append((due, now - due, priority, one.rows))
             then()
 
         try:
@@ -71,19 +74,32 @@ class Asked:
         """Milliseconds, and rates a second; of one class, or of all."""
         now = time.monotonic()
         with self.lock:
-            ended = [one for one in self.took if of_class in (None, one[1])]
+            ended = [one for one in self.took if of_class in (None, one[2])]
             waits = [now - due for due, own, _ in self.began.values() if of_class in (None, own)]
             refused = self.refused
-        times = np.array([took for took, _, _ in ended] + waits or [math.nan]) * 1e3
+        times = np.array([took for _, took, *_ in ended] + waits or [math.nan]) * 1e3
         return {
             "mean": float(times.mean()),
             **{f"p{at}": float(np.percentile(times, at)) for at in (50, 95, 99)},
             "queries_per_s": len(ended) / seconds,
-            "items_per_s": sum(rows for _, _, rows in ended) / seconds,
-            "goodput": sum(took <= within_s for took, _, _ in ended) / seconds,
+            "items_per_s": sum(rows for *_, rows in ended) / seconds,
+            "goodput": sum(took <= within_s for _, took, *_ in ended) / seconds,
             "refused": refused,
             "unfinished": len(waits),
         }
+
+    def timeline(self, began: float, seconds: float) -> list[float]:
+        """Mean latency (ms) of queries by when they were due: _BINS equal times; NaN where there were none."""
+        now = time.monotonic()
+        with self.lock:
+            points = [(due, took) for due, took, *_ in self.took]
+            points += [(due, now - due) for due, _, _ in self.began.values()]
+        due, took = np.array(points).reshape(-1, 2).T
+        at = np.clip(((due - began) / seconds * _BINS).astype(int), 0, _BINS - 1)
+        count = np.bincount(at, minlength=_BINS)
+        total = np.bincount(at, took, minlength=_BINS)
+        means: list[float] = np.where(count > 0, 1e3 * total / np.maximum(count, 1), np.nan).tolist()
+        return means
 
 
 def run(runner: Runner, queries: dict[str, list[Query]], cell: dict[str, Any], seconds: float) -> Asked:
@@ -123,9 +139,13 @@ def answer(kernels: Kernels, queries: dict[str, list[Query]], cell: dict[str, An
         gc.collect()
         gc.freeze()
         cpu, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        began = time.monotonic()
         asked = run(runner, queries, cell, cell["seconds"])
         found: dict[str, Any] = asked.summary(cell["seconds"], cell.get("within_s", math.inf), cell.get("of_class"))
+        if cell.get("timeline"):
+            found["timeline"] = asked.timeline(began, cell["seconds"])
         found["cores"] = (time.process_time() - cpu) / cell["seconds"]
+        found["cpu_ms"] = 1e3 * found["cores"] / max(1.0, found["queries_per_s"])  # of a query
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
         found["faults_per_query"] = faults / max(1.0, found["queries_per_s"] * cell["seconds"])
         found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -186,6 +206,8 @@ def main() -> int:
     name, seed = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     kernels, queries = Kernels(name, seed), pool(seed)
+    if name == "repeated":
+        queries = {model: [repeated(one) for one in own] for model, own in queries.items()}
     print("ready", flush=True)
     for line in sys.stdin:
         cell = json.loads(line)
