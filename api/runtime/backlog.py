@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from api.runtime.blocks import Cursor
@@ -15,7 +16,7 @@ from api.runtime.policy import Policy, Ready, hopeless
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
 _JOIN_S = 2 * ONCE_S  # of work left in blocks, for which another lane joins ...
-_CROWDED = 1.5  # ... unless more queries are here for each lane: then one of its own costs less
+_CROWDED = 1.5  # ... unless more queries, of its class or higher, are here for each lane: one of its own costs less
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
@@ -98,6 +99,7 @@ class Backlog:
     def __init__(self, policy: Policy, lanes: int) -> None:
         self._policy, self._lanes = policy, lanes
         self._live: dict[int, Query] = {}
+        self._classes = Counter[int]()  # of these
         self._order: list[tuple[tuple[float, ...], Query]] = []  # by urgency, in which no two are equal
         self._ordered = -math.inf
         self._count = 0  # of queries so far
@@ -116,11 +118,12 @@ class Backlog:
 
     def lanes_of(self, query: Query) -> int:
         """How many could do something for it."""
-        return query.lanes(self._join())
+        return query.lanes(self._join(query))
 
-    def _join(self) -> bool:
-        """Whether lanes share a query."""
-        return len(self._live) <= _CROWDED * self._lanes
+    def _join(self, query: Query) -> bool:
+        """Whether lanes share it."""
+        count = sum(own for priority, own in self._classes.items() if priority <= query.priority)
+        return count <= _CROWDED * self._lanes
 
     def wait_of(self, query: Query, now: float) -> float:
         """How long after now the query will end, as far as what is here tells: the work that goes before its last step
@@ -131,6 +134,7 @@ class Backlog:
 
     def add(self, query: Query, now: float) -> None:
         self._live[query.number] = query
+        self._classes[query.priority] += 1
         self._count += 1
         newest, difference = max(_NEWEST, 1 / self._count), query.left - self._usual
         self._usual += difference * newest
@@ -144,7 +148,8 @@ class Backlog:
     def end(self, query: Query) -> None:
         """It takes no lane any more."""
         query.ended = True
-        self._live.pop(query.number, None)
+        if self._live.pop(query.number, None):
+            self._classes[query.priority] -= 1
         if not self._live:
             self._order.clear()  # which holds their values
 
@@ -160,11 +165,10 @@ class Backlog:
         if now - self._ordered > max(_REORDER_S, _EACH_S * len(self._live)):
             self._order = sorted((self._urgency(one, now), one) for one in self._live.values())
             self._ordered = now
-        join = self._join()
         for _, query in self._order:
             if query.ended or not query.ready:
                 continue
-            chosen = query.take(self._policy, lane, join)
+            chosen = query.take(self._policy, lane, self._join(query))
             if chosen is None:
                 continue
             if query.strict and hopeless(query.deadline, chosen.path, now):

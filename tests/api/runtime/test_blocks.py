@@ -176,6 +176,13 @@ def test_lanes_share_no_query_while_others_wait() -> None:
     assert many == pytest.approx((4e-3, 4e-3, 8e-3, 8e-3, 10e-3, 12e-3))
 
 
+def test_lanes_share_a_query_while_others_wait_that_are_of_a_lower_class() -> None:
+    model = parted(torch.clone)
+    many = [Arrival(0.0, model, ROWS, priority=1)] * 6
+    *_, high = simulate([*many, Arrival(0.5e-3, model, ROWS)], 2, Policy()).ended
+    assert high == pytest.approx(3e-3)  # when the blocks that run have ended
+
+
 def test_a_query_that_goes_first_waits_for_one_block() -> None:
     steps, ran = Steps(), list[str]()
 
