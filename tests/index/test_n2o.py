@@ -1,19 +1,13 @@
-"""The N2O index against an oracle: replays, deletes, duplicates, kills between and inside its writes, damage."""
+"""The N2O index against an oracle: replays, deletes, duplicates, damage."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,108 +21,8 @@ from index.keys import digest_of, keys_of
 from index.layout import RowLayout, aligned_empty
 from index.n2o import FillProof, N2OReader, N2OWriter, RowBatch
 from tests.conftest import wait_until
+from tests.index.log import KEY, PARTITIONS, Change, Oracle, block, check
 from tests.index.rows import LAYOUT, cold_faults, hot_faults, made
-
-ROOT = Path(__file__).parent.parent.parent
-KEY = b"hash key"
-PARTITIONS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One item event as the encoder saw it in `items`."""
-
-    item: int
-    version: int
-    offset: int
-    deleted: bool
-
-    @property
-    def item_id(self) -> str:
-        return str(self.item) if self.item % 3 else f"item {self.item}"
-
-
-def block(partition: int, changes: list[Change], covered: int, fill: FillProof | None = None) -> RowBatch:
-    ids = [change.item_id for change in changes]
-    versions = np.array([change.version for change in changes], np.uint64)
-    hot, cold = made(keys_of(ids, KEY), versions)
-    cold["event_time"] = versions
-    return RowBatch(
-        partition,
-        covered,
-        ids,
-        versions,
-        np.array([change.offset for change in changes], np.int64),
-        np.array([change.deleted for change in changes], np.uint8),
-        hot,
-        cold,
-        [json.dumps({"version": change.version}).encode() for change in changes],
-        fill,
-    )
-
-
-class Oracle:
-    """Rules 4 and 5 of the design, one row after the other."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, tuple[int, int, int]] = {}  # id -> version, offset, partition
-        self.covered = [-1] * PARTITIONS
-        self.next = [-1] * PARTITIONS
-        self.filled = [False] * PARTITIONS
-        self.mismatch = [False] * PARTITIONS
-
-    def proof(self, partition: int) -> FillProof:
-        mine = [(name, row[0]) for name, row in self.rows.items() if row[2] == partition]
-        keys = keys_of([name for name, _ in mine], KEY)
-        versions = np.array([version for _, version in mine], np.uint64)
-        return FillProof(len(mine), int(digest_of(keys, versions).sum(dtype=np.uint64)))
-
-    def apply(self, batches: list[tuple[RowBatch, int]]) -> None:
-        for batch, rows_offset in batches:
-            p = batch.partition
-            for at, name in enumerate(batch.ids):
-                version, offset = int(batch.versions[at]), int(batch.offsets[at])
-                known = self.rows.get(name, (-1, -1, p))
-                if offset <= self.covered[p] or (version, offset) <= known[:2]:
-                    continue
-                if batch.deleted[at]:
-                    self.rows.pop(name, None)
-                else:
-                    self.rows[name] = (version, offset, p)
-            self.covered[p] = max(self.covered[p], batch.covered)
-            self.next[p] = max(self.next[p], rows_offset + 1)
-            if batch.fill is not None and batch.covered == self.covered[p]:
-                self.filled[p] = batch.fill == self.proof(p)
-                self.mismatch[p] = not self.filled[p]
-
-
-def check(path: Path, writer: N2OWriter, oracle: Oracle, ids: set[str]) -> None:
-    """Arena, RocksDB and progress are the oracle's."""
-    names = sorted(ids | set(oracle.rows))
-    arena = ArenaReader.open(path, LAYOUT)
-    keys = keys_of(names, KEY)
-    gathered = arena.gather(keys)
-    cold, _ = arena.gather_cold(keys)
-    assert gathered.found.tolist() == [name in oracle.rows for name in names]
-    assert cold["version"].tolist() == [oracle.rows.get(name, (0,))[0] for name in names]
-    assert hot_faults(keys[gathered.found], gathered.hot[gathered.found]) == 0
-    assert cold_faults(keys[gathered.found], cold[gathered.found]) == 0
-    assert (cold["visible_time"][gathered.found] > 0).all()
-    stored = [writer._rocks.get(n2o.ROW + name.encode()) for name in names]
-    for name, value in zip(names, stored, strict=True):
-        row = None if value is None else n2o.decode_row(value)
-        assert (None if row is None else (row.version, row.offset, row.partition)) == oracle.rows.get(name)
-    progress = writer.progress()
-    shared = arena.progress()
-    proofs = [oracle.proof(p) for p in range(PARTITIONS)]
-    for got in (progress, shared):
-        assert got.covered.tolist() == oracle.covered
-        assert got.rows_offset.tolist() == oracle.next
-        assert got.count.tolist() == [proof.count for proof in proofs]
-        assert got.digest.tolist() == [proof.digest for proof in proofs]
-        assert got.filled.tolist() == oracle.filled
-        assert got.mismatch.tolist() == oracle.mismatch
-    assert writer.rows_offsets().tolist() == oracle.next
 
 
 @st.composite
@@ -263,96 +157,6 @@ def test_visible_time_is_taken_between_rocksdb_and_the_arena(tmp_path: Path) -> 
     writer.apply([(block(0, [Change(1, 5, 3, False)], 3), 0)])
     seen = int(ArenaReader.open(tmp_path, LAYOUT).gather_cold(keys_of(["1"], KEY))[0]["visible_time"][0])
     assert times[1] <= seen <= times[2]
-    writer.close()
-
-
-def _of_log(changes: list[Change]) -> tuple[list[Change], list[np.ndarray]]:
-    """The rows that a log of partition 0 ends with, and their digests as `settle` takes them."""
-    last = {change.item: change for change in changes}
-    rows = [change for change in last.values() if not change.deleted]
-    keys = keys_of([change.item_id for change in rows], KEY)
-    digests = digest_of(keys, np.array([change.version for change in rows], np.uint64))
-    return rows, [digests, np.empty(0, np.uint64)]
-
-
-def _reconcile(writer: N2OWriter, log: list[Change], by_version: bool = True) -> bool:
-    """As streams/reconcile.py does, with a log of partition 0 that compaction has shortened."""
-    writer.reconsider()
-    assert writer.progress().covered.tolist() == writer.rows_offsets().tolist() == [-1, -1]
-    assert not writer.progress().filled.any()
-    for at in range(0, len(log), 3):
-        last = {change.item: change for change in log[at : at + 3]}  # as encode has them: each item once
-        writer.apply([(block(0, list(last.values()), log[at : at + 3][-1].offset), -2)], by_version)
-    assert writer.rows_offsets().tolist() == [-1, -1]
-    return writer.settle(_of_log(log)[1], [99, -1], [7, 4])
-
-
-def _settled(path: Path, writer: N2OWriter, log: list[Change]) -> None:
-    rows, _ = _of_log(log)
-    oracle = Oracle()
-    oracle.rows = {row.item_id: (row.version, row.offset, 0) for row in rows}
-    oracle.covered, oracle.next, oracle.filled = [99, -1], [7, 4], [True, True]
-    check(path, writer, oracle, {change.item_id for change in log} | {str(at) for at in range(12)})
-
-
-changes_of_items = st.builds(
-    Change, st.integers(0, 8), st.integers(1, 5), st.just(0), st.sampled_from([False, False, True])
-)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(changes_of_items, max_size=15), st.lists(changes_of_items, max_size=15))
-def test_reconciled_rows_are_those_of_the_log_whatever_was_there(
-    tmp_path_factory: pytest.TempPathFactory, before: list[Change], log: list[Change]
-) -> None:
-    """Rows that are newer than the log's too: such an item was forgotten and made again with lower versions."""
-    path = tmp_path_factory.mktemp("reconciled")
-    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY)
-    try:
-        before = [dataclasses.replace(change, offset=at) for at, change in enumerate(before)]
-        log = [dataclasses.replace(change, offset=20 + at) for at, change in enumerate(log)]
-        if before:
-            writer.apply([(block(0, before, before[-1].offset), 3)])
-        assert _reconcile(writer, log) or _reconcile(writer, log, by_version=False)
-        _settled(path, writer, log)
-    finally:
-        writer.close()
-
-
-def reconcile_until_killed(path: Path, at: int) -> None:
-    """Ends by SIGKILL after so many of the writes that `N2OWriter` numbers."""
-    writes = 0
-
-    def step(_: int) -> None:
-        nonlocal writes
-        writes += 1
-        if writes == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY, step)
-    assert _reconcile(writer, KILLED_LOG)
-    writer.close()
-
-
-KILLED_LOG = [Change(item, 3, 30 + item, item == 4) for item in range(6)]
-
-
-@pytest.mark.parametrize("at", range(1, 13))  # three writes of reconsider, six of two blocks, three of settle
-def test_a_reconciliation_killed_after_any_write_can_be_repeated(tmp_path: Path, at: int) -> None:
-    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
-    writer.apply([(block(0, [Change(item, 2, item, False) for item in range(3, 9)], 8), 3)])
-    writer.close()
-    code = "import sys; from pathlib import Path; from tests.index.test_n2o import reconcile_until_killed as run; "
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code} run(Path(sys.argv[1]), {at})", str(tmp_path)], cwd=ROOT, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
-    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
-    if at > 9:  # the one write of settle: it is done, and replicate may go on
-        _settled(tmp_path, writer, KILLED_LOG)
-    assert writer.rows_offsets().tolist() == ([7, 4] if at > 9 else [-1, -1])
-    assert _reconcile(writer, KILLED_LOG)
-    _settled(tmp_path, writer, KILLED_LOG)
     writer.close()
 
 
@@ -507,114 +311,6 @@ def test_single_rows_from_another_instance(tmp_path: Path, monkeypatch: pytest.M
     reader.close()
     assert list(temporary.iterdir()) == []
     writer.close()
-
-
-# --- kills
-
-
-def history(seed: int) -> list[list[tuple[RowBatch, int]]]:
-    """A long seeded log in applies: inserts, updates and deletions of 300 items in two partitions."""
-    rng = np.random.default_rng(seed)
-    offsets, versions = [0] * PARTITIONS, [1] * 300
-    applies = []
-    for turn in range(400):
-        batches = []
-        for partition in range(PARTITIONS):
-            changes = []
-            for item in rng.integers(0, 150, rng.integers(0, 30)) * PARTITIONS + partition:
-                versions[item] += 1
-                changes.append(Change(int(item), versions[item], offsets[partition], bool(rng.random() < 0.2)))
-                offsets[partition] += 1
-            batches.append((block(partition, changes, offsets[partition] - 1), turn))
-        applies.append(batches)
-    return applies
-
-
-def run_until_killed(path: Path, seed: int, kill_step: int, kill_turn: int) -> None:
-    """The child: applies the log from where the index says, and kills itself after a step of an apply."""
-    turn = 0
-
-    def step(number: int) -> None:
-        if number == kill_step and turn >= kill_turn:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    writer = N2OWriter(path, LAYOUT, PARTITIONS, KEY, step)
-    applies = history(seed)
-    print("ready", flush=True)
-    for turn, batches in enumerate(applies):
-        if turn >= writer.rows_offsets().max():
-            writer.apply(batches)
-    writer.close()
-
-
-def child(path: Path, seed: int, kill_step: int, kill_turn: int) -> subprocess.Popen[str]:
-    code = "import sys; from pathlib import Path; from tests.index.test_n2o import run_until_killed as run; "
-    code += f"run(Path(sys.argv[1]), {seed}, {kill_step}, {kill_turn})"
-    command = [sys.executable, "-c", code, str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def expected(applies: list[list[tuple[RowBatch, int]]], turns: int) -> Oracle:
-    oracle = Oracle()
-    for batches in applies[:turns]:
-        oracle.apply(batches)
-    return oracle
-
-
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_killed_between_the_numbered_writes(tmp_path: Path, step: int) -> None:
-    process = child(tmp_path, step, step, 40)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    applies = history(step)
-    arena = ArenaReader.open(tmp_path, LAYOUT)
-    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
-    ids = {name for batches in applies for batch, _ in batches for name in batch.ids}
-    check(tmp_path, writer, expected(applies, 41), ids)
-    for batches in applies[38:]:  # Kafka gives some of it again
-        writer.apply(batches)
-    oracle = expected(applies, len(applies))
-    check(tmp_path, writer, oracle, ids)
-    names = sorted(ids)
-    assert arena.gather(keys_of(names, KEY)).found.tolist() == [name in oracle.rows for name in names]
-    writer.close()
-
-
-def test_killed_at_any_moment_and_started_again_until_done(tmp_path: Path) -> None:
-    applies = history(9)
-    ids = {name for batches in applies for batch, _ in batches for name in batch.ids}
-    reached = []
-    for attempt, delay in enumerate((0.004, 0.01, 0.02, 0.04, 0.06, None)):
-        process = child(tmp_path, 9, 0, 0)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        if delay is None:
-            process.communicate(timeout=60)
-            assert process.returncode == 0
-            break
-        try:
-            process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
-        writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
-        turns = max(0, int(writer.rows_offsets().max()))
-        check(tmp_path, writer, expected(applies, turns), ids)
-        reached.append(turns)
-        if attempt % 2:
-            writer.close()
-        else:
-            _abandon(writer)
-    assert any(0 < turns < len(applies) for turns in reached)
-    writer = N2OWriter(tmp_path, LAYOUT, PARTITIONS, KEY)
-    check(tmp_path, writer, expected(applies, len(applies)), ids)
-    writer.close()
-
-
-def _abandon(writer: N2OWriter) -> Any:
-    """Gives back the locks only: the arena stays as after a kill."""
-    writer._rocks.close()
-    writer._lock.release()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

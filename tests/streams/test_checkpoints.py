@@ -25,8 +25,8 @@ from index.n2o import FillProof, N2OReader, N2OWriter
 from infra.settings import Settings
 from streams import checkpoints
 from streams.checkpoints import CheckpointError, Checkpoints, Manifest, forget
+from tests.index.log import Change, block
 from tests.index.rows import LAYOUT
-from tests.index.test_n2o import Change, block
 
 CLUSTER, STARTS = "a cluster", [0, 0]
 KEY = Settings().hash_key.encode()
