@@ -15,13 +15,41 @@ from api.runtime.policy import Policy, Ready, hopeless
 
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
-_JOIN_S = 2 * ONCE_S  # of work left in blocks, for which another lane joins ...
+_JOIN_S = 10 * ONCE_S  # of work left in blocks, for which another lane joins: a share costs a sixth of this ...
 _CROWDED = 1.5  # ... unless more queries, of its class or higher, are here for each lane: one of its own costs less
+_STOP_S = 5 * ONCE_S  # of work left of a query, for which another one of its class stops it
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
 class Query:
-    """What a query still waits for. `costs`: s of each operator, or of one of its blocks."""
+    """What a query still waits for. `costs`: s of each operator, or of one of its blocks.
+
+    Made by whoever asks, on a core whose caches a model has emptied: so it is small, and has only what its place in the
+    order needs.
+    """
+
+    __slots__ = (
+        "_block_s",
+        "_others_s",
+        "arrived",
+        "blocks",
+        "costs",
+        "cursor",
+        "deadline",
+        "done",
+        "ended",
+        "graph",
+        "inside",
+        "number",
+        "path",
+        "paths",
+        "priority",
+        "ready",
+        "strict",
+        "through",
+        "unfinished",
+        "waits",
+    )
 
     def __init__(
         self,
@@ -39,8 +67,9 @@ class Query:
         for at, then in graph.onward:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
         self.path = max(paths, default=0.0)
-        self.cursor, self.done = Cursor(blocks), 0  # blocks that have begun, and ended
-        self.through = False  # all have
+        self.blocks, self.done = blocks, 0  # all, and those that have ended
+        self.cursor: Cursor | None = None  # which have begun, from the first one on
+        self.through = False  # all have ended
         self.inside = 0  # lanes that run blocks
         self._block_s = costs[graph.parted] if graph.parted >= 0 else 0.0
         self._others_s = sum(costs) - self._block_s
@@ -53,7 +82,22 @@ class Query:
     @property
     def left(self) -> float:
         """s of work that has not begun."""
-        return self._others_s + self._block_s * self.cursor.left()
+        return self._others_s + self._block_s * self._left()
+
+    def _left(self) -> int:
+        """Blocks that have not begun."""
+        return self.blocks if self.cursor is None else self.cursor.left()
+
+    def enter(self) -> None:
+        """A lane is to run blocks."""
+        self.inside += 1
+        if self.cursor is None:
+            self.cursor = Cursor(self.blocks)
+
+    def pass_over(self) -> None:
+        """A lane is to run all of them at once."""
+        self.cursor = Cursor(self.blocks)
+        self.cursor.next.value = self.blocks
 
     def follow(self, step: int, lane: int) -> None:
         """Operators are ready now because what this one makes is there, or will be before they read it."""
@@ -64,11 +108,15 @@ class Query:
 
     def lanes(self, join: bool) -> int:
         """How many could do something for it; `join`: together."""
-        return sum(self._blocks(join) if one.step == self.graph.parted else 1 for one in self.ready)
+        count = len(self.ready)
+        for one in self.ready:
+            if one.step == self.graph.parted:
+                count += self._blocks(join) - 1
+        return count
 
     def _blocks(self, join: bool) -> int:
         """That are left, as far as they are worth one more lane."""
-        left = self.cursor.left()
+        left = self._left()
         if not join:
             return 0 if self.inside else min(1, left)
         return left if not self.inside or left * self._block_s > _JOIN_S else 0
@@ -88,7 +136,7 @@ class Query:
     def ran(self, blocks: int) -> bool:
         """Blocks have run; whether these were the last ones."""
         self.done += blocks
-        if self.through or self.done < self.cursor.blocks:
+        if self.through or self.done < self.blocks:
             return False
         self.through = True
         self.ready = [one for one in self.ready if one.step != self.graph.parted]
@@ -122,8 +170,10 @@ class Backlog:
 
     def _join(self, query: Query) -> bool:
         """Whether lanes share it."""
-        count = sum(own for priority, own in self._classes.items() if priority <= query.priority)
-        return count <= _CROWDED * self._lanes
+        most = _CROWDED * self._lanes
+        if len(self._live) <= most or len(self._classes) == 1:
+            return len(self._live) <= most
+        return sum(own for priority, own in self._classes.items() if priority <= query.priority) <= most
 
     def wait_of(self, query: Query, now: float) -> float:
         """How long after now the query will end, as far as what is here tells: the work that goes before its last step
@@ -154,9 +204,16 @@ class Backlog:
             self._order.clear()  # which holds their values
 
     def behind(self, query: Query, lanes: Mapping[int, Query], now: float) -> list[int]:
-        """The lanes whose queries go after this one, the last ones first."""
+        """The lanes whose queries go after this one and are worth to be stopped for it, the last ones first."""
         own = self._urgency(query, now)
-        found = sorted(((self._urgency(other, now), lane) for lane, other in lanes.items()), reverse=True)
+        found = sorted(
+            (
+                (self._urgency(other, now), lane)
+                for lane, other in lanes.items()
+                if other.left > _STOP_S or other.priority > query.priority
+            ),
+            reverse=True,
+        )
         return [lane for urgency, lane in found if urgency > own]
 
     def take(self, lane: int, now: float) -> tuple[Query, Ready | None] | None:

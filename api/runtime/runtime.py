@@ -60,18 +60,22 @@ class _Answer(Future[Any]):
 
 
 class _Query(Query):
-    """With its values and its answer."""
+    """With its inputs and its answer, and with its values from its first operator on."""
 
-    def __init__(self, number: int, model: Model, rows: int, priority: int, now: float, deadline: float) -> None:
-        graph = model.graph
-        super().__init__(number, graph, model.costs(rows), graph.blocks_of(rows), priority, now, deadline)
-        self.model, self.rows = model, rows
-        self.marks: dict[int, tuple[int, Mark]] = {}  # of values that may not be there yet: whose lane makes them
+    __slots__ = ("answer", "bytes", "given", "marks", "model", "rows", "shared", "uses", "values")
+
+    def __init__(
+        self, model: Model, rows: int, given: Sequence[Any], priority: int, now: float, deadline: float
+    ) -> None:
+        shape = model.shape(rows)
+        super().__init__(-1, model.graph, model.costs(rows), shape.blocks, priority, now, deadline)
+        self.model, self.rows, self.given = model, rows, given
+        self.marks = _NO_MARKS  # of values that may not be there yet: whose lane makes them
         self.answer = _Answer()
         self.values: list[Any] = []
-        self.shared: tuple[list[Any], list[Any]] = ([], [])  # what blocks read and write
-        self.uses = list(graph.uses)
-        self.bytes = graph.bytes_of(rows)
+        self.uses: list[int] = []  # by value: operators that have not read it
+        self.shared: tuple[list[Any], list[Any]] | None = None  # what blocks read and write
+        self.bytes = shape.bytes
 
     def after(self, step: int, lane: int) -> Sequence[Mark]:
         """Marks of what an operator reads that is not made by this lane: one of each other operator."""
@@ -83,17 +87,26 @@ class _Query(Query):
     def some(self, one: Operator, stop: Word) -> int:
         """Runs some of its blocks: how many."""
         assert isinstance(one.run, Blocked)
+        assert self.cursor is not None
+        assert self.shared is not None
         seconds = min(SHARE_S, self.deadline - time.monotonic()) if self.strict else SHARE_S
         most = max(1, int(seconds / max(self.costs[self.graph.parted], 1e-9)))
         return one.run.run(*self.shared, self.rows, self.cursor, stop, most)
 
-    def begin(self, inputs: Sequence[Any]) -> None:
-        """It is admitted, and takes memory."""
-        self.values = self.graph.begun(inputs, self.rows)
-        if self.graph.parted >= 0:
-            self.shared[1].extend(self.values[value] for value in self.graph.operators[self.graph.parted].outputs)
+    def begin(self) -> None:
+        """Its first operator is to run: it takes memory."""
+        if not self.values:
+            self.values, self.uses = self.graph.begun(self.given, self.rows), list(self.graph.uses)
+            self.given = ()
+
+    def enter(self) -> None:
+        super().enter()
+        if self.shared is None:
+            one = self.graph.operators[self.graph.parted]
+            self.shared = [self.values[value] for value in one.inputs], [self.values[value] for value in one.outputs]
 
 
+_NO_MARKS: dict[int, tuple[int, Mark]] = {}
 _Begun = tuple[_Query, int, Mark]  # an operator that has not ended
 
 
@@ -170,7 +183,7 @@ class Runtime:
         rows = model.graph.rows_of(inputs) if rows is None or model.graph.parted >= 0 else rows
         now = time.monotonic()
         given, mark = self._device.given(inputs)
-        query = _Query(-1, model, rows, priority, now, now + within_s)
+        query = _Query(model, rows, given, priority, now, now + within_s)
         query.strict = strict
         if mark is not None:
             query.marks = dict.fromkeys(range(model.graph.inputs), (-1, mark))
@@ -184,7 +197,6 @@ class Runtime:
             if self._bytes + query.bytes > self._bytes_max:
                 self._observer.refused()
                 raise FullError(f"{query.bytes} bytes more are not free")
-            query.begin(given)
             self._count += 1
             self._bytes += query.bytes
             self._backlog.add(query, now)
@@ -286,6 +298,12 @@ class Runtime:
                     continue
                 query, ready = taken
                 assert isinstance(query, _Query)
+                error: Exception = LateError("the deadline cannot be met any more")
+                if ready is not None:
+                    try:
+                        query.begin()
+                    except Exception as failed:
+                        ready, error = None, failed
                 if ready is not None and ready.step == query.graph.parted:
                     self._enter(number, lane, query)
                 if ready is not None and not query.answer.cancelled():
@@ -294,22 +312,19 @@ class Runtime:
                     return query, ready.step
                 if self._shared.pop(number, None) is not None:
                     del query.answer.inside[number]
-                cancelled = query.answer.cancelled()
-                self._fail(query, None if cancelled else LateError("the deadline cannot be met any more"))
-                del query, taken  # a lane that waits holds nothing
+                self._fail(query, None if query.answer.cancelled() else error)
+                del query, taken, error  # a lane that waits holds nothing
             return None
 
     def _enter(self, number: int, lane: Lane, query: _Query) -> None:
         """A lane is to run blocks. Under the lock."""
         if lane.depth > 1:
-            query.cursor.next.value = query.cursor.blocks  # all at once
+            query.pass_over()
             return
-        if not query.shared[0]:
-            query.shared[0].extend(query.values[value] for value in query.graph.operators[query.graph.parted].inputs)
+        query.enter()
         self._stops[number].value = 0
         query.answer.inside[number] = self._stops[number]
         self._shared[number] = query
-        query.inside += 1
 
     def _made(
         self, query: _Query, number: int, made: tuple[Any, ...] | Exception, lane: int, mark: Mark | None
@@ -323,7 +338,7 @@ class Runtime:
         for value, own in zip(one.outputs, made, strict=True):
             query.values[value] = own
         if mark is not None:
-            query.marks |= dict.fromkeys(one.outputs, (lane, mark))
+            query.marks = query.marks | dict.fromkeys(one.outputs, (lane, mark))
         self._follow(query, number, lane)
 
     def _follow(self, query: _Query, number: int, lane: int) -> None:
@@ -346,8 +361,8 @@ class Runtime:
         if query.model.learns and (blocks or not shared):
             if one.blocks:
                 assert isinstance(one.run, Blocked)
-                took = max(took - one.run.once_s, took / 10) / (blocks or query.cursor.blocks)
-            query.model.learn(number, query.model.rows(number, query.rows), took)
+                took = max(took - one.run.once_s, took / 10) / (blocks or query.blocks)
+            query.model.learn(number, query.rows, took)
         if shared:
             if not query.ran(blocks):
                 self._rouse(self._backlog.lanes_of(query))

@@ -57,8 +57,9 @@ def simulate(
             moves += ready.lane not in (-1, lane)
             took = query.costs[ready.step]
             if ready.step == query.graph.parted:
+                query.enter()
+                assert query.cursor is not None
                 query.cursor.take()
-                query.inside += 1
             if last[lane] != (query, ready.step):
                 took += place_s
             last[lane] = query, ready.step
@@ -72,7 +73,7 @@ def simulate(
         now = max(now, min(following))
         while coming < len(arrivals) and arrivals[coming].at <= now:
             one = arrivals[coming]
-            costs, blocks = one.model.costs(one.rows), one.model.graph.blocks_of(one.rows)
+            costs, blocks = one.model.costs(one.rows), one.model.shape(one.rows).blocks
             query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s)
             if not refuse or backlog.wait_of(query, now) <= one.within_s:
                 backlog.add(query, now)

@@ -170,17 +170,22 @@ def test_lanes_share_a_query() -> None:
 
 
 def test_lanes_share_no_query_while_others_wait() -> None:
-    model = parted(torch.clone)  # four blocks of 1 ms
+    model = parted(torch.clone, cost=5e-3)  # four blocks
     one, many = (simulate([Arrival(0.0, model, ROWS)] * count, 2, Policy()).ended for count in (1, 6))
-    assert one == pytest.approx((2e-3,))
-    assert many == pytest.approx((4e-3, 4e-3, 8e-3, 8e-3, 10e-3, 12e-3))
+    assert one == pytest.approx((10e-3,))
+    assert many == pytest.approx((20e-3, 20e-3, 40e-3, 40e-3, 50e-3, 60e-3))
+
+
+def test_lanes_share_no_query_that_is_nearly_done() -> None:
+    model = parted(torch.clone, cost=0.5e-3)
+    assert simulate([Arrival(0.0, model, ROWS)], 2, Policy()).ended == pytest.approx((2e-3,))
 
 
 def test_lanes_share_a_query_while_others_wait_that_are_of_a_lower_class() -> None:
-    model = parted(torch.clone)
+    model = parted(torch.clone, cost=5e-3)
     many = [Arrival(0.0, model, ROWS, priority=1)] * 6
-    *_, high = simulate([*many, Arrival(0.5e-3, model, ROWS)], 2, Policy()).ended
-    assert high == pytest.approx(3e-3)  # when the blocks that run have ended
+    *_, high = simulate([*many, Arrival(2e-3, model, ROWS)], 2, Policy()).ended
+    assert high == pytest.approx(15e-3)  # when the blocks that run have ended
 
 
 def test_a_query_that_goes_first_waits_for_one_block() -> None:
@@ -251,6 +256,20 @@ def test_the_last_blocks_are_run_though_nobody_joins_for_them(monkeypatch: pytes
         gate.set()
         assert all(answer.result(30) for answer in held)
         assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
+
+
+def test_a_query_that_is_nearly_done_is_stopped_by_none_of_its_class() -> None:
+    steps, after = Steps(), list[int]()
+    with Runtime(1) as runtime:
+        long = runtime.submit(parted(steps, cost=1e-6), numbered(ROWS))
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        short = runtime.submit(
+            chain(1e-9, run=lambda k, values: after.append(len(steps.began))), torch.zeros(1), rows=1
+        )
+        steps.go(4)
+        assert long.result(30).shape == (ROWS, 3)
+        assert short.result(30) is None
+    assert after == [4]
 
 
 @pytest.mark.parametrize("lent", [False, True])

@@ -242,7 +242,7 @@ def _models(costs: dict[str, Any]) -> dict[str, Model]:
         found[name] = Model(graph)
         for rows, seen in one["queries"]:
             for at, seconds in enumerate(seen):
-                found[name].learn(at, found[name].rows(at, rows), seconds)
+                found[name].learn(at, rows, seconds)
     return found
 
 
