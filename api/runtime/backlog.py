@@ -171,8 +171,8 @@ class Backlog:
     def _join(self, query: Query) -> bool:
         """Whether lanes share it."""
         most = _CROWDED * self._lanes
-        if len(self._live) <= most or len(self._classes) == 1:
-            return len(self._live) <= most
+        if len(self._live) <= most:
+            return True
         return sum(own for priority, own in self._classes.items() if priority <= query.priority) <= most
 
     def wait_of(self, query: Query, now: float) -> float:

@@ -80,12 +80,7 @@ class Graph:
 
     def rows_of(self, inputs: Sequence[Any]) -> int:
         """The rows of a query; 1 where the module has none. Raises GraphError where inputs disagree."""
-        return _rows(inputs, self.by_rows)
-
-    @functools.cached_property
-    def by_rows(self) -> list[tuple[int, int]]:
-        """Inputs with rows, and the dimension that these are."""
-        return [(place, at) for place, at in enumerate(self.rows) if at is not None]
+        return _rows(inputs, self.rows)
 
     def bytes_of(self, rows: int) -> int:
         """What the values of a query may take, inputs and answer included."""
@@ -143,7 +138,7 @@ class Graph:
             own = self.operators[self.parted]
             assert isinstance(own.run, Blocked)
             for value in own.inputs:
-                if value < self.inputs and not values[value].is_contiguous():
+                if value < self.inputs:
                     values[value] = values[value].contiguous()  # once, not by each lane
             for value, memory in zip(own.outputs, own.run.outputs(rows), strict=True):
                 values[value] = memory
@@ -158,7 +153,7 @@ class Graph:
 
     def run_values(self, inputs: Sequence[Any]) -> list[Any]:
         """All values of a query."""
-        self.rows_of(inputs)
+        _rows(inputs, self.rows)
         values = [*inputs, *[None] * (len(self.uses) - self.inputs)]
         for one in self.operators:
             for value, own in zip(one.outputs, one.made(one.run(*[values[at] for at in one.inputs])), strict=True):
@@ -228,7 +223,7 @@ def _captured(
         item = [node for node in order if node.name in of_rows]
         groups, known = _of_user(whole, user, item, costs, grain_s, example, exact)
         first = 1 + max(groups.values(), default=-1)
-        count = _rows(example, [(place, at) for place, at in enumerate(rows) if at is not None])
+        count = _rows(example, rows)
         on_host = not any(one.is_cuda for one in example)  # a GPU has all rows at once
         if blocks and item and not exact and on_host and all(at in (0, None) for at in rows):
             parted = _split(whole, groups | dict.fromkeys((node.name for node in item), first))
@@ -469,13 +464,12 @@ def _graph(
     return dataclasses.replace(graph, bytes=_bytes(graph, example))
 
 
-def _rows(inputs: Sequence[Any], rows: Sequence[tuple[int, int]]) -> int:
-    """Of inputs by their place, with rows in that dimension; 1 where none has them. Raises GraphError where they
-    disagree."""
-    found = [inputs[place].size(at) for place, at in rows]
-    if len(set(found)) > 1:
-        raise GraphError(f"inputs have different numbers of rows: {sorted(set(found))}")
-    return found[0] if found else 1
+def _rows(inputs: Sequence[Any], rows: Sequence[int | None]) -> int:
+    """Of inputs with rows in those dimensions; 1 where none has them. Raises GraphError where they disagree."""
+    found = {int(value.shape[at]) for value, at in zip(inputs, rows, strict=False) if at is not None}
+    if len(found) > 1:
+        raise GraphError(f"inputs have different numbers of rows: {sorted(found)}")
+    return found.pop() if found else 1
 
 
 def _bytes(graph: Graph, example: tuple[Tensor, ...]) -> tuple[float, float]:

@@ -298,7 +298,7 @@ class Runtime:
                     continue
                 query, ready = taken
                 assert isinstance(query, _Query)
-                error: Exception = LateError("the deadline cannot be met any more")
+                error: Exception | None = None
                 if ready is not None:
                     try:
                         query.begin()
@@ -312,6 +312,7 @@ class Runtime:
                     return query, ready.step
                 if self._shared.pop(number, None) is not None:
                     del query.answer.inside[number]
+                error = error or LateError("the deadline cannot be met any more")
                 self._fail(query, None if query.answer.cancelled() else error)
                 del query, taken, error  # a lane that waits holds nothing
             return None

@@ -37,9 +37,7 @@ class Asked:
     """What became of queries. Times in s."""
 
     began: dict[int, tuple[float, int, int]] = dataclasses.field(default_factory=dict)  # when due, class, rows
-    took: list[tuple[float, float, int, int]] = dataclasses.field(
-        default_factory=list
-    )  # when due, latency, class, rows
+    took: list[tuple[float, float, int, int]] = dataclasses.field(default_factory=list)  # due, latency, class, rows
     refused: int = 0
     count: int = 0
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
