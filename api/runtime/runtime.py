@@ -84,6 +84,16 @@ class _Query(Query):
         found = [self.marks[value] for value in self.graph.operators[step].inputs if value in self.marks]
         return list(dict.fromkeys(mark for number, mark in found if number != lane))
 
+    def cause(self, error: Exception) -> Exception:
+        """The error of the first operator that failed: one that had begun behind it failed for what it never made, and
+        may be heard before it."""
+        for _, mark in self.marks.values():
+            try:
+                mark.wait()
+            except Exception as first:
+                return first
+        return error
+
     def some(self, one: Operator, stop: Word) -> int:
         """Runs some of its blocks: how many."""
         assert isinstance(one.run, Blocked)
@@ -263,7 +273,7 @@ class Runtime:
                 query, step, waited = begun.popleft()
                 took = waited.wait()
         except Exception as error:
-            made = error
+            made = query.cause(error)
         with self._wake:  # once from operator to operator
             if made is not None:
                 self._made(query, step, made, number, mark)

@@ -223,6 +223,46 @@ def test_an_error_is_its_querys_alone(kind: type[Device]) -> None:
         wait_until(lambda: not len(runtime._backlog) and not runtime.bytes_held, "nothing is kept")
 
 
+def test_what_fails_for_want_of_what_another_step_never_made_ends_with_that_ones_error() -> None:
+    class HeardLast(_LateMark):
+        def __init__(self, mark: Mark | None) -> None:
+            assert isinstance(mark, _LateMark)
+            self.ended, self._mark = mark.ended, mark
+
+        def wait(self) -> float:
+            try:
+                return self._mark.wait()
+            except ValueError:
+                heard.wait(0.2)  # the other one first, if another lane has it
+                raise
+            except AssertionError:
+                heard.set()
+                raise
+
+    class Hears(_LateLane):
+        def begin(self, *given: Any) -> tuple[tuple[Any, ...], Mark | None]:
+            found, mark = super().begin(*given)
+            return found, HeardLast(mark)
+
+    class Kind(Late):
+        def lanes(self, count: int) -> Sequence[Lane]:
+            return [Hears() for _ in range(count)]
+
+    def fails(k: int, values: list[Any]) -> Any:
+        if k == 1:
+            raise ValueError("no such row")
+        return total(k, values)
+
+    heard, first = threading.Event(), 0
+    with Runtime(2, device=Kind()) as runtime:
+        for _ in range(8):
+            heard.clear()
+            with pytest.raises(ValueError, match="no such row"):
+                runtime.submit(made([0.1] * 4, [[], [0], [0], [1, 2]], fails), torch.ones(4)).result(30)
+            first += heard.is_set()
+    assert first, "it was heard first"
+
+
 @kinds
 def test_what_is_cancelled_begins_no_more_than_a_lane_is_ahead(kind: type[Device]) -> None:
     began, ran = threading.Event(), list[int]()
