@@ -17,7 +17,7 @@ _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the orde
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
 _JOIN_S = 10 * ONCE_S  # of work left in blocks, for which another lane joins: a share costs a sixth of this ...
 _CROWDED = 1.5  # ... unless more queries, of its class or higher, are here for each lane: one of its own costs less
-_STOP_S = 5 * ONCE_S  # of work left of a query, for which another one of its class stops it
+_STOP_S = 30 * ONCE_S  # until a lane is free by itself; only where it takes longer is one stopped for its own class
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
@@ -204,17 +204,14 @@ class Backlog:
             self._order.clear()  # which holds their values
 
     def behind(self, query: Query, lanes: Mapping[int, Query], now: float) -> list[int]:
-        """The lanes whose queries go after this one and are worth to be stopped for it, the last ones first."""
+        """Of the lanes that run blocks, those to be stopped for a query: all that are at queries of a lower class, or
+        at ones that can wait while this one cannot; else the one whose query goes last, unless a lane is soon free."""
         own = self._urgency(query, now)
-        found = sorted(
-            (
-                (self._urgency(other, now), lane)
-                for lane, other in lanes.items()
-                if other.left > _STOP_S or other.priority > query.priority
-            ),
-            reverse=True,
-        )
-        return [lane for urgency, lane in found if urgency > own]
+        found = sorted(((self._urgency(other, now), lane) for lane, other in lanes.items()), reverse=True)
+        below = [lane for urgency, lane in found if urgency[:2] > own[:2]]
+        if below or len(lanes) < self._lanes or any(one.left <= _STOP_S * one.inside for one in lanes.values()):
+            return below
+        return [lane for urgency, lane in found[:1] if urgency > own]
 
     def take(self, lane: int, now: float) -> tuple[Query, Ready | None] | None:
         """The next query for a lane, and an operator of it; none where the query is to be dropped, for it cannot meet

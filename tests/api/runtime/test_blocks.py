@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from api.runtime import runtime as runtimes
+from api.runtime.backlog import Backlog, Query
 from api.runtime.blocks import Blocked, Cursor, Word
 from api.runtime.forms import Form
 from api.runtime.graph import Graph, GraphError, Operator, capture
@@ -270,6 +272,47 @@ def test_a_query_that_is_nearly_done_is_stopped_by_none_of_its_class() -> None:
         assert long.result(30).shape == (ROWS, 3)
         assert short.result(30) is None
     assert after == [4]
+
+
+def waits(number: int, left_s: float, priority: int = 0, deadline: float = math.inf) -> Query:
+    model = parted(torch.clone, cost=left_s / 4)
+    return Query(number, model.graph, model.costs(ROWS), 4, priority, 0.0, deadline)
+
+
+@pytest.mark.parametrize(
+    ("running", "priority", "deadline", "stopped"),
+    [
+        ((0.02, 0.05), 0, math.inf, {1}),  # the one whose query goes last
+        ((0.05, 0.02), 0, math.inf, {0}),
+        ((0.02, 0.005), 0, math.inf, set()),  # a lane is free soon
+        ((0.02,), 0, math.inf, set()),  # the other one is at no blocks, or has none
+        ((2e-4, 2e-4), 0, math.inf, set()),
+        ((0.02, 0.005), 1, math.inf, {0, 1}),  # of a lower class
+        ((0.02, 0.005), 0, 0.0009, {0, 1}),  # which can wait while the newest cannot
+    ],
+)
+def test_who_is_stopped_for_the_newest(
+    running: tuple[float, ...], priority: int, deadline: float, stopped: set[int]
+) -> None:
+    backlog = Backlog(Policy(), 2)
+    lanes = {lane: waits(lane, left, priority) for lane, left in enumerate(running)}
+    newest = waits(2, 0.002, deadline=deadline)
+    for one in lanes.values():
+        one.enter()
+    for one in (*lanes.values(), newest):
+        backlog.add(one, 0.0)
+    assert set(backlog.behind(newest, lanes, 0.0)) == stopped
+
+
+@pytest.mark.parametrize(("left", "stopped"), [(0.011, 0), (0.013, 1)])
+def test_lanes_that_share_a_query_are_free_when_both_are_done(left: float, stopped: int) -> None:
+    backlog = Backlog(Policy(), 2)
+    shared, newest = waits(0, left), waits(1, 0.002)
+    for one in (shared, newest):
+        backlog.add(one, 0.0)
+    for _ in range(2):
+        shared.enter()
+    assert len(backlog.behind(newest, {0: shared, 1: shared}, 0.0)) == stopped
 
 
 @pytest.mark.parametrize("lent", [False, True])
