@@ -17,7 +17,6 @@ _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the orde
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
 _JOIN_S = 10 * ONCE_S  # of work left in blocks, for which another lane joins: a share costs a sixth of this ...
 _CROWDED = 1.5  # ... unless more queries, of its class or higher, are here for each lane: one of its own costs less
-_STOP_S = 30 * ONCE_S  # until a lane is free by itself; only where it takes longer is one stopped for its own class
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
 
@@ -31,6 +30,7 @@ class Query:
     __slots__ = (
         "_block_s",
         "_others_s",
+        "_path_s",
         "arrived",
         "blocks",
         "costs",
@@ -60,10 +60,17 @@ class Query:
         priority: int,
         arrived: float,
         deadline: float,
+        lanes: int,
     ) -> None:
+        """`lanes` that there are to share its blocks."""
         self.number, self.graph, self.costs = number, graph, costs
         self.priority, self.arrived, self.deadline = priority, arrived, deadline
         paths = self.paths = list(costs)
+        parted, block_s, self._path_s = graph.parted, 0.0, 0.0  # s that each block adds to its path
+        if parted >= 0:
+            block_s = costs[parted]
+            self._path_s = block_s / lanes if blocks * block_s > _JOIN_S else block_s
+            paths[parted] = self._path_s * blocks
         for at, then in graph.onward:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
         self.path = max(paths, default=0.0)
@@ -71,8 +78,7 @@ class Query:
         self.cursor: Cursor | None = None  # which have begun, from the first one on
         self.through = False  # all have ended
         self.inside = 0  # lanes that run blocks
-        self._block_s = costs[graph.parted] if graph.parted >= 0 else 0.0
-        self._others_s = sum(costs) - self._block_s
+        self._block_s, self._others_s = block_s, sum(costs) - block_s
         self.unfinished = len(costs)
         self.ended = False
         self.strict = True  # dropped when it cannot meet its deadline any more
@@ -117,9 +123,15 @@ class Query:
     def _blocks(self, join: bool) -> int:
         """That are left, as far as they are worth one more lane."""
         left = self._left()
-        if not join:
-            return 0 if self.inside else min(1, left)
-        return left if not self.inside or left * self._block_s > _JOIN_S else 0
+        if join and left * self._block_s > _JOIN_S:
+            return left
+        return 0 if self.inside else min(1, left)
+
+    def path_of(self, ready: Ready) -> float:
+        """s of the longest chain of work from a step on that has not begun."""
+        if ready.step != self.graph.parted:
+            return ready.path
+        return ready.path - self._path_s * (self.blocks - self._left())
 
     def take(self, policy: Policy, lane: int, join: bool) -> Ready | None:
         """An operator that is ready and worth another lane. That which runs in blocks stays so while there are any."""
@@ -195,6 +207,10 @@ class Backlog:
     def _urgency(self, query: Query, now: float) -> tuple[float, ...]:
         return self._policy.urgency(query, now, self._usual or query.left or 1.0, self._spread)
 
+    def get(self, number: int) -> Query | None:
+        """One that has not ended."""
+        return self._live.get(number)
+
     def end(self, query: Query) -> None:
         """It takes no lane any more."""
         query.ended = True
@@ -204,14 +220,11 @@ class Backlog:
             self._order.clear()  # which holds their values
 
     def behind(self, query: Query, lanes: Mapping[int, Query], now: float) -> list[int]:
-        """Of the lanes that run blocks, those to be stopped for a query: all that are at queries of a lower class, or
-        at ones that can wait while this one cannot; else the one whose query goes last, unless a lane is soon free."""
-        own = self._urgency(query, now)
+        """Of the lanes that run blocks, those to be stopped for a query, the last ones first: they are at queries of a
+        lower class, or at ones that can wait while this one cannot. All others ask again soon by themselves."""
+        own = self._urgency(query, now)[:2]
         found = sorted(((self._urgency(other, now), lane) for lane, other in lanes.items()), reverse=True)
-        below = [lane for urgency, lane in found if urgency[:2] > own[:2]]
-        if below or len(lanes) < self._lanes or any(one.left <= _STOP_S * one.inside for one in lanes.values()):
-            return below
-        return [lane for urgency, lane in found[:1] if urgency > own]
+        return [lane for urgency, lane in found if urgency[:2] > own]
 
     def take(self, lane: int, now: float) -> tuple[Query, Ready | None] | None:
         """The next query for a lane, and an operator of it; none where the query is to be dropped, for it cannot meet
@@ -225,8 +238,9 @@ class Backlog:
             chosen = query.take(self._policy, lane, self._join(query))
             if chosen is None:
                 continue
-            if query.strict and hopeless(query.deadline, chosen.path, now):
+            path = query.path_of(chosen)
+            if query.strict and hopeless(query.deadline, path, now):
                 return query, None
-            query.path = chosen.path
+            query.path = path
             return query, chosen
         return None

@@ -10,11 +10,13 @@ on the same blocks, whatever the order.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -42,16 +44,17 @@ class FullError(RefusedError):
 
 
 class _Answer(Future[Any]):
-    """Stops lanes that run blocks of its query when it is cancelled."""
+    """Its query ends, and lanes that run blocks of it stop, when it is cancelled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside: dict[int, Word] = {}  # by lane
+        self.gone: Callable[[], None] | None = None  # to be told of it
 
     def cancel(self) -> bool:
         found = super().cancel()
-        if found:
-            self.stop()
+        if found and self.gone is not None:
+            self.gone()
         return found
 
     def stop(self) -> None:
@@ -65,10 +68,10 @@ class _Query(Query):
     __slots__ = ("answer", "bytes", "given", "marks", "model", "rows", "shared", "uses", "values")
 
     def __init__(
-        self, model: Model, rows: int, given: Sequence[Any], priority: int, now: float, deadline: float
+        self, model: Model, rows: int, given: Sequence[Any], priority: int, now: float, deadline: float, lanes: int
     ) -> None:
         shape = model.shape(rows)
-        super().__init__(-1, model.graph, model.costs(rows), shape.blocks, priority, now, deadline)
+        super().__init__(-1, model.graph, model.costs(rows), shape.blocks, priority, now, deadline, lanes)
         self.model, self.rows, self.given = model, rows, given
         self.marks = _NO_MARKS  # of values that may not be there yet: whose lane makes them
         self.answer = _Answer()
@@ -84,14 +87,20 @@ class _Query(Query):
         found = [self.marks[value] for value in self.graph.operators[step].inputs if value in self.marks]
         return list(dict.fromkeys(mark for number, mark in found if number != lane))
 
-    def cause(self, error: Exception) -> Exception:
-        """The error of the first operator that failed: one that had begun behind it failed for what it never made, and
-        may be heard before it."""
-        for _, mark in self.marks.values():
+    def cause(self, step: int, error: Exception) -> Exception:
+        """The error of the first step that failed of those whose results one has read, which then failed for what was
+        never made, and may be heard first. They have ended, for it has."""
+        read = set(self.graph.operators[step].inputs)
+        for one in reversed(self.graph.operators[:step]):
+            if read.isdisjoint(one.outputs):
+                continue
+            read.update(one.inputs)
             try:
-                mark.wait()
-            except Exception as first:
-                return first
+                for value in one.outputs:
+                    if value in self.marks:
+                        self.marks[value][1].wait()
+            except Exception as earlier:
+                error = earlier
         return error
 
     def some(self, one: Operator, stop: Word) -> int:
@@ -114,6 +123,13 @@ class _Query(Query):
         if self.shared is None:
             one = self.graph.operators[self.graph.parted]
             self.shared = [self.values[value] for value in one.inputs], [self.values[value] for value in one.outputs]
+
+
+def _told(error: Exception) -> Exception:
+    """With where it was raised as a note, for frames would hold a query's values as long as the error is kept."""
+    if error.__traceback__ is not None:
+        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    return error.with_traceback(None)
 
 
 _NO_MARKS: dict[int, tuple[int, Mark]] = {}
@@ -162,8 +178,8 @@ class Runtime:
         with self._wake:
             for query in list(self._backlog):
                 assert isinstance(query, _Query)
-                query.answer.cancel()
-                self._leave(query, CANCELLED)
+                if not query.answer.cancel():
+                    self._leave(query, CANCELLED)
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -193,7 +209,7 @@ class Runtime:
         rows = model.graph.rows_of(inputs) if rows is None or model.graph.parted >= 0 else rows
         now = time.monotonic()
         given, mark = self._device.given(inputs)
-        query = _Query(model, rows, given, priority, now, now + within_s)
+        query = _Query(model, rows, given, priority, now, now + within_s, len(self._lanes))
         query.strict = strict
         if mark is not None:
             query.marks = dict.fromkeys(range(model.graph.inputs), (-1, mark))
@@ -210,12 +226,9 @@ class Runtime:
             self._count += 1
             self._bytes += query.bytes
             self._backlog.add(query, now)
+            query.answer.gone = functools.partial(self._cancelled, query.number)
             self._observer.arrived(query.number, model, priority, query.answer)
-            lanes = self._backlog.lanes_of(query)
-            lanes -= self._rouse(lanes)
-            if lanes and self._shared:
-                for lane in self._backlog.behind(query, self._shared, now)[:lanes]:
-                    self._stops[lane].value = 1
+            self._call(query, self._backlog.lanes_of(query), now)
         return query.answer
 
     def borrow(self) -> bool:
@@ -245,6 +258,20 @@ class Runtime:
             self._wake.notify(count)
         return count
 
+    def _call(self, query: Query, lanes: int, now: float) -> None:
+        """So many lanes for a query: idle ones, then ones that are at what goes after it. Under the lock."""
+        lanes -= self._rouse(lanes)
+        if lanes > 0 and self._shared:
+            for lane in self._backlog.behind(query, self._shared, now)[:lanes]:
+                self._stops[lane].value = 1
+
+    def _cancelled(self, number: int) -> None:
+        with self._wake:
+            query = self._backlog.get(number)
+            if query is not None:
+                assert isinstance(query, _Query)
+                self._leave(query, CANCELLED)
+
     def _drive(self, number: int, lane: Lane) -> None:
         begun = deque[_Begun]()
         taken: tuple[_Query, int] | None = None
@@ -273,7 +300,9 @@ class Runtime:
                 query, step, waited = begun.popleft()
                 took = waited.wait()
         except Exception as error:
-            made = query.cause(error)
+            made = error
+        if isinstance(made, Exception):
+            made = _told(made if taken is not None else query.cause(step, made))
         with self._wake:  # once from operator to operator
             if made is not None:
                 self._made(query, step, made, number, mark)
@@ -282,7 +311,7 @@ class Runtime:
             complete = mark is None and self._ended(query, step, took, blocks, number, newest=taken is not None)
             if not complete:
                 return self._take(number, lane) if len(begun) < lane.depth else None
-            self._rouse(1)  # for what this lane would do if it had no answer to put together
+            self._rouse(min(1, len(self._backlog)))  # for what this lane would do if it had no answer to put together
         self._answer(query, lane)
         return self._take(number, lane)
 
@@ -309,11 +338,11 @@ class Runtime:
                 query, ready = taken
                 assert isinstance(query, _Query)
                 error: Exception | None = None
-                if ready is not None:
+                if ready is not None and not query.answer.cancelled():
                     try:
                         query.begin()
                     except Exception as failed:
-                        ready, error = None, failed
+                        ready, error = None, _told(failed)
                 if ready is not None and ready.step == query.graph.parted:
                     self._enter(number, lane, query)
                 if ready is not None and not query.answer.cancelled():
@@ -354,8 +383,8 @@ class Runtime:
 
     def _follow(self, query: _Query, number: int, lane: int) -> None:
         query.follow(number, lane)
-        if self._idle:
-            self._rouse(self._backlog.lanes_of(query) - 1)  # this lane takes one itself
+        if self._idle or self._shared:
+            self._call(query, self._backlog.lanes_of(query) - 1, time.monotonic())  # this lane takes one itself
 
     def _ended(self, query: _Query, number: int, took: float, blocks: int, lane: int, newest: bool) -> bool:
         """Whether it was the query's last operator; the `newest` of this lane, or the first one. `blocks`: how many of

@@ -74,7 +74,7 @@ def simulate(
         while coming < len(arrivals) and arrivals[coming].at <= now:
             one = arrivals[coming]
             costs, blocks = one.model.costs(one.rows), one.model.shape(one.rows).blocks
-            query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s)
+            query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s, lanes)
             if not refuse or backlog.wait_of(query, now) <= one.within_s:
                 backlog.add(query, now)
             coming += 1

@@ -24,6 +24,7 @@ from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.runtime import FullError, LateError, Runtime
 from api.runtime.simulate import Arrival, simulate
+from api.runtime.watch import Observer
 from tests.api.runtime.graphs import chain, in_blocks
 from tests.api.runtime.test_graph import captured, query
 from tests.conftest import wait_until
@@ -227,10 +228,11 @@ def test_a_query_that_goes_last_stops_nobody() -> None:
 def test_what_is_cancelled_or_late_ends_after_a_block(late: bool) -> None:
     steps = Steps()
     with Runtime(1) as runtime:
-        answer = runtime.submit(parted(steps, cost=0.02), numbered(ROWS), within_s=0.085 if late else 30.0)
+        cost, within_s = (0.02, 1.0) if late else (1e-6, 30.0)  # after one block it asks, or it is told
+        answer = runtime.submit(parted(steps, cost=cost), numbered(ROWS), within_s=within_s)
         wait_until(lambda: len(steps.began) == 1, "the first block runs")
         if late:
-            threading.Event().wait(0.085)  # its deadline passes
+            threading.Event().wait(1.0)  # its deadline passes
         else:
             assert answer.cancel()
         steps.go(4)
@@ -260,10 +262,10 @@ def test_the_last_blocks_are_run_though_nobody_joins_for_them(monkeypatch: pytes
         assert torch.equal(long.result(30), numbered(ROWS) + 1.0)
 
 
-def test_a_query_that_is_nearly_done_is_stopped_by_none_of_its_class() -> None:
+def test_a_query_is_stopped_by_none_of_its_class() -> None:
     steps, after = Steps(), list[int]()
     with Runtime(1) as runtime:
-        long = runtime.submit(parted(steps, cost=1e-6), numbered(ROWS))
+        long = runtime.submit(parted(steps, cost=2e-3), numbered(ROWS))
         wait_until(lambda: steps.began == [0.0], "the first block runs")
         short = runtime.submit(
             chain(1e-9, run=lambda k, values: after.append(len(steps.began))), torch.zeros(1), rows=1
@@ -276,19 +278,15 @@ def test_a_query_that_is_nearly_done_is_stopped_by_none_of_its_class() -> None:
 
 def waits(number: int, left_s: float, priority: int = 0, deadline: float = math.inf) -> Query:
     model = parted(torch.clone, cost=left_s / 4)
-    return Query(number, model.graph, model.costs(ROWS), 4, priority, 0.0, deadline)
+    return Query(number, model.graph, model.costs(ROWS), 4, priority, 0.0, deadline, 2)
 
 
 @pytest.mark.parametrize(
     ("running", "priority", "deadline", "stopped"),
     [
-        ((0.02, 0.05), 0, math.inf, {1}),  # the one whose query goes last
-        ((0.05, 0.02), 0, math.inf, {0}),
-        ((0.02, 0.005), 0, math.inf, set()),  # a lane is free soon
-        ((0.02,), 0, math.inf, set()),  # the other one is at no blocks, or has none
-        ((2e-4, 2e-4), 0, math.inf, set()),
-        ((0.02, 0.005), 1, math.inf, {0, 1}),  # of a lower class
-        ((0.02, 0.005), 0, 0.0009, {0, 1}),  # which can wait while the newest cannot
+        ((0.02, 0.05), 0, math.inf, set()),  # of its own class
+        ((0.02, 0.005), 1, math.inf, {0, 1}),  # of a lower one
+        ((0.02, 0.005), 0, 0.003, {0, 1}),  # which can wait while the newest cannot
     ],
 )
 def test_who_is_stopped_for_the_newest(
@@ -304,15 +302,94 @@ def test_who_is_stopped_for_the_newest(
     assert set(backlog.behind(newest, lanes, 0.0)) == stopped
 
 
-@pytest.mark.parametrize(("left", "stopped"), [(0.011, 0), (0.013, 1)])
-def test_lanes_that_share_a_query_are_free_when_both_are_done(left: float, stopped: int) -> None:
+def test_a_query_has_as_long_a_path_as_its_blocks_take_on_all_lanes() -> None:
+    one, light = waits(0, 0.02), waits(1, 0.001)
+    assert (one.path, light.path) == pytest.approx((0.01, 0.001))  # which no second lane would join
+    one.enter()
+    assert one.cursor is not None
+    one.cursor.take()
+    assert one.path_of(one.ready[0]) == pytest.approx(0.0075)
+
+
+def test_a_query_in_blocks_whose_deadline_is_near_goes_first() -> None:
+    many = Model(dataclasses.replace(parted(torch.clone).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    short = [Arrival(at * 4e-3, chain(2e-3)) for at in range(1, 20)]
+    ended = simulate([Arrival(0.0, many, ROWS, within_s=0.03), *short], 1, Policy()).ended
+    assert ended[0] <= 0.03
+    assert not any(map(math.isnan, ended))
+
+
+def test_who_has_ended_is_no_crowd() -> None:
     backlog = Backlog(Policy(), 2)
-    shared, newest = waits(0, left), waits(1, 0.002)
-    for one in (shared, newest):
+    for one in [waits(number, 0.01) for number in range(9)]:
         backlog.add(one, 0.0)
-    for _ in range(2):
-        shared.enter()
-    assert len(backlog.behind(newest, {0: shared, 1: shared}, 0.0)) == stopped
+        backlog.end(one)
+    last = waits(9, 0.01)
+    backlog.add(last, 0.0)
+    assert backlog.lanes_of(last) == 4
+
+
+def test_a_lane_that_was_stopped_runs_all_blocks_of_the_next_query() -> None:
+    class Ends(Observer):
+        def end(self, lane: int, newest: bool, blocks: int) -> None:
+            ran.append(blocks)
+
+    steps, ran = Steps(), list[int]()
+    with Runtime(1, observer=Ends()) as runtime:
+        low = runtime.submit(parted(steps, cost=1e-6), numbered(ROWS), priority=1)
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        high = runtime.submit(chain(1e-3), torch.zeros(1), rows=1)
+        steps.go(4)
+        for answer in (high, low):
+            answer.result(30)
+        runtime.submit(parted(torch.clone, cost=1e-6), numbered(ROWS)).result(30)
+    assert ran == [1, 0, 3, 4]
+
+
+def test_blocks_that_are_ready_later_stop_lanes_too() -> None:
+    both, steps = threading.Barrier(2), Steps()
+
+    def call(x: Tensor) -> Tensor:
+        if len(x) > 2:
+            both.wait(10)  # two at once, or none goes on
+        return x * 2.0
+
+    before = Operator(lambda x: x + 1.0, (0,), (1,), 1e-3)
+    blocks = dataclasses.replace(parted(call, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
+    high = Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
+    with Runtime(2) as runtime:
+        low = [runtime.submit(parted(steps, cost=1e-6), numbered(ROWS), priority=1) for _ in range(2)]
+        wait_until(lambda: len(steps.began) == 2, "both lanes are at what can wait")
+        answer = runtime.submit(high, numbered(ROWS))
+        steps.go(3)  # one of the two is stopped at first, and the other one for the blocks
+        assert torch.equal(answer.result(30), numbered(ROWS) * 2.0 + 2.0)
+        steps.go(5)
+        assert all(torch.equal(one.result(30), numbered(ROWS) + 1.0) for one in low)
+
+
+def test_what_cannot_begin_is_its_querys_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Blocked, rows: int) -> tuple[Tensor, ...]:
+        raise MemoryError("no more")
+
+    with Runtime(1) as runtime:
+        with monkeypatch.context() as patch:
+            patch.setattr(Blocked, "outputs", none)
+            with pytest.raises(MemoryError, match="no more"):
+                runtime.submit(parted(torch.clone), numbered(ROWS)).result(30)
+        assert torch.equal(runtime.submit(parted(torch.clone), numbered(ROWS)).result(30), numbered(ROWS))
+
+
+def test_what_is_cancelled_while_it_waits_is_gone_at_once() -> None:
+    steps = Steps()
+    with Runtime(1) as runtime:
+        first = runtime.submit(parted(steps), numbered(ROWS))
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        held = runtime.bytes_held
+        waiting = [runtime.submit(parted(steps), numbered(ROWS), priority=1) for _ in range(4)]
+        assert all(one.cancel() for one in waiting)
+        assert (runtime.bytes_held, len(runtime._backlog)) == (held, 1)
+        steps.go(4)
+        assert first.result(30).shape == (ROWS, 3)
 
 
 @pytest.mark.parametrize("lent", [False, True])

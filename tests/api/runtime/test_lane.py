@@ -263,6 +263,44 @@ def test_what_fails_for_want_of_what_another_step_never_made_ends_with_that_ones
     assert first, "it was heard first"
 
 
+def test_an_error_waits_for_no_step_that_has_nothing_to_do_with_it() -> None:
+    class OneEach(_LateLane):
+        depth = 1
+
+    class Kind(Late):
+        def lanes(self, count: int) -> Sequence[Lane]:
+            return [OneEach() for _ in range(count)]
+
+    def run(k: int, values: list[Any]) -> Any:
+        if k == 1:
+            raise ValueError("no such row")
+        assert go.wait(30)
+        return total(k, values)
+
+    go = threading.Event()
+    with Runtime(2, device=Kind()) as runtime:
+        answer = runtime.submit(made([0.2, 0.1, 0.1], [[], [], [0, 1]], run), torch.ones(4))
+        with pytest.raises(ValueError, match="no such row"):
+            answer.result(10)
+        go.set()
+
+
+@kinds
+def test_an_error_keeps_none_of_its_querys_values(kind: type[Device]) -> None:
+    def fails(k: int, values: list[Any]) -> Any:
+        raise ValueError("no such row")
+
+    with Runtime(1, device=kind()) as runtime:
+        given = torch.ones(4)
+        held = weakref.ref(given)
+        answer = runtime.submit(chain(0.1, run=fails), given)
+        error = answer.exception(30)
+        assert isinstance(error, ValueError)
+        assert "in fails" in "".join(error.__notes__), "it says where"
+        del given
+        wait_until(lambda: held() is None, "it is let go of, though the error is kept")
+
+
 @kinds
 def test_what_is_cancelled_begins_no_more_than_a_lane_is_ahead(kind: type[Device]) -> None:
     began, ran = threading.Event(), list[int]()

@@ -64,7 +64,7 @@ def loads(draw: st.DrawFn) -> list[Arrival]:
 
 
 def longest(model: Model) -> float:
-    return Query(0, model.graph, model.costs(1), 1, 0, 0.0, math.inf).path
+    return Query(0, model.graph, model.costs(1), 1, 0, 0.0, math.inf, 1).path
 
 
 @given(loads(), st.integers(1, 4), st.booleans())
