@@ -204,7 +204,8 @@ class Runtime:
     ) -> Future[Any]:
         """The module's output, in time; `cancel` it, and no other step of the query begins. `rows`: for inputs that are
         no tensors. Raises LateError where by what waits already the deadline cannot be met, FullError; the future
-        raises LateError where it could not be met after all. Not `strict`: the deadline orders and drops nothing.
+        raises LateError where it could not be met after all, and what an operator has raised, with where as a note. Not
+        `strict`: the deadline orders and drops nothing. Tensors are those of inference mode: to be read.
         """
         rows = model.graph.rows_of(inputs) if rows is None or model.graph.parted >= 0 else rows
         now = time.monotonic()
