@@ -343,15 +343,13 @@ class Runtime:
                     try:
                         query.begin()
                     except Exception as failed:
-                        ready, error = None, _told(failed)
-                if ready is not None and ready.step == query.graph.parted:
-                    self._enter(number, lane, query)
-                if ready is not None and not query.answer.cancelled():
-                    self._free -= 1
-                    self._observer.begin(query.number, ready.step, number)
-                    return query, ready.step
-                if self._shared.pop(number, None) is not None:
-                    del query.answer.inside[number]
+                        error = _told(failed)
+                    else:
+                        if ready.step == query.graph.parted:
+                            self._enter(number, lane, query)
+                        self._free -= 1
+                        self._observer.begin(query.number, ready.step, number)
+                        return query, ready.step
                 error = error or LateError("the deadline cannot be met any more")
                 self._fail(query, None if query.answer.cancelled() else error)
                 del query, taken, error  # a lane that waits holds nothing

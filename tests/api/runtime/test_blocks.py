@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -390,6 +390,19 @@ def test_what_is_cancelled_while_it_waits_is_gone_at_once() -> None:
         assert (runtime.bytes_held, len(runtime._backlog)) == (held, 1)
         steps.go(4)
         assert first.result(30).shape == (ROWS, 3)
+
+
+def test_a_lane_may_come_between_a_cancelling_and_its_news() -> None:
+    steps = Steps()
+    with Runtime(1) as runtime:
+        first = runtime.submit(parted(steps), numbered(ROWS))
+        wait_until(lambda: steps.began == [0.0], "the first block runs")
+        second = runtime.submit(parted(steps), numbered(ROWS))
+        assert Future.cancel(second)  # and has not told the runtime yet
+        steps.go(4)
+        assert first.result(30).shape == (ROWS, 3)
+        wait_until(lambda: not len(runtime._backlog), "it has left")
+        assert torch.equal(runtime.submit(parted(torch.clone), numbered(ROWS)).result(30), numbered(ROWS))
 
 
 @pytest.mark.parametrize("lent", [False, True])
