@@ -103,8 +103,11 @@ class _LateLane:
 class Late:
     """Lanes that are ahead of what they have made."""
 
+    def __init__(self, lane: Callable[[], Lane] = _LateLane) -> None:
+        self._lane = lane
+
     def lanes(self, count: int) -> Sequence[Lane]:
-        return [_LateLane() for _ in range(count)]
+        return [self._lane() for _ in range(count)]
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Mark | None]:
         return inputs, None
@@ -162,10 +165,6 @@ def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
                 raise ValueError("cannot begin")
             return super().begin(one, *given)
 
-    class Kind(Late):
-        def lanes(self, count: int) -> Sequence[Lane]:
-            return [FailsLater() for _ in range(count)]
-
     go, running, ended = threading.Event(), list[int](), list[int]()
 
     def waits(k: int, values: list[Any]) -> Tensor:
@@ -173,7 +172,7 @@ def test_a_step_that_cannot_begin_behind_another_one_ends_alone() -> None:
         return total(k, values)
 
     slow, broken = chain(0.1, run=waits), chain(0.1, run=total)
-    with Runtime(1, device=Kind(), observer=Order()) as runtime:
+    with Runtime(1, device=Late(FailsLater), observer=Order()) as runtime:
         first = runtime.submit(slow, torch.ones(4))
         wait_until(lambda: running == [0], "it has begun")
         second = runtime.submit(slow, torch.ones(4))
@@ -244,17 +243,13 @@ def test_what_fails_for_want_of_what_another_step_never_made_ends_with_that_ones
             found, mark = super().begin(*given)
             return found, HeardLast(mark)
 
-    class Kind(Late):
-        def lanes(self, count: int) -> Sequence[Lane]:
-            return [Hears() for _ in range(count)]
-
     def fails(k: int, values: list[Any]) -> Any:
         if k == 1:
             raise ValueError("no such row")
         return total(k, values)
 
     heard, first = threading.Event(), 0
-    with Runtime(2, device=Kind()) as runtime:
+    with Runtime(2, device=Late(Hears)) as runtime:
         for _ in range(8):
             heard.clear()
             with pytest.raises(ValueError, match="no such row"):
@@ -267,10 +262,6 @@ def test_an_error_waits_for_no_step_that_has_nothing_to_do_with_it() -> None:
     class OneEach(_LateLane):
         depth = 1
 
-    class Kind(Late):
-        def lanes(self, count: int) -> Sequence[Lane]:
-            return [OneEach() for _ in range(count)]
-
     def run(k: int, values: list[Any]) -> Any:
         if k == 1:
             raise ValueError("no such row")
@@ -278,7 +269,7 @@ def test_an_error_waits_for_no_step_that_has_nothing_to_do_with_it() -> None:
         return total(k, values)
 
     go = threading.Event()
-    with Runtime(2, device=Kind()) as runtime:
+    with Runtime(2, device=Late(OneEach)) as runtime:
         answer = runtime.submit(made([0.2, 0.1, 0.1], [[], [], [0, 1]], run), torch.ones(4))
         with pytest.raises(ValueError, match="no such row"):
             answer.result(10)
