@@ -52,6 +52,7 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
         came = time.monotonic()
         assert value("query_queue") == 4
         assert answers[1].cancel()
+        assert value("query_queue") == 3
         while time.monotonic() < came + 2e-3:
             threading.Event().wait(1e-3)
         held = time.monotonic() - came
@@ -71,7 +72,7 @@ def test_who_waits_and_who_is_dropped_is_counted(tmp_path: Path) -> None:
     assert held <= value("lane_busy_seconds_total", lane="0") - busy <= ended - started
     assert value("query_wait_seconds_sum", priority="7") - waited["7"] <= ended - started - held
     assert value("query_wait_seconds_sum", priority="8") - waited["8"] >= held
-    assert value("query_wait_seconds_sum", priority="9") - waited["9"] >= 3 * held
+    assert value("query_wait_seconds_sum", priority="9") - waited["9"] >= 2 * held  # the cancelled one left before
     assert value("query_queue") == 0
     assert not watch.traces
     assert watch.write(low, "x") is None
