@@ -15,7 +15,8 @@ from api.runtime.policy import Policy, Ready, hopeless
 
 _REORDER_S = 1e-3  # after which waiting and deadlines may have changed the order ...
 _EACH_S = 1e-4  # ... and for each query that waits: to order them takes a hundredth of it
-_JOIN_S = 10 * ONCE_S  # of work left in blocks, for which another lane joins: a share costs a sixth of this ...
+_SHARE_S = 10e-3  # for which a lane runs blocks without asking whether there is something better
+_JOIN_S = 10 * ONCE_S  # of work left in blocks for each lane that shares it: a share costs a sixth of this ...
 _CROWDED = 1.5  # ... unless more queries, of its class or higher, are here for each lane: one of its own costs less
 _NEWEST = 0.02  # the share of the newest query in what is usual
 
@@ -69,7 +70,7 @@ class Query:
         parted, block_s, self._path_s = graph.parted, 0.0, 0.0  # s that each block adds to its path
         if parted >= 0:
             block_s = costs[parted]
-            self._path_s = block_s / lanes if blocks * block_s > _JOIN_S else block_s
+            self._path_s = block_s / min(lanes, _sharing(blocks * block_s))
             paths[parted] = self._path_s * blocks
         for at, then in graph.onward:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
@@ -100,6 +101,11 @@ class Query:
         if self.cursor is None:
             self.cursor = Cursor(self.blocks)
 
+    def most(self, now: float) -> int:
+        """Blocks that a lane runs without asking whether there is something better."""
+        seconds = min(_SHARE_S, self.deadline - now) if self.strict else _SHARE_S
+        return max(1, int(seconds / max(self._block_s, 1e-9)))
+
     def pass_over(self) -> None:
         """A lane is to run all of them at once."""
         self.cursor = Cursor(self.blocks)
@@ -121,11 +127,9 @@ class Query:
         return count
 
     def _blocks(self, join: bool) -> int:
-        """That are left, as far as they are worth one more lane."""
+        """That are left, as far as each is worth one more lane."""
         left = self._left()
-        if join and left * self._block_s > _JOIN_S:
-            return left
-        return 0 if self.inside else min(1, left)
+        return max(0, min(left, (_sharing(left * self._block_s) if join else 1) - self.inside))
 
     def path_of(self, ready: Ready) -> float:
         """s of the longest chain of work from a step on that has not begun."""
@@ -153,6 +157,11 @@ class Query:
         self.through = True
         self.ready = [one for one in self.ready if one.step != self.graph.parted]
         return True
+
+
+def _sharing(work_s: float) -> int:
+    """How many lanes are worth it to share the blocks."""
+    return max(1, math.ceil(work_s / _JOIN_S))
 
 
 class Backlog:
@@ -205,7 +214,7 @@ class Backlog:
         insort(self._order, (self._urgency(query, now), query))
 
     def _urgency(self, query: Query, now: float) -> tuple[float, ...]:
-        return self._policy.urgency(query, now, self._usual or query.left or 1.0, self._spread)
+        return self._policy.urgency(query, now, self._lanes, self._usual or query.left or 1.0, self._spread)
 
     def get(self, number: int) -> Query | None:
         """One that has not ended."""

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-AGEING = 0.05
+AGEING = 0.0125
 ALIKE = 0.3  # of the work of a usual query: by how much others differ that are alike
 
 
@@ -42,20 +42,21 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """A query that has waited t times the work of a usual query goes before one that has just come and has
-    `ageing` t^2 times that work less. `ageing` 0 is shortest work first; `fifo` first come, first served."""
+    """A query that has waited as long as the lanes take for t usual ones goes before one that has just come and has
+    `ageing` t^2 times the work of a usual one less. `ageing` 0 is shortest work first; `fifo` first come, first
+    served."""
 
     ageing: float = AGEING
     fifo: bool = False
 
-    def urgency(self, one: Waiting, now: float, usual: float, spread: float) -> tuple[float, ...]:
+    def urgency(self, one: Waiting, now: float, lanes: int, usual: float, spread: float) -> tuple[float, ...]:
         """`usual`: s of work of a usual query; `spread`: by how much others usually differ from it."""
         if self.fifo:
             return (one.number,)
         late = one.deadline - now <= 2 * one.path
         if spread < ALIKE * usual and self.ageing:
             return (one.priority, not late, 0.0, one.number)
-        waited = (now - one.arrived) / usual
+        waited = lanes * (now - one.arrived) / usual
         return (one.priority, not late, one.left - self.ageing * usual * waited**2, one.number)
 
     def step(self, ready: Sequence[Ready], lane: int) -> int:

@@ -28,8 +28,6 @@ from api.runtime.model import Model
 from api.runtime.policy import Policy
 from api.runtime.watch import CANCELLED, DONE, FAILED, LATE, Observer
 
-SHARE_S = 10e-3  # for how long a lane runs blocks without asking whether there is something better
-
 
 class RefusedError(Exception):
     """The runtime takes no such query now; the message is one sentence."""
@@ -108,9 +106,7 @@ class _Query(Query):
         assert isinstance(one.run, Blocked)
         assert self.cursor is not None
         assert self.shared is not None
-        seconds = min(SHARE_S, self.deadline - time.monotonic()) if self.strict else SHARE_S
-        most = max(1, int(seconds / max(self.costs[self.graph.parted], 1e-9)))
-        return one.run.run(*self.shared, self.rows, self.cursor, stop, most)
+        return one.run.run(*self.shared, self.rows, self.cursor, stop, self.most(time.monotonic()))
 
     def begin(self) -> None:
         """Its first operator is to run: it takes memory."""

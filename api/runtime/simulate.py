@@ -1,8 +1,8 @@
 """The same policy and backlog in simulated time: many lanes and queries without a machine of that size, and tests
 without threads.
 
-An operator, or a block of it, takes its cost; after each a lane asks what is next, and where that is something else it
-takes `place_s` more.
+An operator takes its cost and `place_s`, as often as a lane takes it up; one in blocks is shared and let go of as the
+runtime's lanes do that.
 """
 
 from __future__ import annotations
@@ -45,8 +45,15 @@ def simulate(
     backlog = Backlog(policy, lanes)
     free = list(range(lanes))
     running: list[tuple[float, int, Query, int]] = []  # end, lane, query, operator
-    last: list[tuple[Query, int] | None] = [None] * lanes
+    shared: dict[int, Query] = {}  # by lane, of which it runs blocks ...
+    most = [0] * lanes  # ... and how many more before it asks for other work
     busy, moves, coming, now = 0.0, 0, 0, 0.0
+
+    def call(query: Query, wanted: int) -> None:
+        if wanted > len(free):
+            for lane in backlog.behind(query, shared, now)[: wanted - len(free)]:
+                most[lane] = 0
+
     while True:
         while free and (taken := backlog.take(free[0], now)) is not None:
             query, ready = taken
@@ -55,14 +62,11 @@ def simulate(
                 continue
             lane = free.pop(0)
             moves += ready.lane not in (-1, lane)
-            took = query.costs[ready.step]
+            took = query.costs[ready.step] + place_s
             if ready.step == query.graph.parted:
                 query.enter()
-                assert query.cursor is not None
-                query.cursor.take()
-            if last[lane] != (query, ready.step):
-                took += place_s
-            last[lane] = query, ready.step
+                _draw(query)
+                shared[lane], most[lane] = query, query.most(now) - 1
             busy += took
             heapq.heappush(running, (now + took, lane, query, ready.step))
         following = [running[0][0]] if running else []
@@ -77,16 +81,33 @@ def simulate(
             query = Query(coming, one.model.graph, costs, blocks, one.priority, one.at, one.at + one.within_s, lanes)
             if not refuse or backlog.wait_of(query, now) <= one.within_s:
                 backlog.add(query, now)
+                call(query, backlog.lanes_of(query))
             coming += 1
         while running and running[0][0] <= now:
             _, lane, query, step = heapq.heappop(running)
+            if shared.get(lane) is query:
+                complete = query.ran(1)
+                if most[lane] and not query.ended and _draw(query):
+                    most[lane] -= 1
+                    busy += query.costs[step]
+                    heapq.heappush(running, (now + query.costs[step], lane, query, step))
+                    continue
+                del shared[lane]
+                query.inside -= 1
+            else:
+                complete = True
             free.append(lane)
-            shared = step == query.graph.parted
-            query.inside -= shared
-            if query.ended or (shared and not query.ran(1)):
+            if query.ended or not complete:
                 continue
             query.follow(step, lane)
+            call(query, backlog.lanes_of(query))
             query.unfinished -= 1
             if not query.unfinished:
                 backlog.end(query)
                 ended[query.number] = now
+
+
+def _draw(query: Query) -> bool:
+    """Whether there was a block that had not begun."""
+    assert query.cursor is not None
+    return query.cursor.take() < query.blocks

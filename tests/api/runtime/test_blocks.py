@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from api.runtime import runtime as runtimes
+from api.runtime import backlog as backlogs
 from api.runtime.backlog import Backlog, Query
 from api.runtime.blocks import Blocked, Cursor, Word
 from api.runtime.forms import Form
@@ -184,6 +184,15 @@ def test_lanes_share_no_query_that_is_nearly_done() -> None:
     assert simulate([Arrival(0.0, model, ROWS)], 2, Policy()).ended == pytest.approx((2e-3,))
 
 
+def test_many_lanes_share_a_query_as_far_as_each_has_enough_of_it() -> None:
+    model = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    alone, shared = (simulate([Arrival(0.0, model, ROWS)], lanes, Policy(), place_s=1e-3) for lanes in (1, 64))
+    assert alone.ended == pytest.approx((22e-3,))  # taken up again after 10 ms
+    assert alone.busy == pytest.approx(22e-3)
+    assert shared.ended == pytest.approx((4e-3,))  # seven lanes, each with three blocks
+    assert shared.busy == pytest.approx(27e-3)
+
+
 def test_lanes_share_a_query_while_others_wait_that_are_of_a_lower_class() -> None:
     model = parted(torch.clone, cost=5e-3)
     many = [Arrival(0.0, model, ROWS, priority=1)] * 6
@@ -312,10 +321,10 @@ def test_a_query_has_as_long_a_path_as_its_blocks_take_on_all_lanes() -> None:
 
 
 def test_a_query_in_blocks_whose_deadline_is_near_goes_first() -> None:
-    many = Model(dataclasses.replace(parted(torch.clone).graph, block=2), learns=False)  # 20 blocks of 1 ms
-    short = [Arrival(at * 4e-3, chain(2e-3)) for at in range(1, 20)]
-    ended = simulate([Arrival(0.0, many, ROWS, within_s=0.03), *short], 1, Policy()).ended
-    assert ended[0] <= 0.03
+    many = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    short = [Arrival(at * 4e-3, chain(4e-3)) for at in range(20)]  # so that one always waits
+    ended = simulate([short[0], Arrival(0.0, many, ROWS, within_s=0.06), *short[1:]], 1, Policy()).ended
+    assert 0.03 < ended[1] <= 0.06
     assert not any(map(math.isnan, ended))
 
 
@@ -347,23 +356,27 @@ def test_a_lane_that_was_stopped_runs_all_blocks_of_the_next_query() -> None:
 
 
 def test_blocks_that_are_ready_later_stop_lanes_too() -> None:
-    both, steps = threading.Barrier(2), Steps()
+    began, both, steps = threading.Event(), threading.Barrier(2), [Steps(), Steps()]
 
     def call(x: Tensor) -> Tensor:
         if len(x) > 2:
-            both.wait(10)  # two at once, or none goes on
+            began.set()
+            both.wait(30)  # two at once, or none goes on
         return x * 2.0
 
     before = Operator(lambda x: x + 1.0, (0,), (1,), 1e-3)
     blocks = dataclasses.replace(parted(call, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
     high = Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
     with Runtime(2) as runtime:
-        low = [runtime.submit(parted(steps, cost=1e-6), numbered(ROWS), priority=1) for _ in range(2)]
-        wait_until(lambda: len(steps.began) == 2, "both lanes are at what can wait")
+        low = [runtime.submit(parted(own, cost=1e-6), numbered(ROWS), priority=1) for own in steps]
+        wait_until(lambda: all(own.began for own in steps), "both lanes are at what can wait")
         answer = runtime.submit(high, numbered(ROWS))
-        steps.go(3)  # one of the two is stopped at first, and the other one for the blocks
-        assert torch.equal(answer.result(30), numbered(ROWS) * 2.0 + 2.0)
-        steps.go(5)
+        steps[1].go(1)  # the one that came last is stopped at first, ...
+        assert began.wait(30)
+        steps[0].go(1)  # ... and the other one for the blocks
+        assert torch.equal(answer.result(60), numbered(ROWS) * 2.0 + 2.0)
+        for own in steps:
+            own.go(3)
         assert all(torch.equal(one.result(30), numbered(ROWS) + 1.0) for one in low)
 
 
@@ -502,7 +515,7 @@ def test_a_changed_view_is_refused() -> None:
 @pytest.mark.parametrize("share_s", [1e-9, 1.0])
 def test_published_models_in_blocks_of_few_rows(share_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes that ask after each block, and lanes that never do."""
-    monkeypatch.setattr(runtimes, "SHARE_S", share_s)
+    monkeypatch.setattr(backlogs, "_SHARE_S", share_s)
     models = {name: Model(in_blocks(captured(name)[1], 8)) for name in ("wnd", "dlrm")}
     with Runtime(3) as runtime:
         queries = []

@@ -29,14 +29,16 @@ class Waits:
     path: float = 1.0
 
 
-def first(*queries: Waits, policy: Policy | None = None, spread: float = 1.0) -> int:
-    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, 1.0, spread)).number
+def first(*queries: Waits, policy: Policy | None = None, lanes: int = 2, spread: float = 1.0) -> int:
+    return min(queries, key=lambda one: (policy or Policy()).urgency(one, 0.0, lanes, 1.0, spread)).number
 
 
 def test_who_goes_first() -> None:
     assert first(Waits(0), Waits(1, left=0.5)) == 1, "the least work left"
     assert first(Waits(0, priority=1), Waits(1, left=9.0)) == 1, "classes"
     assert first(Waits(0), Waits(1, left=9.0, arrived=-100.0)) == 1, "whoever has waited for long"
+    assert first(Waits(0), Waits(1, left=9.0, arrived=-10.0)) == 0
+    assert first(Waits(0), Waits(1, left=9.0, arrived=-10.0), lanes=4) == 1, "which is longer on more lanes"
     assert first(Waits(0), Waits(1, left=9.0, path=3.0, deadline=5.0)) == 1, "who would be late"
     assert first(Waits(0, left=9.0), Waits(1), policy=Policy(fifo=True)) == 0, "who came first"
     assert first(Waits(0, left=1.2), Waits(1), spread=0.2) == 0, "where all are about alike, too"
@@ -90,16 +92,17 @@ def test_every_query_ends_or_is_late_and_no_lane_rests_without_cause(
             assert max(found.ended) == pytest.approx(end)
 
 
-def test_short_queries_pass_long_ones_and_long_ones_still_end() -> None:
+@pytest.mark.parametrize("lanes", [2, 16])
+def test_short_queries_pass_long_ones_and_long_ones_still_end(lanes: int) -> None:
     random = np.random.default_rng(0)
     short, long = chain(0.01, 0.01), chain(*[0.05] * 20)
-    at = np.cumsum(random.exponential(0.065, 4_000))
+    at = np.cumsum(random.exponential(0.13 / lanes, 4_000))
     arrivals = [
         Arrival(float(time), long if one < 0.1 else short) for time, one in zip(at, random.random(4_000), strict=True)
     ]
     took = {}
     for name, policy in {"fifo": Policy(fifo=True), "ours": Policy(), "shortest": Policy(ageing=0.0)}.items():
-        ended = np.array(simulate(arrivals, 2, policy).ended)
+        ended = np.array(simulate(arrivals, lanes, policy).ended)
         took[name] = ended - at
     medians = {name: float(np.median(times)) for name, times in took.items()}
     slowest = {name: float(np.quantile(times, 0.99)) for name, times in took.items()}
