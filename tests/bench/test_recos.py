@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.bench.recos import load
+from api.runtime.policy import Policy
+from api.runtime.simulate import simulate
+from tests.bench.recos import load, simulated
 from tests.bench.recos.runners import RUNNERS, Kernels
+from tests.bench.recos.worker import costs as seen
 
 SEED = 3
 KINDS = ("eager", "ours", "repeated")
@@ -53,3 +56,12 @@ def test_arrivals_are_seeded_in_order_and_at_most_at_the_peak(shape: str) -> Non
     assert abs(len(moments) - expected) < 5 * math.sqrt(expected)
     assert load.chosen("mix", 50, SEED) == load.chosen("mix", 50, SEED)
     assert {name for name, _ in load.chosen("mix", 200, SEED)} == set(load.MODELS)
+
+
+def test_simulated_lanes_are_as_fast_as_measured(kernels: dict[str, Kernels]) -> None:
+    costs = simulated.Costs(seen(kernels["ours"], load.pool(SEED)))
+    speed = costs.speed(costs.arrivals(100.0, 10.0, SEED, 1.0), 100.0)
+    arrivals = costs.arrivals(300.0, 5.0, SEED, speed)
+    ended = simulate(arrivals, 2, Policy(fifo=True), simulated.STEP_S).ended
+    assert len(arrivals) / max(ended) == pytest.approx(100.0, rel=0.1)
+    assert [one.at for one in arrivals] == load.arrivals("steady", 300.0, 5.0, SEED)

@@ -22,12 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from api.runtime.graph import Graph, Operator
-from api.runtime.model import Model
-from api.runtime.policy import Policy
-from api.runtime.simulate import Arrival, simulate
 from tests.bench.peers.environment import ROOT, environment
-from tests.bench.recos import load
+from tests.bench.recos import load, simulated
 from tests.bench.report import Report
 
 Round = dict[str, Any]  # what one round has found
@@ -84,7 +80,7 @@ def run(seed: int, quick: bool) -> None:
     report.figure("oracle_max_abs_error", errors, "score", max(errors))
     _tables(report, cells)
     _figures(report, cells)
-    _simulated(report, done, 2 * seconds, seed)
+    _simulated(report, done, 2 * seconds, seed, quick)
     report.finish(lambda canvas: _draw(canvas, cells))
     if len(done) < count:
         print(f"{len(done)} of {count} rounds; run it again for the others.")
@@ -230,62 +226,22 @@ def _figures(report: Report, cells: Cells) -> None:
             report.figure(f"share_{part}_{name}", _ratios(cells, NEAR, name, over), "x")
 
 
-def _models(costs: dict[str, Any]) -> dict[str, Model]:
-    """What the worker has captured, without what it runs."""
-    found = {}
-    for name, one in costs.items():
-        operators = tuple(
-            Operator(print, tuple(inputs), tuple(outputs), cost, rows, blocks)
-            for inputs, outputs, cost, rows, blocks in one["operators"]
-        )
-        graph = Graph(one["inputs"], operators, tuple(one["outputs"]), True, tuple(one["rows"]), one["block"])
-        found[name] = Model(graph)
-        for rows, seen in one["queries"]:
-            for at, seconds in enumerate(seen):
-                found[name].learn(at, rows, seconds)
-    return found
-
-
-def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int) -> None:
-    """Two-lane runs, near saturation and below it, against the same arrivals in simulated time; then 64 lanes."""
-
-    def arrived(one: Round, peak: float, own_seed: int, length: float) -> list[Arrival]:
-        models = _models(one["costs"])
-        moments = load.arrivals("steady", peak, length, own_seed)
-        asked = load.chosen("mix", len(moments), own_seed + 1)
-        rows = {name: [number for number, _ in own["queries"]] for name, own in one["costs"].items()}
-        return [Arrival(at, models[name], rows[name][place]) for at, (name, place) in zip(moments, asked, strict=True)]
-
-    places = list[float]()
+def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int, quick: bool) -> None:
+    """Of two-lane runs, near saturation and below it, how far simulated time is from them; then more lanes."""
+    speeds, saturations = list[float](), list[float]()
     for name, cell in {"simulation_error": NEAR, "simulation_error_at_0.6": ("open", "steady", "0.6")}.items():
-        wrong, key = list[float](), " ".join(cell)
+        errors, key = list[float](), " ".join(cell)
         for one in done:
+            costs = simulated.Costs(one["costs"])
             for turn, (peak, real) in enumerate(zip(one["peaks"][key], one["cells"][key]["recos"], strict=True)):
-                arrivals = arrived(one, peak, _seed(one["seed"], turn), seconds)
-                places.append(_place_s(arrivals, peak / float(cell[-1])))
-                wrong.append(abs(_took(arrivals, 2, Policy(), places[-1])[0] / real["p50"] - 1))
-        report.figure(name, wrong, "of p50")
-    report.figure("place_us", [1e6 * one for one in places], "us")
-    table: list[dict[str, object]] = []
-    arrivals = arrived(done[0], 10_000, seed, 1.0)
-    for name, policy in {"recos": Policy(), "fifo": Policy(fifo=True)}.items():
-        p50, p99 = _took(arrivals, 64, policy, statistics.median(places))
-        table.append({"policy": name, "queries": len(arrivals), "p50_ms": p50, "p99_ms": p99})
-    report.table("simulated_64_lanes", table)
-
-
-def _place_s(arrivals: Sequence[Arrival], saturation: float) -> float:
-    """What an operator takes of two lanes beside its cost, by how many queries a second they answer at most."""
-    work = sum(one.model.work(one.rows) for one in arrivals)
-    count = sum(len(one.model.graph.operators) for one in arrivals)
-    return max(0.0, (2 * len(arrivals) / saturation - work) / count)
-
-
-def _took(arrivals: Sequence[Arrival], lanes: int, policy: Policy, place_s: float) -> tuple[float, float]:
-    """p50 and p99, ms."""
-    ended = simulate(arrivals, lanes, policy, place_s).ended
-    took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
-    return statistics.median(took), took[int(0.99 * len(took))]
+                saturations.append(peak / float(cell[-1]))
+                own_seed = _seed(one["seed"], turn)
+                error, speed = simulated.wrong(costs, saturations[-1], peak, seconds, own_seed, real["p50"])
+                errors.append(error)
+                speeds.append(speed)
+        report.figure(name, errors, "of p50")
+    report.figure("simulation_speed", speeds, "of what lanes have seen")
+    simulated.many(report, simulated.Costs(done[0]["costs"]), statistics.median(saturations), seed, quick)
 
 
 def _draw(canvas: Any, cells: Cells) -> None:
