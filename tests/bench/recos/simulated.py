@@ -77,7 +77,14 @@ def many(report: Report, costs: Costs, saturation: float, seed: int, quick: bool
             for at, name in enumerate(ratios):
                 ratios[name].append(took["runtime"][at] / took["whole queries"][at])
             for way, (p50, p99) in took.items():
-                row = {"lanes": lanes, "seed": own, "way": way, "queries_per_s": round(rate, 1), "p50_ms": p50, "p99_ms": p99}
+                row = {
+                    "lanes": lanes,
+                    "seed": own,
+                    "way": way,
+                    "queries_per_s": round(rate, 1),
+                    "p50_ms": p50,
+                    "p99_ms": p99,
+                }
                 rows.append(row | {"queries": len(arrivals)})
         for name, values in ratios.items():
             report.figure(f"simulated_{lanes}_lanes_{name}_over_whole", values, "x")
