@@ -70,7 +70,7 @@ class Query:
         parted, block_s, self._path_s = graph.parted, 0.0, 0.0  # s that each block adds to its path
         if parted >= 0:
             block_s = costs[parted]
-            self._path_s = block_s / min(lanes, _sharing(blocks * block_s))
+            self._path_s = block_s / min(lanes, blocks, _sharing(blocks * block_s))
             paths[parted] = self._path_s * blocks
         for at, then in graph.onward:
             paths[at] += paths[then[0]] if len(then) == 1 else max(paths[after] for after in then)
@@ -129,7 +129,10 @@ class Query:
     def _blocks(self, join: bool) -> int:
         """That are left, as far as each is worth one more lane."""
         left = self._left()
-        return max(0, min(left, (_sharing(left * self._block_s) if join else 1) - self.inside))
+        if not join:
+            return min(left, max(0, 1 - self.inside))
+        others = max(0, self.inside - 1)  # have begun their part of it, which is no longer left
+        return max(0, min(left, _sharing((left + others) * self._block_s) - self.inside))
 
     def path_of(self, ready: Ready) -> float:
         """s of the longest chain of work from a step on that has not begun."""

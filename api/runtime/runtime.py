@@ -2,10 +2,10 @@
 
 A lane (lane.py: a core, or a stream of a GPU) is driven by a thread that has it run one operator after the other;
 between two it asks the backlog what is next, of all queries. An operator that runs in blocks (blocks.py) is shared by
-as many lanes as are free, and let go of after a block when a query comes that goes before it. So a short query waits
-for a block and not for a whole other query, one that is cancelled or late takes no lane after its current operator,
-and the cores have no more threads than there are lanes. Results do not depend on the schedule: the same operators run
-on the same blocks, whatever the order.
+as many free lanes as it is worth, and let go of after a block when a query comes that goes before it. So a short query
+waits for a block and not for a whole other query, one that is cancelled or late takes no lane after its current
+operator, and the cores have no more threads than there are lanes. Results do not depend on the schedule: the same
+operators run on the same blocks, whatever the order.
 """
 
 from __future__ import annotations
@@ -256,10 +256,12 @@ class Runtime:
         return count
 
     def _call(self, query: Query, lanes: int, now: float) -> None:
-        """So many lanes for a query: idle ones, then ones that are at what goes after it. Under the lock."""
+        """So many lanes for a query: idle ones, then ones that are at what goes after it and have not been told to stop
+        for another one. Under the lock."""
         lanes -= self._rouse(lanes)
         if lanes > 0 and self._shared:
-            for lane in self._backlog.behind(query, self._shared, now)[:lanes]:
+            others = {lane: other for lane, other in self._shared.items() if not self._stops[lane].value}
+            for lane in self._backlog.behind(query, others, now)[:lanes]:
                 self._stops[lane].value = 1
 
     def _cancelled(self, number: int) -> None:

@@ -46,13 +46,14 @@ def simulate(
     free = list(range(lanes))
     running: list[tuple[float, int, Query, int]] = []  # end, lane, query, operator
     shared: dict[int, Query] = {}  # by lane, of which it runs blocks ...
-    most = [0] * lanes  # ... and how many more before it asks for other work
+    most = [0] * lanes  # ... and how many more before it asks for other work ...
+    told = set[int]()  # ... if it has not been told to do so after its current one
     busy, moves, coming, now = 0.0, 0, 0, 0.0
 
     def call(query: Query, wanted: int) -> None:
         if wanted > len(free):
-            for lane in backlog.behind(query, shared, now)[: wanted - len(free)]:
-                most[lane] = 0
+            others = {lane: other for lane, other in shared.items() if lane not in told}
+            told.update(backlog.behind(query, others, now)[: wanted - len(free)])
 
     while True:
         while free and (taken := backlog.take(free[0], now)) is not None:
@@ -87,12 +88,13 @@ def simulate(
             _, lane, query, step = heapq.heappop(running)
             if shared.get(lane) is query:
                 complete = query.ran(1)
-                if most[lane] and not query.ended and _draw(query):
+                if most[lane] and lane not in told and not query.ended and _draw(query):
                     most[lane] -= 1
                     busy += query.costs[step]
                     heapq.heappush(running, (now + query.costs[step], lane, query, step))
                     continue
                 del shared[lane]
+                told.discard(lane)
                 query.inside -= 1
             else:
                 complete = True

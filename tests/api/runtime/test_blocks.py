@@ -189,8 +189,20 @@ def test_many_lanes_share_a_query_as_far_as_each_has_enough_of_it() -> None:
     alone, shared = (simulate([Arrival(0.0, model, ROWS)], lanes, Policy(), place_s=1e-3) for lanes in (1, 64))
     assert alone.ended == pytest.approx((22e-3,))  # taken up again after 10 ms
     assert alone.busy == pytest.approx(22e-3)
-    assert shared.ended == pytest.approx((4e-3,))  # seven lanes, each with three blocks
-    assert shared.busy == pytest.approx(27e-3)
+    assert shared.ended == pytest.approx((3e-3,))  # ten lanes, each with two blocks
+    assert shared.busy == pytest.approx(30e-3)
+    path = Query(0, model.graph, model.costs(ROWS), 20, 0, 0.0, math.inf, 64).path
+    assert path == pytest.approx(2e-3)
+
+
+def test_blocks_that_take_long_are_a_lanes_each() -> None:
+    model = parted(torch.clone, cost=2.9e-3)  # four blocks
+    for lanes, took in ((1, 11.6e-3), (2, 5.8e-3), (64, 2.9e-3)):
+        (ended,) = simulate([Arrival(0.0, model, ROWS)], lanes, Policy()).ended
+        assert ended == pytest.approx(took)
+        assert Query(0, model.graph, model.costs(ROWS), 4, 0, 0.0, math.inf, lanes).path == pytest.approx(took)
+    one = Query(0, model.graph, model.costs(SIZE), 1, 0, 0.0, math.inf, 64)
+    assert one.path == pytest.approx(2.9e-3)
 
 
 def test_lanes_share_a_query_while_others_wait_that_are_of_a_lower_class() -> None:
@@ -378,6 +390,32 @@ def test_blocks_that_are_ready_later_stop_lanes_too() -> None:
         for own in steps:
             own.go(3)
         assert all(torch.equal(one.result(30), numbered(ROWS) + 1.0) for one in low)
+
+
+def test_blocks_that_are_ready_later_stop_lanes_in_simulated_time() -> None:
+    low = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    before = Operator(torch.clone, (0,), (1,), 1e-3)
+    blocks = dataclasses.replace(parted(torch.clone, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
+    high = Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
+    arrivals = [*[Arrival(0.0, low, ROWS, priority=1)] * 2, Arrival(0.5e-3, high, ROWS)]
+    assert simulate(arrivals, 2, Policy()).ended[2] == pytest.approx(13e-3)  # from 2 ms and from 3 ms on
+
+
+def test_a_lane_that_is_told_to_stop_is_for_one_query() -> None:
+    low = Model(dataclasses.replace(parted(torch.clone, 25e-3).graph, block=2), learns=False)  # 20 blocks of 5 ms
+    urgent = [Arrival(at, chain(1e-3)) for at in (1e-3, 2e-3)]
+    *_, first, second = simulate([*[Arrival(0.0, low, ROWS, priority=1)] * 2, *urgent], 2, Policy()).ended
+    assert (first, second) == pytest.approx((6e-3, 6e-3))
+    steps = [Steps(), Steps()]
+    with Runtime(2) as runtime:
+        slow = [runtime.submit(parted(own, cost=1e-6), numbered(ROWS), priority=1) for own in steps]
+        wait_until(lambda: all(own.began for own in steps), "both lanes are at what can wait")
+        answers = [runtime.submit(chain(1e-6), torch.zeros(1), rows=1) for _ in range(2)]
+        assert [stop.value for stop in runtime._stops] == [1, 1]
+        for own in steps:
+            own.go(4)
+        for answer in (*answers, *slow):
+            answer.result(30)
 
 
 def test_what_cannot_begin_is_its_querys_error(monkeypatch: pytest.MonkeyPatch) -> None:

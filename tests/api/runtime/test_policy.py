@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from api.runtime.backlog import Query
 from api.runtime.model import Model
@@ -92,22 +93,31 @@ def test_every_query_ends_or_is_late_and_no_lane_rests_without_cause(
             assert max(found.ended) == pytest.approx(end)
 
 
-@pytest.mark.parametrize("lanes", [2, 16])
-def test_short_queries_pass_long_ones_and_long_ones_still_end(lanes: int) -> None:
-    random = np.random.default_rng(0)
-    short, long = chain(0.01, 0.01), chain(*[0.05] * 20)
-    at = np.cumsum(random.exponential(0.13 / lanes, 4_000))
+def took(long: Model, share: float, load: float, lanes: int) -> dict[str, NDArray[np.float64]]:
+    """s that 4,000 queries take, of which a share is long, by who goes first."""
+    random, short = np.random.default_rng(0), chain(0.01, 0.01)
+    work = share * long.work(1) + (1 - share) * short.work(1)
+    at = np.cumsum(random.exponential(work / load / lanes, 4_000))
     arrivals = [
-        Arrival(float(time), long if one < 0.1 else short) for time, one in zip(at, random.random(4_000), strict=True)
+        Arrival(float(time), long if one < share else short) for time, one in zip(at, random.random(4_000), strict=True)
     ]
-    took = {}
-    for name, policy in {"fifo": Policy(fifo=True), "ours": Policy(), "shortest": Policy(ageing=0.0)}.items():
-        ended = np.array(simulate(arrivals, lanes, policy).ended)
-        took[name] = ended - at
-    medians = {name: float(np.median(times)) for name, times in took.items()}
-    slowest = {name: float(np.quantile(times, 0.99)) for name, times in took.items()}
-    assert medians["ours"] < medians["fifo"] / 2
-    assert slowest["ours"] < 1.1 * slowest["fifo"]
+    policies = {"fifo": Policy(fifo=True), "ours": Policy(), "shortest": Policy(ageing=0.0)}
+    return {name: np.array(simulate(arrivals, lanes, policy).ended) - at for name, policy in policies.items()}
+
+
+def test_short_queries_pass_long_ones_and_long_ones_still_end() -> None:
+    found = took(chain(*[0.05] * 20), 0.1, 0.908, 2)
+    assert np.median(found["ours"]) < np.median(found["fifo"]) / 2
+    assert np.quantile(found["ours"], 0.99) < 1.1 * np.quantile(found["fifo"], 0.99)
+
+
+@pytest.mark.parametrize("lanes", [2, 16])
+def test_a_wait_counts_as_much_on_any_number_of_lanes(lanes: int) -> None:
+    found = took(chain(*[0.05] * 6), 0.3, 0.93, lanes)
+    medians, slowest = ({name: np.quantile(one, at) for name, one in found.items()} for at in (0.5, 0.99))
+    assert medians["shortest"] < medians["ours"] < 0.7 * medians["fifo"]
+    assert slowest["ours"] < 1.03 * slowest["fifo"]
+    assert slowest["shortest"] > 1.05 * slowest["fifo"]
 
 
 def test_what_cannot_end_in_time_is_refused_and_what_is_taken_ends_in_time() -> None:

@@ -80,7 +80,7 @@ def run(seed: int, quick: bool) -> None:
     report.figure("oracle_max_abs_error", errors, "score", max(errors))
     _tables(report, cells)
     _figures(report, cells)
-    _simulated(report, done, 2 * seconds, seed, quick)
+    _simulated(report, done, seconds, seed, quick)
     report.finish(lambda canvas: _draw(canvas, cells))
     if len(done) < count:
         print(f"{len(done)} of {count} rounds; run it again for the others.")
@@ -228,19 +228,19 @@ def _figures(report: Report, cells: Cells) -> None:
 
 def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int, quick: bool) -> None:
     """Of two-lane runs, near saturation and below it, how far simulated time is from them; then more lanes."""
-    speeds, saturations = list[float](), list[float]()
+    slow, saturations = list[float](), list[float]()
     for name, cell in {"simulation_error": NEAR, "simulation_error_at_0.6": ("open", "steady", "0.6")}.items():
         errors, key = list[float](), " ".join(cell)
         for one in done:
             costs = simulated.Costs(one["costs"])
             for turn, (peak, real) in enumerate(zip(one["peaks"][key], one["cells"][key]["recos"], strict=True)):
                 saturations.append(peak / float(cell[-1]))
-                own_seed = _seed(one["seed"], turn)
-                error, speed = simulated.wrong(costs, saturations[-1], peak, seconds, own_seed, real["p50"])
-                errors.append(error)
-                speeds.append(speed)
+                answered = costs.arrivals(saturations[-1], seconds, one["seed"])  # when it was measured
+                slow.append(simulated.slowness(answered, saturations[-1]))
+                arrivals = costs.arrivals(peak, 2 * seconds, _seed(one["seed"], turn), slow[-1])
+                errors.append(simulated.error(arrivals, real["p50"]))
         report.figure(name, errors, "of p50")
-    report.figure("simulation_speed", speeds, "of what lanes have seen")
+    report.figure("simulation_slowness", slow, "x what lanes have seen")
     simulated.many(report, simulated.Costs(done[0]["costs"]), statistics.median(saturations), seed, quick)
 
 

@@ -4,6 +4,7 @@ and what it says of more lanes than the machine has.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,8 @@ from api.runtime.simulate import Arrival, simulate
 from tests.bench.recos import load
 from tests.bench.report import Report
 
-LANES = (2, 64)
-LOAD = 0.9  # of saturation; with 64 lanes about 10,000 queries a second
-STEP_S = 200e-6  # that it takes to take up an operator, beside the operator's own time
+LANES, LOADS = (2, 8, 64), (0.5, 0.9)  # shares of saturation; with 64 lanes and 0.9 some 10,000 queries a second
+STEP_S = 300e-6  # of a lane for each operator, or share of one, that it takes up: docs/recos.md, "How a query runs"
 _WAYS = ("runtime", "its fifo", "whole queries")
 
 
@@ -27,7 +27,7 @@ class Costs:
     def __init__(self, seen: dict[str, Any]) -> None:
         self._seen = seen
 
-    def models(self, speed: float) -> dict[str, Model]:
+    def models(self, slowness: float) -> dict[str, Model]:
         """As the worker has captured them, without what they run, and so many times what they took."""
         found = {}
         for name, one in self._seen.items():
@@ -39,62 +39,55 @@ class Costs:
             found[name] = Model(graph)
             for rows, seen in one["queries"]:
                 for at, seconds in enumerate(seen):
-                    found[name].learn(at, rows, speed * seconds)
+                    found[name].learn(at, rows, slowness * seconds)
         return found
 
-    def arrivals(self, peak: float, length: float, seed: int, speed: float) -> list[Arrival]:
+    def arrivals(self, peak: float, length: float, seed: int, slowness: float = 1.0) -> list[Arrival]:
         """The same queries at the same moments as a worker's."""
-        models, moments = self.models(speed), load.arrivals("steady", peak, length, seed)
+        models, moments = self.models(slowness), load.arrivals("steady", peak, length, seed)
         asked = load.chosen("mix", len(moments), seed + 1)
         return [
             Arrival(at, models[name], self._seen[name]["queries"][place][0])
             for at, (name, place) in zip(moments, asked, strict=True)
         ]
 
-    def speed(self, arrivals: Sequence[Arrival], saturation: float) -> float:
-        """With which two lanes answer so many queries a second; `arrivals` are of speed 1."""
-        work = statistics.fmean(one.model.work(one.rows) for one in arrivals)
-        steps = statistics.fmean(len(one.model.graph.operators) for one in arrivals)
-        return max(0.0, 2 / saturation - steps * STEP_S) / work
+
+def slowness(arrivals: Sequence[Arrival], saturation: float) -> float:
+    """Times what lanes have seen, with which two lanes answer so many of such queries a second."""
+    work = statistics.fmean(one.model.work(one.rows) for one in arrivals)
+    steps = statistics.fmean(len(one.model.graph.operators) for one in arrivals)
+    return max(0.0, 2 / saturation - steps * STEP_S) / work
 
 
-def wrong(costs: Costs, saturation: float, peak: float, length: float, seed: int, real: float) -> tuple[float, float]:
-    """By what share of it the simulated p50 of two lanes differs from the real one, ms; and the speed."""
-    speed = costs.speed(costs.arrivals(peak, length, seed, 1.0), saturation)
-    p50, _ = _took(costs.arrivals(peak, length, seed, speed), 2, "runtime")
-    return abs(p50 / real - 1), speed
+def error(arrivals: Sequence[Arrival], p50: float) -> float:
+    """By what share of it the p50 of two simulated lanes differs from the real one, ms."""
+    return abs(_took(arrivals, 2, "runtime")[0] / p50 - 1)
 
 
 def many(report: Report, costs: Costs, saturation: float, seed: int, quick: bool) -> None:
-    """The runtime, and whole queries first come, first served, with few and with many lanes that are equally busy."""
-    speed = costs.speed(costs.arrivals(saturation, 10.0, seed, 1.0), saturation)
+    """The runtime, and whole queries first come, first served, with few and with many lanes under the same load."""
+    slow = slowness(costs.arrivals(saturation, 10.0, seed), saturation)
     rows: list[dict[str, object]] = []
-    for lanes in LANES:
-        rate, ratios = LOAD * saturation * lanes / 2, dict[str, list[float]](p50=[], p99=[])
+    for lanes, share in itertools.product(LANES, LOADS):
+        rate, ratios = share * saturation * lanes / 2, dict[str, list[float]](p50=[], p99=[])
         for own in range(seed, seed + (2 if quick else 5)):
-            arrivals = costs.arrivals(rate, (1_000 if quick else 10_000) / rate, own, speed)
+            arrivals = costs.arrivals(rate, (1_000 if quick else 10_000) / rate, own, slow)
             took = {way: _took(arrivals, lanes, way) for way in _WAYS}
             for at, name in enumerate(ratios):
                 ratios[name].append(took["runtime"][at] / took["whole queries"][at])
-            for way, (p50, p99) in took.items():
-                row = {
-                    "lanes": lanes,
-                    "seed": own,
-                    "way": way,
-                    "queries_per_s": round(rate, 1),
-                    "p50_ms": p50,
-                    "p99_ms": p99,
-                }
-                rows.append(row | {"queries": len(arrivals)})
-        for name, values in ratios.items():
-            report.figure(f"simulated_{lanes}_lanes_{name}_over_whole", values, "x")
+            for way, (p50, p99, busy) in took.items():
+                row = {"lanes": lanes, "load": share, "queries_per_s": round(rate, 1), "seed": own, "way": way}
+                rows.append(row | {"queries": len(arrivals), "p50_ms": p50, "p99_ms": p99, "busy": busy})
+        if share == LOADS[-1]:
+            for name, values in ratios.items():
+                report.figure(f"simulated_{lanes}_lanes_{name}_over_whole", values, "x")
     report.table("simulated", rows)
 
 
-def _took(arrivals: Sequence[Arrival], lanes: int, way: str) -> tuple[float, float]:
-    """p50 and p99, ms."""
+def _took(arrivals: Sequence[Arrival], lanes: int, way: str) -> tuple[float, float, float]:
+    """p50 and p99, ms, and the share of the time for which a lane was busy."""
     if way == "whole queries":
         arrivals = [Arrival(one.at, Model.opaque(print, 1, one.model.work(one.rows))) for one in arrivals]
-    ended = simulate(arrivals, lanes, Policy(fifo=way != "runtime"), STEP_S).ended
-    took = sorted(1e3 * (end - one.at) for end, one in zip(ended, arrivals, strict=True))
-    return statistics.median(took), took[int(0.99 * len(took))]
+    found = simulate(arrivals, lanes, Policy(fifo=way != "runtime"), STEP_S)
+    took = sorted(1e3 * (end - one.at) for end, one in zip(found.ended, arrivals, strict=True))
+    return statistics.median(took), took[int(0.99 * len(took))], found.busy / lanes / max(found.ended)
