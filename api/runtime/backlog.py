@@ -129,10 +129,9 @@ class Query:
     def _blocks(self, join: bool) -> int:
         """That are left, as far as each is worth one more lane."""
         left = self._left()
-        if not join:
-            return min(left, max(0, 1 - self.inside))
         others = max(0, self.inside - 1)  # have begun their part of it, which is no longer left
-        return max(0, min(left, _sharing((left + others) * self._block_s) - self.inside))
+        most = _sharing((left + others) * self._block_s) if join else 1
+        return max(0, min(left, most - self.inside))
 
     def path_of(self, ready: Ready) -> float:
         """s of the longest chain of work from a step on that has not begun."""

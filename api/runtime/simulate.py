@@ -86,8 +86,8 @@ def simulate(
             coming += 1
         while running and running[0][0] <= now:
             _, lane, query, step = heapq.heappop(running)
-            if shared.get(lane) is query:
-                complete = query.ran(1)
+            complete = lane not in shared or query.ran(1)
+            if lane in shared:
                 if most[lane] and lane not in told and not query.ended and _draw(query):
                     most[lane] -= 1
                     busy += query.costs[step]
@@ -96,8 +96,6 @@ def simulate(
                 del shared[lane]
                 told.discard(lane)
                 query.inside -= 1
-            else:
-                complete = True
             free.append(lane)
             if query.ended or not complete:
                 continue

@@ -59,9 +59,9 @@ def test_arrivals_are_seeded_in_order_and_at_most_at_the_peak(shape: str) -> Non
 
 
 def test_simulated_lanes_are_as_fast_as_measured(kernels: dict[str, Kernels]) -> None:
-    costs = simulated.Costs(seen(kernels["ours"], load.pool(SEED)))
-    arrivals = costs.arrivals(4_000.0, 1.0, SEED)
-    arrivals = costs.arrivals(4_000.0, 1.0, SEED, simulated.slowness(arrivals, 1_000.0))
+    costs = seen(kernels["ours"], load.pool(SEED))
+    arrivals = simulated.arrivals(costs, 4_000.0, 1.0, SEED)
+    arrivals = simulated.arrivals(costs, 4_000.0, 1.0, SEED, simulated.slowness(arrivals, 1_000.0))
     ended = simulate(arrivals, 2, Policy(fifo=True), simulated.STEP_S).ended  # a sixth of it for steps
     assert len(arrivals) / max(ended) == pytest.approx(1_000.0, rel=0.05)
     assert [one.at for one in arrivals] == load.arrivals("steady", 4_000.0, 1.0, SEED)

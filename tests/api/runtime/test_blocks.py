@@ -39,6 +39,13 @@ def parted(call: Callable[[Tensor], Tensor], cost: float = 1e-3) -> Model:
     return Model(Graph(1, (one,), (1,), single=True, rows=(0,), block=SIZE), learns=False)
 
 
+def parted_behind_another(call: Callable[[Tensor], Tensor]) -> Model:
+    """Blocks of 5 ms that read what an operator of 1 ms makes, the input and 1."""
+    before = Operator(lambda x: x + 1.0, (0,), (1,), 1e-3)
+    blocks = dataclasses.replace(parted(call, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
+    return Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
+
+
 def numbered(rows: int) -> Tensor:
     return torch.arange(rows * 3.0).reshape(rows, 3)
 
@@ -185,7 +192,7 @@ def test_lanes_share_no_query_that_is_nearly_done() -> None:
 
 
 def test_many_lanes_share_a_query_as_far_as_each_has_enough_of_it() -> None:
-    model = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    model = Model(in_blocks(parted(torch.clone, 5e-3).graph, 2), learns=False)  # 20 blocks of 1 ms
     alone, shared = (simulate([Arrival(0.0, model, ROWS)], lanes, Policy(), place_s=1e-3) for lanes in (1, 64))
     assert alone.ended == pytest.approx((22e-3,))  # taken up again after 10 ms
     assert alone.busy == pytest.approx(22e-3)
@@ -333,7 +340,7 @@ def test_a_query_has_as_long_a_path_as_its_blocks_take_on_all_lanes() -> None:
 
 
 def test_a_query_in_blocks_whose_deadline_is_near_goes_first() -> None:
-    many = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
+    many = Model(in_blocks(parted(torch.clone, 5e-3).graph, 2), learns=False)  # 20 blocks of 1 ms
     short = [Arrival(at * 4e-3, chain(4e-3)) for at in range(20)]  # so that one always waits
     ended = simulate([short[0], Arrival(0.0, many, ROWS, within_s=0.06), *short[1:]], 1, Policy()).ended
     assert 0.03 < ended[1] <= 0.06
@@ -376,9 +383,7 @@ def test_blocks_that_are_ready_later_stop_lanes_too() -> None:
             both.wait(30)  # two at once, or none goes on
         return x * 2.0
 
-    before = Operator(lambda x: x + 1.0, (0,), (1,), 1e-3)
-    blocks = dataclasses.replace(parted(call, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
-    high = Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
+    high = parted_behind_another(call)
     with Runtime(2) as runtime:
         low = [runtime.submit(parted(own, cost=1e-6), numbered(ROWS), priority=1) for own in steps]
         wait_until(lambda: all(own.began for own in steps), "both lanes are at what can wait")
@@ -393,16 +398,14 @@ def test_blocks_that_are_ready_later_stop_lanes_too() -> None:
 
 
 def test_blocks_that_are_ready_later_stop_lanes_in_simulated_time() -> None:
-    low = Model(dataclasses.replace(parted(torch.clone, 5e-3).graph, block=2), learns=False)  # 20 blocks of 1 ms
-    before = Operator(torch.clone, (0,), (1,), 1e-3)
-    blocks = dataclasses.replace(parted(torch.clone, cost=5e-3).graph.operators[0], inputs=(1,), outputs=(2,))
-    high = Model(Graph(1, (before, blocks), (2,), single=True, rows=(0,), block=SIZE), learns=False)
+    low = Model(in_blocks(parted(torch.clone, 5e-3).graph, 2), learns=False)  # 20 blocks of 1 ms
+    high = parted_behind_another(torch.clone)
     arrivals = [*[Arrival(0.0, low, ROWS, priority=1)] * 2, Arrival(0.5e-3, high, ROWS)]
     assert simulate(arrivals, 2, Policy()).ended[2] == pytest.approx(13e-3)  # from 2 ms and from 3 ms on
 
 
 def test_a_lane_that_is_told_to_stop_is_for_one_query() -> None:
-    low = Model(dataclasses.replace(parted(torch.clone, 25e-3).graph, block=2), learns=False)  # 20 blocks of 5 ms
+    low = Model(in_blocks(parted(torch.clone, 25e-3).graph, 2), learns=False)  # 20 blocks of 5 ms
     urgent = [Arrival(at, chain(1e-3)) for at in (1e-3, 2e-3)]
     *_, first, second = simulate([*[Arrival(0.0, low, ROWS, priority=1)] * 2, *urgent], 2, Policy()).ended
     assert (first, second) == pytest.approx((6e-3, 6e-3))

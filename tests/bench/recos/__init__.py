@@ -232,16 +232,15 @@ def _simulated(report: Report, done: Sequence[Round], seconds: float, seed: int,
     for name, cell in {"simulation_error": NEAR, "simulation_error_at_0.6": ("open", "steady", "0.6")}.items():
         errors, key = list[float](), " ".join(cell)
         for one in done:
-            costs = simulated.Costs(one["costs"])
             for turn, (peak, real) in enumerate(zip(one["peaks"][key], one["cells"][key]["recos"], strict=True)):
                 saturations.append(peak / float(cell[-1]))
-                answered = costs.arrivals(saturations[-1], seconds, one["seed"])  # when it was measured
-                slow.append(simulated.slowness(answered, saturations[-1]))
-                arrivals = costs.arrivals(peak, 2 * seconds, _seed(one["seed"], turn), slow[-1])
-                errors.append(simulated.error(arrivals, real["p50"]))
+                answered = simulated.arrivals(one["costs"], saturations[-1], seconds, one["seed"])
+                slow.append(simulated.slowness(answered, saturations[-1]))  # when saturation was measured
+                asked = simulated.arrivals(one["costs"], peak, 2 * seconds, _seed(one["seed"], turn), slow[-1])
+                errors.append(simulated.error(asked, real["p50"]))
         report.figure(name, errors, "of p50")
     report.figure("simulation_slowness", slow, "x what lanes have seen")
-    simulated.many(report, simulated.Costs(done[0]["costs"]), statistics.median(saturations), seed, quick)
+    simulated.many(report, done[0]["costs"], statistics.median(saturations), seed, quick)
 
 
 def _draw(canvas: Any, cells: Cells) -> None:

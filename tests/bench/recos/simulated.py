@@ -21,73 +21,71 @@ STEP_S = 300e-6  # of a lane for each operator, or share of one, that it takes u
 _WAYS = ("runtime", "its fifo", "whole queries")
 
 
-class Costs:
-    """What lanes have seen the models' operators take in a round."""
-
-    def __init__(self, seen: dict[str, Any]) -> None:
-        self._seen = seen
-
-    def models(self, slowness: float) -> dict[str, Model]:
-        """As the worker has captured them, without what they run, and so many times what they took."""
-        found = {}
-        for name, one in self._seen.items():
-            operators = tuple(
-                Operator(print, tuple(inputs), tuple(outputs), cost, rows, blocks)
-                for inputs, outputs, cost, rows, blocks in one["operators"]
-            )
-            graph = Graph(one["inputs"], operators, tuple(one["outputs"]), True, tuple(one["rows"]), one["block"])
-            found[name] = Model(graph)
-            for rows, seen in one["queries"]:
-                for at, seconds in enumerate(seen):
-                    found[name].learn(at, rows, slowness * seconds)
-        return found
-
-    def arrivals(self, peak: float, length: float, seed: int, slowness: float = 1.0) -> list[Arrival]:
-        """The same queries at the same moments as a worker's."""
-        models, moments = self.models(slowness), load.arrivals("steady", peak, length, seed)
-        asked = load.chosen("mix", len(moments), seed + 1)
-        return [
-            Arrival(at, models[name], self._seen[name]["queries"][place][0])
-            for at, (name, place) in zip(moments, asked, strict=True)
-        ]
+Costs = dict[str, Any]  # by model, what lanes have seen its operators take in a round (worker.py)
 
 
-def slowness(arrivals: Sequence[Arrival], saturation: float) -> float:
+def _models(costs: Costs, slow: float) -> dict[str, Model]:
+    """As the worker has captured them, without what they run, and so many times what they took."""
+    found = {}
+    for name, one in costs.items():
+        operators = tuple(
+            Operator(print, tuple(inputs), tuple(outputs), cost, rows, blocks)
+            for inputs, outputs, cost, rows, blocks in one["operators"]
+        )
+        graph = Graph(one["inputs"], operators, tuple(one["outputs"]), True, tuple(one["rows"]), one["block"])
+        found[name] = Model(graph)
+        for rows, seen in one["queries"]:
+            for at, seconds in enumerate(seen):
+                found[name].learn(at, rows, slow * seconds)
+    return found
+
+
+def arrivals(costs: Costs, peak: float, length: float, seed: int, slow: float = 1.0) -> list[Arrival]:
+    """The same queries at the same moments as a worker's."""
+    models, moments = _models(costs, slow), load.arrivals("steady", peak, length, seed)
+    asked = load.chosen("mix", len(moments), seed + 1)
+    return [
+        Arrival(at, models[name], costs[name]["queries"][place][0])
+        for at, (name, place) in zip(moments, asked, strict=True)
+    ]
+
+
+def slowness(asked: Sequence[Arrival], saturation: float) -> float:
     """Times what lanes have seen, with which two lanes answer so many of such queries a second."""
-    work = statistics.fmean(one.model.work(one.rows) for one in arrivals)
-    steps = statistics.fmean(len(one.model.graph.operators) for one in arrivals)
+    work = statistics.fmean(one.model.work(one.rows) for one in asked)
+    steps = statistics.fmean(len(one.model.graph.operators) for one in asked)
     return max(0.0, 2 / saturation - steps * STEP_S) / work
 
 
-def error(arrivals: Sequence[Arrival], p50: float) -> float:
+def error(asked: Sequence[Arrival], p50: float) -> float:
     """By what share of it the p50 of two simulated lanes differs from the real one, ms."""
-    return abs(_took(arrivals, 2, "runtime")[0] / p50 - 1)
+    return abs(_took(asked, 2, "runtime")[0] / p50 - 1)
 
 
 def many(report: Report, costs: Costs, saturation: float, seed: int, quick: bool) -> None:
     """The runtime, and whole queries first come, first served, with few and with many lanes under the same load."""
-    slow = slowness(costs.arrivals(saturation, 10.0, seed), saturation)
+    slow = slowness(arrivals(costs, saturation, 10.0, seed), saturation)
     rows: list[dict[str, object]] = []
     for lanes, share in itertools.product(LANES, LOADS):
         rate, ratios = share * saturation * lanes / 2, dict[str, list[float]](p50=[], p99=[])
         for own in range(seed, seed + (2 if quick else 5)):
-            arrivals = costs.arrivals(rate, (1_000 if quick else 10_000) / rate, own, slow)
-            took = {way: _took(arrivals, lanes, way) for way in _WAYS}
+            asked = arrivals(costs, rate, (1_000 if quick else 10_000) / rate, own, slow)
+            took = {way: _took(asked, lanes, way) for way in _WAYS}
             for at, name in enumerate(ratios):
                 ratios[name].append(took["runtime"][at] / took["whole queries"][at])
             for way, (p50, p99, busy) in took.items():
                 row = {"lanes": lanes, "load": share, "queries_per_s": round(rate, 1), "seed": own, "way": way}
-                rows.append(row | {"queries": len(arrivals), "p50_ms": p50, "p99_ms": p99, "busy": busy})
+                rows.append(row | {"queries": len(asked), "p50_ms": p50, "p99_ms": p99, "busy": busy})
         if share == LOADS[-1]:
             for name, values in ratios.items():
                 report.figure(f"simulated_{lanes}_lanes_{name}_over_whole", values, "x")
     report.table("simulated", rows)
 
 
-def _took(arrivals: Sequence[Arrival], lanes: int, way: str) -> tuple[float, float, float]:
+def _took(asked: Sequence[Arrival], lanes: int, way: str) -> tuple[float, float, float]:
     """p50 and p99, ms, and the share of the time for which a lane was busy."""
     if way == "whole queries":
-        arrivals = [Arrival(one.at, Model.opaque(print, 1, one.model.work(one.rows))) for one in arrivals]
-    found = simulate(arrivals, lanes, Policy(fifo=way != "runtime"), STEP_S)
-    took = sorted(1e3 * (end - one.at) for end, one in zip(found.ended, arrivals, strict=True))
+        asked = [Arrival(one.at, Model.opaque(print, 1, one.model.work(one.rows))) for one in asked]
+    found = simulate(asked, lanes, Policy(fifo=way != "runtime"), STEP_S)
+    took = sorted(1e3 * (end - one.at) for end, one in zip(found.ended, asked, strict=True))
     return statistics.median(took), took[int(0.99 * len(took))], found.busy / lanes / max(found.ended)
